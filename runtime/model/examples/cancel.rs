@@ -1,4 +1,4 @@
-//! How soon a step ends once it is cancelled: milliseconds, by what the step was doing, as JSON lines.
+//! How soon a step ends once it is cancelled: milliseconds, depending on what the step was doing, as JSON lines.
 //!
 //! `cargo run --release -p sluice-model --example cancel -- FILE PROMPT_TOKENS TRIES [BUDGET_BYTES
 //! [INTERVAL]]`. Each try reads a prompt and is cancelled INTERVAL milliseconds later than the one before it (100 unless said), until a

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use sluice_model::{Engine, EngineOptions, Stats};
 
-/// Token ids without meaning, the same in the program that ours is compared with.
+/// Meaningless token ids, the same in the program with which ours is compared.
 fn prompt(tokens: usize, vocab: usize) -> Vec<u32> {
     (0..tokens).map(|i| ((i * 7919 + 13) % vocab) as u32).collect()
 }

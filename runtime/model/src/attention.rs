@@ -1,4 +1,4 @@
-//! The token mixer of a layer, whichever it is.
+//! The token mixer of a layer, of whichever kind.
 
 use sluice_format::AttentionSpec;
 
@@ -38,7 +38,7 @@ pub struct AttentionScratch {
 }
 
 impl AttentionScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new(compute: &Compute) -> Self {
         AttentionScratch {
             mla: MlaScratch::new(compute),

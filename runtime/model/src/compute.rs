@@ -1,4 +1,4 @@
-//! What every layer needs to compute: kernels, threads, precision.
+//! What every layer needs for computing: kernels, threads, precision.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -12,15 +12,15 @@ use super::control::Cancel;
 use super::rows::Rows;
 use super::weights::{MatrixPlace, MatrixRef, VectorRef};
 
-/// What observers are told of as the inputs of a matrix of this name in the router's extent, though none has it: what all experts of a
-/// layer choose from, where that is a projection of what the router meets.
+/// Name under which observers get the inputs of all experts of a layer if these are a projection of the router's input. It counts
+/// as a matrix in the router's extent, although no matrix has it.
 pub const EXPERTS_INPUT: &str = "experts_input";
 
-/// Sees what every matrix is multiplied with.
+/// Sees the inputs of every matrix.
 pub trait InputObserver: Send + Sync {
-    /// `x` is about to meet a matrix. `index`: the expert, or the number of the matrix in a batch; otherwise 0. Matrices of
-    /// a batch are seen from several threads, each matrix from one at a time. Experts come in the order in which they are read; the
-    /// router's inputs, which are those of all experts of a layer, in the order of the rows.
+    /// `x` is about to be multiplied with a matrix. `index`: the number of the expert, or of the matrix in a batch; otherwise 0.
+    /// Matrices of a batch are seen from several threads, but each matrix from one thread at a time. Experts come in the order in
+    /// which they are read; the router's inputs, which are those of all experts of a layer, come in the order of the rows.
     fn inputs(&self, place: MatrixPlace, index: u32, x: &Activations);
 }
 
@@ -30,18 +30,18 @@ pub struct Compute {
     pub kernels: Kernels,
     /// The worker threads.
     pub threads: Arc<ThreadPool>,
-    /// Whether quantised weights meet f32 or int8 activations.
+    /// Whether quantised weights are multiplied with f32 or int8 activations.
     pub precision: Precision,
     /// Sees the inputs of every quantisable matrix.
     pub observer: Option<Arc<dyn InputObserver>>,
-    /// Ends what is being computed.
+    /// Ends the computation.
     pub cancel: Option<Cancel>,
-    /// Inputs of a matrix whose columns have an order of their own, [`REORDERED_ROWS`] rows at most.
+    /// Inputs of a matrix whose columns have an order of their own, at most [`REORDERED_ROWS`] rows.
     reordered: Mutex<Activations>,
 }
 
-/// Rows whose columns are brought into the order of a matrix at a time: enough for the weights to be met by many at once, and few
-/// enough that their memory is small.
+/// Rows whose columns are put into the order of a matrix at a time: enough that each weight that is read serves many rows, and few
+/// enough that they take little memory.
 const REORDERED_ROWS: usize = 128;
 
 impl fmt::Debug for Compute {
@@ -56,18 +56,18 @@ impl fmt::Debug for Compute {
 }
 
 impl Compute {
-    /// For a model that nobody observes.
+    /// For a model that is not observed.
     pub fn new(kernels: Kernels, threads: Arc<ThreadPool>, precision: Precision) -> Self {
         let reordered = Mutex::new(Activations::new(precision));
         Compute { kernels, threads, precision, observer: None, cancel: None, reordered }
     }
 
-    /// Gives its buffer back.
+    /// Frees its buffer.
     pub fn give_back(&self) {
         *self.reordered.lock().unwrap_or_else(PoisonError::into_inner) = Activations::new(self.precision);
     }
 
-    /// Shows the observer, if there is one, what `matrix` is about to be multiplied with.
+    /// Shows the observer, if there is one, the inputs with which `matrix` is about to be multiplied.
     #[inline]
     pub fn observe(&self, matrix: &MatrixRef, index: u32, x: &Activations) {
         if let Some(observer) = &self.observer {
@@ -75,7 +75,7 @@ impl Compute {
         }
     }
 
-    /// Shows the observer, if there is one, what the experts of a layer choose from.
+    /// Shows the observer, if there is one, the inputs of a layer's experts before any is chosen.
     pub fn observe_experts_input(&self, layer: u32, x: &Activations) {
         if let Some(observer) = &self.observer {
             observer.inputs(MatrixPlace { kind: ExtentKind::Router, layer, name: EXPERTS_INPUT }, 0, x);
@@ -93,7 +93,7 @@ impl Compute {
         self.product(matrix, extent, x, out);
     }
 
-    /// As [`multiply`](Self::multiply), without telling the observer.
+    /// Like [`multiply`](Self::multiply), without telling the observer.
     pub fn product(&self, matrix: &MatrixRef, extent: &[u8], x: &Activations, out: &mut [f32]) {
         let view = matrix.view(extent);
         self.inputs(matrix, extent, x, |rows, x| {
@@ -102,8 +102,8 @@ impl Compute {
         });
     }
 
-    /// Calls `f` with what the rows `x` are for `matrix`: all at once, or some at a time, numbered, with their columns in the order
-    /// of the matrix. Not re-entrant.
+    /// Calls `f` with the rows `x` in the form that `matrix` takes: all at once, or some at a time, with the number of the first
+    /// and their columns in the order of the matrix. Not re-entrant.
     pub fn inputs(
         &self,
         matrix: &MatrixRef,
@@ -121,14 +121,14 @@ impl Compute {
     }
 }
 
-/// What a part of a layer computes with: kernels, the rows of the pass, and the bytes that hold its weights.
+/// The data with which a part of a layer computes: kernels, the rows of the pass, and the bytes that hold its weights.
 #[derive(Clone, Copy)]
 pub struct Step<'a> {
     /// Kernels, threads, precision.
     pub compute: &'a Compute,
     /// The rows.
     pub rows: &'a Rows,
-    /// Bytes of the extent that the part's weights are in.
+    /// Bytes of the extent with the part's weights.
     pub extent: &'a [u8],
 }
 
@@ -154,13 +154,13 @@ impl Step<'_> {
     }
 }
 
-/// What one thread needs to compute an attention head by itself.
+/// Buffers with which one thread computes an attention head by itself.
 pub struct HeadScratch {
     /// A pool without workers: kernels called with it run on the calling thread.
     pub serial: ThreadPool,
     /// f32 activations of one head.
     pub activations: Activations,
-    /// The same for a matrix whose columns have an order of their own.
+    /// The same, for a matrix whose columns have an order of their own.
     pub reordered: Activations,
     /// Gathered inputs, `[tokens, width]`.
     pub input: Vec<f32>,
@@ -170,13 +170,13 @@ pub struct HeadScratch {
     pub output: Vec<f32>,
     /// Queries that meet the same keys.
     pub tile: QueryTile,
-    /// Of the keys that an indexer has chosen, those of one block.
+    /// The chosen keys of one block, if an indexer chooses.
     pub chosen: Option<KvBuffer>,
-    /// Their values, where those are other rows.
+    /// Their values, if these are other rows.
     pub chosen_values: Option<KvBuffer>,
     /// An indexer's scores of one block of keys.
     pub scores: Vec<f32>,
-    /// The positions with the best of all its scores.
+    /// The positions with the best of all the indexer's scores.
     pub best: TopK,
 }
 
@@ -201,7 +201,7 @@ pub fn with_head_scratch<R>(f: impl FnOnce(&mut HeadScratch) -> R) -> R {
     HEAD_SCRATCH.with_borrow_mut(f)
 }
 
-/// Sets the length of a scratch buffer without initialising what was there: every element is written before it is read.
+/// Sets the length of a scratch buffer without initialising its contents: every element is written before it is read.
 pub fn sized(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if buffer.len() < len {
         buffer.resize(len, 0.0);

@@ -1,4 +1,4 @@
-//! What a caller of a step can do besides taking its logits: watch it, and end it.
+//! What a caller of a step can do besides taking its logits: watch the step, and end it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ impl Cancel {
         Self::default()
     }
 
-    /// Ends the step that has this switch, and every later one that has it. What the running pass has computed is thrown away.
+    /// Ends the step that has this switch, and every later one that has it. The results of the running pass are discarded.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -36,18 +36,18 @@ impl Cancel {
 /// Sees the routing of every layer, span by span: layer, position of the span's first row, top-k, choices `[rows, top_k]`.
 pub type RoutingObserver<'a> = dyn FnMut(usize, usize, usize, &[Choice]) + 'a;
 
-/// Sees the residual stream `[rows, hidden]`: before layer 0, and then behind every layer. Gets the number of layers that
-/// have run, and the stream.
+/// Sees the residual stream `[rows, hidden]` before layer 0, and then after every layer. Gets the number of layers that have run,
+/// and the stream.
 pub type HiddenObserver<'a> = dyn FnMut(usize, &[f32]) + 'a;
 
-/// Sees what the output head is to multiply, `[rows, hidden]`: the residual behind the last layer after the norm before the head. Is
-/// called several times in a pass, until it has seen all rows of the step, span by span.
+/// Sees the inputs of the output head, `[rows, hidden]`: the residual after the last layer and after the norm before the head. It
+/// is called several times in a pass, until it has seen all rows of the step, span by span.
 pub type HeadInputObserver<'a> = dyn FnMut(&[f32]) + 'a;
 
-/// How far a step is.
+/// The progress of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// Layers that the current pass has gone through.
+    /// Layers that the current pass has completed.
     pub layers: usize,
     /// Rows of the current pass.
     pub rows: usize,
@@ -57,7 +57,7 @@ pub struct Progress {
     pub rows_total: usize,
 }
 
-/// Is told how far a step is, after every layer.
+/// Is told the progress of a step after every layer.
 pub type ProgressObserver<'a> = dyn FnMut(Progress) + 'a;
 
 /// Observers of a step, and the switch that ends it. The default has none.
@@ -71,12 +71,12 @@ pub struct Control<'a> {
     pub routing: Option<&'a mut RoutingObserver<'a>>,
     /// Sees the residual stream.
     pub hidden: Option<&'a mut HiddenObserver<'a>>,
-    /// Sees what the head multiplies, of all rows, whether their logits are wanted or not: what the prediction layer begins with
+    /// Sees the inputs of the head for all rows, whether their logits are wanted or not: the prediction layer begins with them
     /// (`Engine::predict`).
     pub head_inputs: Option<&'a mut HeadInputObserver<'a>>,
-    /// The residual stream of the step's rows, `[rows, hidden]`, to begin with in place of their tokens' embeddings.
+    /// The residual stream of the step's rows, `[rows, hidden]`, with which the step begins instead of their tokens' embeddings.
     pub states: Option<&'a [f32]>,
-    /// Sees what every quantisable matrix is multiplied with.
+    /// Sees the inputs of every quantisable matrix.
     pub inputs: Option<Arc<dyn InputObserver>>,
 }
 
@@ -87,7 +87,7 @@ impl fmt::Debug for Control<'_> {
 }
 
 impl Control<'_> {
-    /// An error if the step is to end.
+    /// An error if the step was cancelled.
     pub(crate) fn check(&self) -> Result<(), ModelError> {
         match self.cancel {
             Some(cancel) if cancel.is_cancelled() => Err(ModelError::Cancelled),

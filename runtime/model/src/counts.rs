@@ -1,7 +1,8 @@
-//! What the eviction policy has learned, kept beside the model: the next start begins warm.
+//! What the eviction policy has learned; it is kept beside the model, so that the next start begins warm.
 //!
-//! The file `MODEL.counts`, of volumes too `NAME.sluice.counts`, is: magic (8 bytes), state id of the model (16), length of the counts (u64), counts, xxh3-64 of all before.
-//! Little-endian. It only ever changes speed: a file that is missing, damaged or of another model is ignored.
+//! The file is `MODEL.counts`, and `NAME.sluice.counts` also for volumes. It consists of a magic (8 bytes), the state id of the
+//! model (16), the length of the counts (u64), the counts, and the xxh3-64 of everything before it, little-endian. It only ever
+//! changes speed: a file that is missing, damaged or of another model is ignored.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -13,10 +14,10 @@ const MAGIC: [u8; 8] = *b"SLCOUNT1";
 /// Bytes of a state id.
 const STATE_ID_LEN: usize = 16;
 const HEADER: usize = MAGIC.len() + STATE_ID_LEN + 8;
-/// Longest counts that are read: a trillion-parameter model has 23,000 experts with a few numbers each.
+/// Longest counts that are read: a trillion-parameter model has 23,000 experts, with a few numbers each.
 const MAX_COUNTS: usize = 64 << 20;
 
-/// Where the counts of a model are: of one in volumes, where they would be if it were one file, which it may become again.
+/// Path of the counts of a model. A model in volumes has the path that it would have as one file, because it may become one again.
 pub fn path_of(model: &Path) -> PathBuf {
     let whole = VolumeName::parse(model).map_or_else(|| model.to_owned(), |name| name.whole());
     let mut name = whole.into_os_string();
@@ -24,7 +25,7 @@ pub fn path_of(model: &Path) -> PathBuf {
     name.into()
 }
 
-/// Has what was learned of a model serve the copy of it at `to`, unless something is known of that already.
+/// Copies what was learned of a model for the copy of the model at `to`, unless that has counts already.
 ///
 /// # Errors
 /// As [`save`].
@@ -53,8 +54,8 @@ pub fn load(model: &Path, id: StateId) -> Option<Vec<u8>> {
 /// Writes the counts of a model, atomically: a reader sees the old ones or the new ones. Only counts are replaced.
 ///
 /// # Errors
-/// What the filesystem says, for instance that the folder cannot be written; of the kind
-/// [`io::ErrorKind::AlreadyExists`] when there is something else in the place of the counts.
+/// The filesystem's error, for instance that the folder cannot be written; [`io::ErrorKind::AlreadyExists`] if something else is in
+/// the place of the counts.
 pub fn save(model: &Path, id: StateId, counts: &[u8]) -> io::Result<()> {
     let mut bytes = [&MAGIC[..], &id.0, &(counts.len() as u64).to_le_bytes(), counts].concat();
     bytes.extend(xxh3_64(&bytes).to_le_bytes());
@@ -104,7 +105,7 @@ mod tests {
         let at = |name: &str| folder.path().join(name);
         let id = StateId([7; STATE_ID_LEN]);
         save(&at("m.sluice"), id, b"learned").unwrap();
-        // Into volumes in the same place, and out of them.
+        // Counts carry over to volumes in the same place, and back.
         assert_eq!(load(&at("m-00001-of-00003.sluice"), id).as_deref(), Some(&b"learned"[..]));
         carry(&at("m-00001-of-00003.sluice"), &at("copy.sluice"), id).unwrap();
         assert_eq!(load(&at("copy.sluice"), id).as_deref(), Some(&b"learned"[..]));

@@ -1,8 +1,8 @@
-//! Gated delta net: what replaces attention in three of four layers of Qwen3-Next, Qwen3.5 and Kimi Linear.
+//! Gated delta net, which replaces attention in three of four layers of Qwen3-Next, Qwen3.5 and Kimi Linear.
 //!
-//! Formulas at [`DeltaSpec`]. Its memory is one matrix per value head and the last inputs of the convolution, whatever the
-//! length of the context. A sequence's tokens go through one after the other: a span gives the same bits as its tokens one at a
-//! time.
+//! Formulas are at [`DeltaSpec`]. Its memory is one matrix per value head and the last inputs of the convolution, whatever the
+//! length of the context. A sequence's tokens are processed one after the other, so a span gives the same bits as its tokens one at
+//! a time.
 
 use sluice_format::DeltaSpec;
 use sluice_kernels::{Activations, exp, rms_norm, sigmoid, silu};
@@ -21,7 +21,7 @@ const LENGTH_EPS: f32 = 1e-6;
 #[derive(Debug)]
 pub struct Delta {
     spec: DeltaSpec,
-    /// Of queries, keys and values, in this order.
+    /// The convolution of queries, keys and values, in this order.
     convolution: Convolution,
     a: Projection,
     b: MatrixRef,
@@ -51,7 +51,7 @@ pub struct DeltaScratch {
     activations: Activations,
     projection: ProjectionScratch,
     convolution: ConvolutionScratch,
-    /// Decays, `[tokens, value_heads]`, or `[tokens, value_heads, key_head_dim]`.
+    /// Decays, `[tokens, value_heads]` or `[tokens, value_heads, key_head_dim]`.
     a: Vec<f32>,
     b: Vec<f32>,
     z: Vec<f32>,
@@ -63,7 +63,7 @@ pub struct DeltaScratch {
 }
 
 impl DeltaScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new(compute: &Compute) -> Self {
         DeltaScratch {
             activations: Activations::new(compute.precision),
@@ -132,7 +132,7 @@ impl Delta {
         step.multiply(&self.o, &scratch.activations, out);
     }
 
-    /// Leaves the projections of decay, writing strength and output gate in the scratch.
+    /// Leaves the projections for decay, writing strength and output gate in the scratch.
     fn project(&self, step: Step<'_>, scratch: &mut DeltaScratch) {
         let (s, n) = (&self.spec, step.n());
         let DeltaScratch { activations, projection, a, b, z, .. } = scratch;
@@ -142,7 +142,7 @@ impl Delta {
         self.z.apply(step, activations, projection, sized(z, n * width));
     }
 
-    /// Gives queries and keys length 1, queries then the scale of the scores.
+    /// Scales queries and keys to length 1, and queries also by the scale of the scores.
     fn normalise_keys(&self, n: usize, scratch: &mut DeltaScratch) {
         let s = &self.spec;
         let scale = (s.key_head_dim as f32).powf(-0.5);
@@ -174,7 +174,8 @@ impl Delta {
         b[..n * heads].iter_mut().for_each(|b| *b = sigmoid(*b));
     }
 
-    /// Row `t`: reads the state of `from`, or that in place, and leaves the new one with its output. One task per head.
+    /// Row `t`: reads the state `from`, or the state in place if there is none, and leaves the new state with its output. One task
+    /// per head.
     fn recur(&self, compute: &Compute, t: usize, from: Option<&[f32]>, to: &mut [f32], scratch: &mut DeltaScratch) {
         let s = &self.spec;
         let (dk, dv, len, each) = (s.key_head_dim, s.value_head_dim, head_len(s), s.decays_per_head());
@@ -193,7 +194,7 @@ impl Delta {
             with_head_scratch(|scratch| {
                 let change = sized(&mut scratch.input, dv);
                 change.fill(0.0);
-                // One for the whole state, or one for each of its rows.
+                // One decay for the whole state, or one for each of its rows.
                 let decays = a[h * each..][..each].iter().cycle();
                 for ((row, k), decay) in state.chunks_exact_mut(dv).zip(k).zip(decays) {
                     row.iter_mut().for_each(|v| *v *= decay);
@@ -235,8 +236,8 @@ impl Delta {
 
 /// `ln(1 + exp(x))` in plain arithmetic, so that it gives the same bits on every platform.
 ///
-/// `ln(1 + u) = 2 artanh(u / (2 + u))` with `u = exp(-|x|)`: the argument is at most 1/3, where eight terms of the series
-/// leave less than f32 can tell.
+/// `ln(1 + u) = 2 artanh(u / (2 + u))` with `u = exp(-|x|)`: the argument is at most 1/3, where eight terms of the series are
+/// accurate to f32 precision.
 pub(super) fn softplus(x: f32) -> f32 {
     let u = exp(-x.abs());
     let z = u / (2.0 + u);

@@ -1,4 +1,5 @@
-//! Token embedding: rows read from disk when they are needed. The table of a large model takes gigabytes, a token one row.
+//! Token embedding: rows are read from disk when they are needed. The table of a large model takes gigabytes, a token needs one
+//! row.
 
 use sluice_format::{ExtentKind, ExtentRecord, FormatError, ModelFile, WeightType};
 
@@ -6,7 +7,7 @@ use sluice_kernels::{Matrix, unpack_row};
 
 use super::ModelError;
 
-/// Parts that stay in memory. Text repeats its words, and a part is at most a few hundred KiB.
+/// Parts that stay in memory. Text repeats its words, and a part has at most a few hundred KiB.
 const CACHED_PARTS: usize = 64;
 
 /// The embedding table and the parts of it that were used last.
@@ -36,13 +37,13 @@ struct CachedPart {
     bytes: Vec<u8>,
 }
 
-/// Most bytes that the cached parts can take, where there are `parts` of which the longest has `longest` bytes.
+/// Most bytes that the cached parts can take if there are `parts` parts and the longest has `longest` bytes.
 pub fn cache_memory(parts: usize, longest: u64) -> u64 {
     longest * parts.min(CACHED_PARTS) as u64
 }
 
 impl Embedding {
-    /// The table of a file: the model's, or what a prediction layer has of its own. Reads nothing yet.
+    /// The table of a file: the model's own, or that of a prediction layer. Reads nothing yet.
     pub fn new(file: &ModelFile, layer: u32) -> Self {
         let mut rows_per_part = 1;
         let parts = file.parts_of(ExtentKind::Embedding, layer).enumerate().map(|(i, (extent, tensor))| {
@@ -91,7 +92,7 @@ impl Embedding {
         Ok(())
     }
 
-    /// Index in `cached` of a part, read now if need be.
+    /// Index in `cached` of a part, which is read now if necessary.
     fn load(&mut self, file: &ModelFile, part: usize) -> Result<usize, FormatError> {
         self.clock += 1;
         let found = match self.cached.iter().position(|c| c.part == part) {
@@ -99,7 +100,7 @@ impl Embedding {
             None => {
                 let extent = self.parts[part].extent;
                 let slot = self.slot_to_fill();
-                // Forget the old part first: a failed read must not leave its bytes under a valid name.
+                // Forget the old part first: a failed read must not leave its bytes under a valid number.
                 self.cached[slot].part = usize::MAX;
                 file.read_extent(&extent, &mut self.cached[slot].bytes)?;
                 self.bytes_read += extent.stored_len;

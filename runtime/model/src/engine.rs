@@ -44,19 +44,19 @@ pub struct EngineOptions {
     pub budget: Option<u64>,
     /// Which read engine; `None`: the best that works here.
     pub read_engine: Option<ReadEngineKind>,
-    /// How the file is read; `None`: as the calibration of its drive says, or as is good on most drives.
+    /// How the file is read; `None`: according to the calibration of its drive, or otherwise in a way that suits most drives.
     pub io: Option<IoConfig>,
-    /// Do not look for a calibration.
+    /// Do not use a calibration.
     pub no_calibration: bool,
     /// Worker threads; `None`: one per core.
     pub threads: Option<usize>,
     /// f32 activations everywhere instead of int8 activations for quantised weights.
     pub exact: bool,
-    /// Which expert leaves the cache when another one needs its slot.
+    /// How the cache chooses the expert that leaves when another one needs its slot.
     pub policy: PolicyKind,
-    /// Whether experts are read before the router has asked for them.
+    /// Whether experts are read before the router asks for them.
     pub prefetch: Prefetch,
-    /// Whether to begin without what earlier runs have learned about this model's experts.
+    /// Whether to start without what earlier runs have learned about this model's experts.
     pub forget: bool,
     /// Sequences to plan memory for; `None`: one.
     pub sequences: Option<usize>,
@@ -64,30 +64,33 @@ pub struct EngineOptions {
     pub context: Option<usize>,
     /// How keys and values are kept; anything but f32 changes results.
     pub kv_type: KvType,
-    /// Marks that a sequence of a model with windows or recurrent states can keep. Each keeps the pages of the windows and of the states
-    /// (75 MB for Qwen3-Next), and the memory plan has room for them. In other models marks cost nothing, and there can be any number.
+    /// Marks that a sequence of a model with windows or recurrent states can keep. Each mark keeps the pages of the windows and of
+    /// the states (75 MB for Qwen3-Next), and the memory plan reserves room for them. In other models marks cost nothing, and their
+    /// number is not limited.
     pub marks: usize,
-    /// A simulated drive to read experts from instead of the file, whose bytes stand in for every expert: for measurements only.
+    /// A simulated drive from which experts are read instead of the file; its bytes stand in for every expert. For measurements
+    /// only.
     #[cfg(feature = "sim")]
     pub simulated: Option<sluice_storage::io::sim::SimulatedDrive>,
-    /// What the contents of that drive become, if they are compressed.
+    /// The decompressed contents of that drive, if they are compressed.
     #[cfg(feature = "sim")]
     pub simulated_packed: Option<sluice_storage::pool::Packed>,
     /// Whether the budget shrinks while the system is short of memory.
     pub yields: Yields,
-    /// While a prompt is read, a sequence with room for marks makes one by itself each time it has read this many tokens; `None`: 2048. So a
-    /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
+    /// While a prompt is read, a sequence with room for marks makes one automatically each time it has read this many tokens;
+    /// `None`: 2048. So after a rewind into a long prompt, the engine need not start at the beginning. Marks that the caller asks
+    /// for replace these.
     pub mark_every: Option<usize>,
-    /// Whether the layer for multi-token prediction is opened too ([`Engine::predict`]). It then takes memory: its dense parts, and keys and
-    /// values of as many sequences; its experts share the slots. What policies have learned ([`Engine::save_counts`]) is not carried
-    /// over between runs with it and without.
+    /// Whether the layer for multi-token prediction is opened too ([`Engine::predict`]). It then takes memory: its dense parts, and
+    /// keys and values of as many sequences; its experts share the slots. What policies have learned ([`Engine::save_counts`]) is
+    /// not carried over between runs with it and runs without it.
     pub prediction: bool,
-    /// How experts are chosen otherwise than the model's routers say, to read fewer: lossy, and the default is not to.
+    /// How experts are chosen otherwise than by the model's routers, so that fewer are read. This is lossy, and off by default.
     pub thrift: Thrift,
 }
 
-/// The default of [`EngineOptions::mark_every`]. A rewind to one of the latest such marks computes at most this many tokens again, or
-/// as many as a pass has rows if that is more.
+/// The default of [`EngineOptions::mark_every`]. A rewind to one of the latest automatic marks computes at most this many tokens
+/// again, or as many as a pass has rows if that is more.
 const MARK_EVERY: usize = 2048;
 
 pub use self::budget::ShrinkError;
@@ -97,11 +100,11 @@ pub use sluice_storage::io::EngineKind as ReadEngineKind;
 /// Whether the budget shrinks while the system is short of memory ([`Engine::heed_pressure`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Yields {
-    /// Only if no budget is stated: the engine has then taken what was free at the start, and gives it back when other programs need
-    /// it. A stated budget is kept.
+    /// Only if no budget is stated: the engine has then taken the memory that was free at the start, and returns some when other
+    /// programs need it. A stated budget does not change.
     #[default]
     Unstated,
-    /// Whatever the budget.
+    /// Always, whatever the budget.
     Always,
     /// Never.
     Never,
@@ -144,7 +147,7 @@ pub enum RuntimeError {
     /// The instruction set that was asked for is not available.
     #[error(transparent)]
     Isa(#[from] IsaError),
-    /// The prediction layer is asked for, and the file has none.
+    /// The prediction layer was requested, but the file has none.
     #[error(
         "{path} has no layer for multi-token prediction: its checkpoint has none, or it was converted with --no-mtp or an older version"
     )]
@@ -152,10 +155,10 @@ pub enum RuntimeError {
         /// The file.
         path: PathBuf,
     },
-    /// The prediction layer is used, and was not opened.
+    /// The prediction layer was used, but not opened.
     #[error("the layer for multi-token prediction is not open: open the model with EngineOptions::prediction")]
     PredictionClosed,
-    /// A policy that only replays can have.
+    /// A policy that works only in replays.
     #[error("the policy {0} needs to know the future; choose lru, lfu or next-use")]
     Policy(PolicyKind),
 }
@@ -167,31 +170,31 @@ pub struct Stats {
     pub tokens: u64,
     /// Time in forward passes, in seconds.
     pub seconds: f64,
-    /// Of which attention.
+    /// Part of `seconds` spent in attention.
     pub attention_seconds: f64,
-    /// Of which routed experts, without waiting.
+    /// Part of `seconds` spent in routed experts, without waiting.
     pub expert_seconds: f64,
-    /// Of which waiting for experts to arrive.
+    /// Part of `seconds` spent waiting for experts to arrive.
     pub io_wait_seconds: f64,
-    /// Of which the output head.
+    /// Part of `seconds` spent in the output head.
     pub head_seconds: f64,
-    /// Of which the rest.
+    /// The rest of `seconds`.
     pub other_seconds: f64,
     /// Experts found in memory.
     pub hits: u64,
     /// Experts that had to be read.
     pub misses: u64,
-    /// Experts read before the router had asked for them.
+    /// Experts read before the router asked for them.
     pub prefetched: u64,
-    /// Of which used before they left memory.
+    /// Prefetched experts that were used before they left memory.
     pub prefetched_used: u64,
-    /// Of which left memory, or were given up, unused.
+    /// Prefetched experts that left memory, or were given up, unused.
     pub prefetched_wasted: u64,
-    /// Bytes of experts read, prefetched ones included.
+    /// Bytes of experts read, including prefetched ones.
     pub expert_bytes_read: u64,
     /// Bytes of dense parts, embedding and tables read.
     pub dense_bytes_read: u64,
-    /// Experts chosen in place of the routers' own, because those in memory were preferred ([`Thrift::preference`]).
+    /// Experts chosen instead of the routers' own, because those in memory were preferred ([`Thrift::preference`]).
     pub replaced: u64,
 }
 
@@ -205,14 +208,14 @@ pub struct Engine {
     tuning: Vec<Tuning>,
     model: Model,
     pages: Arc<PagePool>,
-    /// Those of sequences of the prediction layer, if it is open.
+    /// The pages of sequences of the prediction layer, if it is open.
     prediction_pages: Option<Arc<PagePool>>,
-    /// What the numbers of a sequence depend on besides its tokens.
+    /// What the numbers of a sequence depend on, besides its tokens.
     binding: Binding,
     marks: MarkLimits,
     tokens: u64,
     time: Duration,
-    /// Rows of the current pass, and those whose logits are wanted.
+    /// Rows of the current pass, and the rows whose logits are wanted.
     rows: Rows,
     wanted: Vec<usize>,
     /// Expert slots that the budget allows; there are fewer while the system is short of memory.
@@ -250,7 +253,7 @@ impl Engine {
         if !options.forget
             && let Some(counts) = counts::load(file.path(), file.state_id())
         {
-            // Counts of another policy or shape are as good as none.
+            // Counts of another policy or shape are of no use.
             let _ = storage.pool.policy_mut().import(&counts);
         }
         let handles: Vec<_> = (0..storage.dense.len() as u32).map(DenseHandle).collect();
@@ -301,7 +304,8 @@ impl Engine {
         &self.file
     }
 
-    /// How experts are chosen otherwise than the routers say: what of [`EngineOptions::thrift`] makes a difference in this model.
+    /// How experts are chosen otherwise than by the routers: the part of [`EngineOptions::thrift`] that makes a difference in this
+    /// model.
     pub fn thrift(&self) -> Thrift {
         self.binding.thrift
     }
@@ -321,7 +325,7 @@ impl Engine {
         self.compute.threads.threads()
     }
 
-    /// How the file is read, in words: engine, direct or buffered, and why; for each drive if its parts lie on several.
+    /// How the file is read, in words: engine, direct or buffered, and why; for each drive if the file's parts lie on several.
     pub fn read_path(&self) -> String {
         let lanes = self.storage.io.lanes();
         let several = lanes.len() > 1;
@@ -338,25 +342,25 @@ impl Engine {
         in_words.collect::<Vec<_>>().join("; ")
     }
 
-    /// Short name of the engine that reads the file; its first part, if it lies on several drives.
+    /// Short name of the engine that reads the file; for its first part, if it lies on several drives.
     pub fn read_engine(&self) -> &'static str {
         self.storage.io.engine().name
     }
 
-    /// How the file is to be read, and where that comes from; its first part, if it lies on several drives.
+    /// How the file is to be read, and the source of these settings; for its first part, if it lies on several drives.
     pub fn tuning(&self) -> &Tuning {
         &self.tuning[0]
     }
 
-    /// Chunks and depth of the reads; of the first part of the file, if it lies on several drives.
+    /// Chunks and depth of the reads; for the first part of the file, if it lies on several drives.
     pub fn io_config(&self) -> &IoConfig {
         &self.tuning().config
     }
 
-    /// Keeps what the eviction policy has learned beside the model, for the next start.
+    /// Saves what the eviction policy has learned beside the model, for the next start.
     ///
     /// # Errors
-    /// What the filesystem says. Nothing is lost but what was learned.
+    /// The filesystem's error. Only what was learned is lost.
     pub fn save_counts(&self) -> io::Result<()> {
         let counts = self.storage.pool.policy().export();
         if counts.is_empty() {
@@ -365,8 +369,8 @@ impl Engine {
         counts::save(self.file.path(), self.file.state_id(), &counts)
     }
 
-    /// An empty sequence for as many tokens as the memory plan gives each. It has no pages yet: there can be more sequences than
-    /// were planned, as long as the pages last.
+    /// An empty sequence with room for as many tokens as the memory plan gives each sequence. It has no pages yet: there can be
+    /// more sequences than planned, as long as the pages last.
     pub fn new_sequence(&self) -> Sequence {
         Sequence::new(&self.pages, self.memory.context, self.binding, self.marks)
     }
@@ -377,7 +381,7 @@ impl Engine {
     }
 
     /// Whether there are enough pages for one step to append this many tokens to each of these sequences of this engine. An empty
-    /// sequence can stand for one that is still to be made.
+    /// sequence can stand for one that will be made later.
     ///
     /// # Errors
     /// [`PagesFull`], as [`Engine::step`] would return it.
@@ -385,7 +389,7 @@ impl Engine {
         room::check(&self.pages, appends, self.memory.rows)
     }
 
-    /// How many tokens a new sequence has pages for now.
+    /// How many tokens a new sequence would have pages for now.
     pub fn tokens_that_fit(&self) -> usize {
         let (empty, mut most) = (self.new_sequence(), self.memory.context + 1);
         let mut least = 0;
@@ -399,31 +403,32 @@ impl Engine {
         least
     }
 
-    /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity, and of its marks the newest, as many as this
+    /// Reads a sequence that [`Sequence::save_file`] wrote. It has this engine's capacity, and as many of its newest marks as this
     /// engine has room for.
     ///
     /// # Errors
-    /// [`SessionError`]: the session cannot be read, is damaged, is of another model, precision, key-value type or version, or does
-    /// not fit.
+    /// [`SessionError`]: the session cannot be read; is damaged; belongs to another model, precision, key-value type or version; or
+    /// does not fit.
     pub fn restore_file(&self, path: &Path) -> Result<Sequence, SessionError> {
         let mut file = open_regular(path).map_err(|source| SessionError::Open { path: path.to_owned(), source })?;
         self.restore(&mut file, path)
     }
 
-    /// Reads a sequence that [`Sequence::save`] wrote. `name`: what errors call it.
+    /// Reads a sequence that [`Sequence::save`] wrote. `name`: its name in errors.
     ///
     /// # Errors
-    /// As [`Engine::restore_file`].
+    /// Like [`Engine::restore_file`].
     pub fn restore(&self, input: &mut dyn io::Read, name: &Path) -> Result<Sequence, SessionError> {
         session::append(&self.new_sequence(), self.model.spec().vocab_size, input, name)
     }
 
-    /// Appends a segment that [`Sequence::save_file_from`] wrote to a sequence that has the tokens before it; what the sequence has behind
-    /// them is replaced. It then has the segment's marks, and its own before the segment.
+    /// Appends a segment that [`Sequence::save_file_from`] wrote to a sequence that has the tokens before it. The segment replaces
+    /// the tokens that the sequence has after them. The sequence then has the segment's marks, and its own marks before the
+    /// segment.
     ///
     /// # Errors
-    /// As [`Engine::restore_file`]; [`SessionError::Continues`] if the sequence has fewer tokens than stand before the segment,
-    /// [`SessionError::OtherText`] if it has others. The sequence is then as it was.
+    /// Like [`Engine::restore_file`]; [`SessionError::Continues`] if the sequence has fewer tokens than stand before the segment,
+    /// [`SessionError::OtherText`] if it has different ones. The sequence is then unchanged.
     pub fn restore_onto(&self, sequence: &mut Sequence, path: &Path) -> Result<(), SessionError> {
         let open = |source| SessionError::Open { path: path.to_owned(), source };
         let mut file = open_regular(path).map_err(open)?;
@@ -431,28 +436,28 @@ impl Engine {
         Ok(())
     }
 
-    /// Reads what a chain of segments has of the first of `tokens` into a new sequence: each begins inside of the one before it or at
-    /// its end, and all that stands before a segment is of that text. The sequence has as many tokens as it can go on with: in models
-    /// whose layers see everything all that agree, in others those up to the last mark or end of a segment. It has no marks. Nothing is
-    /// read but what the sequence needs, a few rows at the end of a segment excepted.
+    /// Reads as much of the first of `tokens` as a chain of segments has into a new sequence. Each segment begins inside the one
+    /// before it or at its end, and all tokens before a segment must be those of this text. The sequence gets as many tokens as it
+    /// can continue from: all that agree in models whose layers see everything, and in others those up to the last mark or end of a
+    /// segment. It has no marks. Only data that the sequence needs are read, except for a few rows at the end of a segment.
     ///
     /// # Errors
-    /// As [`Engine::restore_onto`].
+    /// Like [`Engine::restore_onto`].
     pub fn restore_segments(&self, segments: &mut [SegmentFile], tokens: &[u32]) -> Result<Sequence, SessionError> {
         session::restore_segments(self.new_sequence(), self.model.spec().vocab_size, segments, tokens)
     }
 
-    /// What the numbers of its sequences depend on besides the tokens.
+    /// What the numbers of its sequences depend on, besides the tokens.
     pub fn binding(&self) -> Binding {
         self.binding
     }
 
-    /// Takes the tokens from `position` on out of a sequence. Where it cannot go there ([`Sequence::rewind_to`]), it goes to the
-    /// nearest earlier position that it can go to, and the tokens in between are computed again, under `control`.
+    /// Removes the tokens from `position` on from a sequence. If it cannot go there ([`Sequence::rewind_to`]), it goes to the
+    /// nearest earlier position that it can reach, and the tokens in between are computed again, under `control`.
     ///
     /// # Errors
-    /// [`RuntimeError::Rewind`] if it has fewer tokens; otherwise as [`Engine::step`], with the sequence at a position that is
-    /// less than `position`.
+    /// [`RuntimeError::Rewind`] if it has fewer tokens; otherwise the errors of [`Engine::step`], after which the sequence is at a
+    /// position before `position`.
     pub fn rewind(
         &mut self,
         sequence: &mut Sequence,
@@ -472,7 +477,7 @@ impl Engine {
     /// Appends a prompt, or a part of one, to the sequence and writes the logits of its last token, `[vocab]`.
     ///
     /// # Errors
-    /// As [`Engine::step`].
+    /// Like [`Engine::step`].
     pub fn forward(
         &mut self,
         sequence: &mut Sequence,
@@ -487,7 +492,7 @@ impl Engine {
     /// in order.
     ///
     /// # Errors
-    /// As [`Engine::step`].
+    /// Like [`Engine::step`].
     pub fn forward_all(
         &mut self,
         sequence: &mut Sequence,
@@ -498,23 +503,23 @@ impl Engine {
         self.step(&mut [span], &mut Control::default(), &mut |_, token, row| sink(token, row))
     }
 
-    /// Appends the token that was sampled last to the sequence and writes its logits, `[vocab]`.
+    /// Appends the last sampled token to the sequence and writes its logits, `[vocab]`.
     ///
     /// # Errors
-    /// As [`Engine::step`].
+    /// Like [`Engine::step`].
     pub fn decode(&mut self, sequence: &mut Sequence, token: u32, logits: &mut Vec<f32>) -> Result<(), RuntimeError> {
         self.step(&mut [Span::decode(sequence, &token)], &mut Control::default(), &mut |_, _, row| {
             row.clone_into(logits)
         })
     }
 
-    /// Appends every span's tokens to its sequence, all of them together, layer by layer: an expert that any of them needs is
-    /// read once for as many as memory has rows for. Calls `sink` with span, token and logits `[vocab]` of those that are
+    /// Appends every span's tokens to its sequence, all of them together, layer by layer: an expert that any of them needs is read
+    /// once for as many rows as memory holds. Calls `sink` with span, token and logits `[vocab]` of the tokens whose logits are
     /// wanted, span by span. A sequence's logits do not depend on the other spans, to the bit.
     ///
     /// # Errors
-    /// [`RuntimeError::Model`]: no tokens, no room, an unknown id, an extent that cannot be read or is damaged, or that `control`
-    /// has cancelled the step. What was appended before the failing pass stays in the sequences. Where there is no room
+    /// [`RuntimeError::Model`]: no tokens, no room, an unknown id, an extent that cannot be read or is damaged, or a cancellation
+    /// through `control`. Tokens that were appended before the failing pass stay in the sequences. If there is no room
     /// ([`ModelError::ContextFull`], [`ModelError::PagesFull`]), nothing has been appended.
     pub fn step(
         &mut self,
@@ -526,7 +531,8 @@ impl Engine {
         self.take_step(&pages, None, spans, control, sink)
     }
 
-    /// A step of the decoder, or, with what the head saw before, of the prediction layer. `pages`: those of its sequences.
+    /// A step of the decoder, or, if the head's inputs of the tokens before are given, of the prediction layer. `pages`: those of
+    /// its sequences.
     fn take_step(
         &mut self,
         pages: &Arc<PagePool>,
@@ -548,13 +554,13 @@ impl Engine {
                 return Err(ModelError::ContextFull { capacity, wanted }.into());
             }
         }
-        // A step that an observer's panic ended has left pages behind the last token.
+        // A step that ended in an observer's panic has left pages after the last token.
         spans.iter_mut().for_each(|span| span.sequence.settle());
         if let Err(full) = self.room(pages, spans) {
             if !full.kind.forgets() {
                 return Err(ModelError::from(full).into());
             }
-            // Automatic marks go first: they keep pages of windows and states.
+            // Automatic marks are given up first, because they keep pages of windows and states.
             spans.iter_mut().for_each(|span| span.sequence.forget_automatic_marks());
             self.room(pages, spans).map_err(ModelError::from)?;
         }
@@ -574,7 +580,7 @@ impl Engine {
         room::check(pages, spans.iter().map(|span| (&*span.sequence, span.tokens.len())), self.memory.rows)
     }
 
-    /// As many passes as the spans need.
+    /// Runs as many passes as the spans need.
     fn passes(
         &mut self,
         head_inputs: Option<&[&[f32]]>,
@@ -639,16 +645,16 @@ impl Engine {
     }
 }
 
-/// As many threads as were asked for, or one per core. If they take all cores, decoding leaves one to reading while there
-/// are reads in flight: the I/O thread needs it, and in a virtual machine so may the host that moves the bytes.
+/// As many threads as were asked for, or one per core. If they use all cores, decoding leaves one core to reading while reads are
+/// in flight: the I/O thread needs it, and in a virtual machine the host that moves the bytes may need it too.
 fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool {
     let cores = thread::available_parallelism().map_or(1, Into::into);
     let pool = ThreadPool::new(asked.unwrap_or(cores).max(1));
     if pool.threads() < cores { pool } else { pool.sparing_while(reading) }
 }
 
-/// Takes the pages of a pass. The step has made sure that they are there, but automatic marks that earlier passes have set keep
-/// pages too, and give way.
+/// Takes the pages of a pass. The step has made sure that they are free; but automatic marks that earlier passes have set keep
+/// pages too, and are given up.
 fn prepare(rows: &Rows, spans: &mut [Span<'_>]) -> Result<(), PagesFull> {
     let take = |spans: &mut [Span<'_>]| rows.spans().iter().try_for_each(|p| spans[p.span].sequence.prepare(p.count));
     if take(spans).is_ok() {
@@ -658,7 +664,7 @@ fn prepare(rows: &Rows, spans: &mut [Span<'_>]) -> Result<(), PagesFull> {
     take(spans)
 }
 
-/// Opens the storage: dense parts in memory, as many expert slots as the plan has. `paths`: the files that the extents lie in, by
+/// Opens the storage: dense parts in memory, and as many expert slots as the plan has. `paths`: the files that hold the extents, by
 /// volume, each with its tuning.
 fn open_storage(
     paths: &[PathBuf],
@@ -694,7 +700,7 @@ fn open_storage(
     Ok(Storage::open(paths, &dense, experts, policy, &config)?)
 }
 
-/// Where an extent is, and what its bytes become.
+/// The place of an extent, and the size that its bytes have in memory.
 fn location(e: &ExtentRecord) -> ExtentLocation {
     let packed = Packed { logical_len: e.logical_len, padded_len: e.padded_len, checksum: e.logical_checksum };
     ExtentLocation {
@@ -706,7 +712,7 @@ fn location(e: &ExtentRecord) -> ExtentLocation {
     }
 }
 
-/// Plans the memory of a model. On a simulated drive whose contents are compressed, experts are, whatever the file says.
+/// Plans the memory of a model. On a simulated drive with compressed contents, experts are compressed, whatever the file says.
 fn plan_memory(file: &ModelFile, options: &EngineOptions, demand: Demand) -> Result<MemoryPlan, BudgetError> {
     #[cfg(feature = "sim")]
     if let Some(drive) = &options.simulated {
@@ -720,7 +726,7 @@ fn plan_memory(file: &ModelFile, options: &EngineOptions, demand: Demand) -> Res
     MemoryPlan::new(file, options.budget, demand)
 }
 
-/// The worker threads, when they decompress.
+/// The worker threads, in their role of decompressing.
 struct Unpacking(Arc<ThreadPool>);
 
 impl Workers for Unpacking {
@@ -737,7 +743,7 @@ fn name(e: &ExtentRecord) -> ExtentName {
     }
 }
 
-/// A server moves its engine to a thread of its own.
+/// A server moves its engine to its own thread, so this must compile.
 const _: () = {
     const fn is_send<T: Send>() {}
     is_send::<Engine>();

@@ -1,7 +1,7 @@
-//! The routed experts of a layer: which rows use which experts, computing experts as they come, and summing their outputs.
+//! The routed experts of a layer: finds which rows use which experts, computes experts as they arrive, and sums their outputs.
 //!
-//! A row's outputs are added in ascending order of expert, whatever the order in which experts arrive, so that the order of
-//! arrival cannot be seen in the result. [`Outputs`] ensures that, and takes only outputs that were computed from verified bytes.
+//! A row's outputs are added in ascending order of expert, whatever the order in which experts arrive, so the order of arrival
+//! never shows in the result. [`Outputs`] ensures that, and takes only outputs that were computed from verified bytes.
 
 use std::time::{Duration, Instant};
 
@@ -19,9 +19,9 @@ use super::token_table::TokenTable;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 use sluice_storage::pool::{self, Arrival, Expert, ExpertPart, LayerPass};
 
-/// Bytes of an expert that are worth computing with before the next ones are there: some 20 µs of work for two cores.
+/// Bytes of an expert that are worth computing with before the next ones have arrived: some 20 µs of work for two cores.
 const PART_BYTES: usize = 512 << 10;
-/// Most outputs that wait for their experts to come as a whole: that takes little longer than the output.
+/// Most outputs that wait until the rest of their expert has arrived, which takes little longer than the output.
 const WAITING_MAX: usize = 4;
 
 /// Router matrix and its bias, as places in the router extent.
@@ -32,9 +32,9 @@ struct Router {
     logit_bias: Option<VectorRef>,
     /// Added to the scores for the choice.
     choice_bias: Option<VectorRef>,
-    /// Factors on the weights.
+    /// Factors of the weights.
     expert_scale: Option<VectorRef>,
-    /// The experts of each token, which decide instead of scores.
+    /// The experts of each token, if a table decides and not scores.
     table: Option<TokenTable>,
 }
 
@@ -48,7 +48,7 @@ pub(super) struct Routed {
     expert_len: usize,
 }
 
-/// f32 values per row that combining takes, at most, beside the outputs that are kept.
+/// Most f32 values per row that combining takes, in addition to the outputs that are kept.
 pub(super) fn combining_width(hidden: u64) -> u64 {
     // The running sum, and one expert's output with the rows gathered for it, in f32 and in int8.
     4 * hidden
@@ -59,26 +59,26 @@ pub(super) fn output_bytes(moe: &MoeSpec, rows: usize, hidden: usize) -> u64 {
     4 * (rows as u64).saturating_mul((moe.top_k * hidden) as u64)
 }
 
-/// An expert that is computed while it is still being read.
+/// An expert that is computed while it is being read.
 #[derive(Debug)]
 struct Early {
-    /// Which one.
+    /// Number of the expert.
     expert: Option<u32>,
     tally: Tally,
     /// Its one input.
     x: Activations,
     begun: Begun,
-    /// Complete outputs of experts of the current pass that have not come as a whole.
+    /// Complete outputs of experts of the current pass whose last bytes have not arrived.
     waiting: Vec<Waiting>,
-    /// Buffers for more of them.
+    /// Buffers for more such outputs.
     free: Vec<Vec<f32>>,
 }
 
-/// An output that was complete before its expert came as a whole.
+/// An output that was complete before all of its expert had arrived.
 #[derive(Debug)]
 struct Waiting {
     expert: u32,
-    /// The checksum of its bytes, if it is wanted.
+    /// The checksum of its bytes, if it is needed.
     sum: Option<u64>,
     /// `[hidden]`, or longer.
     values: Vec<f32>,
@@ -114,12 +114,12 @@ impl Early {
     }
 }
 
-/// What one expert is applied to.
+/// The inputs of one expert.
 #[derive(Debug)]
 struct Inputs {
     /// Rows of the pass.
     rows: Vec<u32>,
-    /// Weights of these uses, where weights multiply inputs.
+    /// Weights of these uses, if weights multiply inputs.
     factors: Vec<f32>,
     /// The gathered rows.
     x: Activations,
@@ -135,10 +135,10 @@ pub(super) struct ExpertScratch {
     logits: Vec<f32>,
     bias: Vec<f32>,
     router: RouterScratch,
-    /// The experts of one token, out of a table.
+    /// The experts of one token, from a table.
     listed: Vec<u32>,
     choices: Vec<Choice>,
-    /// Choices that are others than the routers' own, since the start.
+    /// Choices that differ from the routers' own, since the start.
     replaced: u64,
     /// By expert, then row.
     uses: Vec<Use>,
@@ -150,7 +150,7 @@ pub(super) struct ExpertScratch {
 }
 
 impl ExpertScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new(compute: &Compute, most_kept: u64) -> Self {
         ExpertScratch {
             inputs: Inputs { rows: Vec::new(), factors: Vec::new(), x: Activations::new(compute.precision) },
@@ -170,7 +170,7 @@ impl ExpertScratch {
         }
     }
 
-    /// Empty buffers in place of these; what was counted stays.
+    /// Empty buffers in place of these; the counts stay.
     pub fn anew(&self, compute: &Compute) -> Self {
         ExpertScratch { replaced: self.replaced, ..ExpertScratch::new(compute, self.outputs.most_kept()) }
     }
@@ -187,7 +187,7 @@ impl ExpertScratch {
         &self.choices
     }
 
-    /// How many choices have been others than the routers' own, because those in memory were preferred.
+    /// How many choices differed from the routers' own because experts in memory were preferred.
     pub fn replaced(&self) -> u64 {
         self.replaced
     }
@@ -197,25 +197,25 @@ impl ExpertScratch {
         &self.experts
     }
 
-    /// How the outputs of `rows` rows are to be combined.
+    /// How the outputs of `rows` rows will be combined.
     pub fn combine(&mut self, routed: &Routed, rows: usize, hidden: usize) -> Combining {
         self.outputs.combine(output_bytes(&routed.spec, rows, hidden))
     }
 }
 
-/// The uses of one expert, out of all.
+/// The uses of one expert among `uses`.
 fn uses_of(expert: u32, uses: &[Use]) -> &[Use] {
     let first = uses.partition_point(|used| used.expert < expert);
     let last = uses.partition_point(|used| used.expert <= expert);
     &uses[first..last]
 }
 
-/// Bytes of memory for the checksums of experts of `len` bytes: of one that is there and of one that is being read.
+/// Bytes of memory for the checksums of experts of `len` bytes: for one that has arrived and one that is being read.
 pub(super) fn tally_memory(len: u64) -> u64 {
     2 * Tally::memory(len)
 }
 
-/// Verifies an expert before it is computed; `None` if its bytes are damaged, or the step has been cancelled meanwhile.
+/// Verifies an expert before it is computed; `None` if its bytes are damaged, or the step was cancelled meanwhile.
 fn settle_first<'p>(compute: &Compute, expert: pool::Unsettled<'p>, tally: &mut Tally) -> Option<Expert<'p>> {
     let bytes = expert.bytes();
     let tally = tally.begin(bytes.len());
@@ -226,7 +226,7 @@ fn settle_first<'p>(compute: &Compute, expert: pool::Unsettled<'p>, tally: &mut 
     if compute.is_cancelled() {
         return None;
     }
-    // A damaged one comes once more.
+    // A damaged expert is handed out a second time.
     expert.settle(tally.checksum()).ok()
 }
 
@@ -263,7 +263,7 @@ impl Routed {
         self.spec.top_k
     }
 
-    /// The router's `logits` `[x.n(), experts]`. Returns the bias of the choice, which lives in `vector`.
+    /// Computes the router's `logits` `[x.n(), experts]`. Returns the bias of the choice, which is stored in `vector`.
     pub(super) fn logits<'v>(
         &self,
         compute: &Compute,
@@ -287,13 +287,13 @@ impl Routed {
         Some(vector)
     }
 
-    /// Where the experts of tokens are listed, if scores do not decide.
+    /// The table with the experts of each token, if scores do not decide.
     pub(super) fn table(&self) -> Option<&TokenTable> {
         self.router.table.as_ref()
     }
 
-    /// Fills `choices`, `uses` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows. `preferred`: the experts that
-    /// are preferred to others, if any are.
+    /// Fills `choices`, `uses` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows. `preferred`: the experts
+    /// that are preferred to others, if any.
     ///
     /// # Errors
     /// [`ModelError::TokenTable`] and [`ModelError::Token`], if a table decides.
@@ -335,8 +335,8 @@ impl Routed {
         Ok(())
     }
 
-    /// Computes the experts of the rows `x` as the pool hands them out and adds their weighted sum to `out` `[n, hidden]`, which
-    /// holds what the dense part gave. Returns the time that took, without waiting.
+    /// Computes the experts of the rows `x` as the pool hands them out, and adds their weighted sum to `out` `[n, hidden]`, which
+    /// holds the output of the dense part. Returns the time that this took, without waiting.
     pub(super) fn run(
         &self,
         step: Step<'_>,
@@ -348,10 +348,11 @@ impl Routed {
         let (compute, mut time) = (step.compute, Duration::ZERO);
         let combining = s.outputs.combining();
         s.outputs.begin(x.n(), self.spec.top_k, x.cols(), self.spec.weighted_input);
-        // An observer of inputs keeps what it sees, so that has to be right at once. An output that is added at once cannot be taken back.
+        // An observer keeps the inputs that it sees, so they have to be right at once. An output that is added at once cannot be
+        // undone.
         let observed = compute.observer.is_some();
         let first = observed || combining == Combining::InOrder;
-        // A part pays where the drive is waited for, and its output needs a place until the expert has been verified.
+        // Computing parts pays if the step waits for the drive; and the output needs a place until the expert has been verified.
         let early = step.rows.generate() && combining == Combining::Kept && !observed;
         let parts = early.then_some(PART_BYTES.min(self.expert_len / 2));
         self.prepare(x, s);
@@ -378,7 +379,8 @@ impl Routed {
         Ok(time)
     }
 
-    /// Allocates room for parts and tallies beforehand: whether any come depends on timing, and must not cause an allocation later.
+    /// Allocates room for parts and tallies in advance: whether any are needed depends on timing, and must not cause an allocation
+    /// later.
     fn prepare(&self, x: &Activations, s: &mut ExpertScratch) {
         let early = &mut s.early;
         early.clear();
@@ -391,7 +393,7 @@ impl Routed {
         s.tally.reserve(self.expert_len);
     }
 
-    /// Computes an expert that is there and verified.
+    /// Computes an expert that has arrived and is verified.
     fn compute_settled(&self, compute: &Compute, expert: &Expert<'_>, x: &Activations, s: &mut ExpertScratch) {
         let (id, hidden) = (expert.expert(), x.cols());
         if let Some(waiting) = self.finish_early(compute, id, expert.bytes(), false, s) {
@@ -407,8 +409,8 @@ impl Routed {
         }
     }
 
-    /// Computes an expert that is there, and its checksum. If that is wrong, the pool reads the expert again, and it comes once
-    /// more.
+    /// Computes an expert that has arrived, and its checksum. If the checksum is wrong, the pool reads the expert again and hands
+    /// it out a second time.
     fn compute_unsettled(
         &self,
         compute: &Compute,
@@ -426,7 +428,7 @@ impl Routed {
         let output = self.gather(x, uses_of(id, &s.uses), &s.choices, &mut s.inputs, &mut s.output);
         let output = Unsettled::compute(&expert, &mut s.tally, output, |extent, out| {
             self.expert.forward(compute, extent, id, &s.inputs.x, &mut s.gated, out);
-            // Once cancelled, the tally may have only some of the bytes, and cannot tell whether they are right.
+            // After a cancellation, the tally may lack some bytes, so it cannot tell whether they are right.
             !compute.is_cancelled()
         });
         if let Some(Ok(output)) = output.map(|output| output.settle(expert)) {
@@ -434,7 +436,8 @@ impl Routed {
         }
     }
 
-    /// The output of an expert that was begun before it came as a whole, if it was: completed, unless the step is cancelled.
+    /// The output of an expert that was begun before all of it had arrived, if there is one. It is completed, unless the step is
+    /// cancelled.
     fn finish_early(
         &self,
         compute: &Compute,
@@ -449,7 +452,7 @@ impl Routed {
         s.early.take(expert)
     }
 
-    /// Goes on with an expert of which more has arrived, if one row uses it: the rows of several do not lie together.
+    /// Continues with an expert of which more has arrived, if only one row uses it: the rows of several do not lie together.
     fn compute_part(&self, compute: &Compute, part: ExpertPart<'_>, x: &Activations, s: &mut ExpertScratch) {
         let (id, bytes, len) = (part.expert(), part.bytes(), part.len());
         let early = &mut s.early;
@@ -470,8 +473,8 @@ impl Routed {
         part.more_at(more_at);
     }
 
-    /// Computes what `prefix` allows of the expert in `early`, whose extent has `len` bytes; when that is all of it, its output
-    /// waits for it. `tallied`: the checksum is wanted.
+    /// Computes as much of the expert in `early` as `prefix` allows; its extent has `len` bytes. If that is all of it, its output
+    /// waits for it. `tallied`: the checksum is needed.
     fn advance_early(&self, compute: &Compute, prefix: &[u8], len: usize, tallied: bool, early: &mut Early) {
         let Early { expert, tally, x, begun, waiting, free } = early;
         let Some(id) = *expert else { return };

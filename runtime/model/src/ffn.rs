@@ -30,14 +30,14 @@ pub struct Ffn {
     apart: Option<Apart>,
 }
 
-/// Projections into the space that experts compute in, and back, as places in the dense extent.
+/// Projections into the space in which experts compute, and back, as places in the dense extent.
 #[derive(Debug)]
 struct Latent {
     down: MatrixRef,
     up: MatrixRef,
 }
 
-/// Norms of their own that experts and router have before them, and dense part and experts behind them.
+/// Norms of a layer whose experts are apart: those before experts and router, and those after the dense part and the experts.
 #[derive(Debug)]
 struct Apart {
     router: Norm,
@@ -58,9 +58,9 @@ impl Apart {
     }
 }
 
-/// f32 values of scratch per row for experts apart from the dense part.
+/// f32 values of scratch per row, for experts apart from the dense part.
 pub(super) fn apart_width(spec: &FfnSpec, hidden: u64) -> u64 {
-    // Inputs of router and experts, in f32 and in int8, what is being normalised, and the experts' sum.
+    // Inputs of router and experts, in f32 and in int8, the rows that are being normalised, and the experts' sum.
     if spec.moe.as_ref().is_some_and(|moe| moe.apart) { 6 * hidden } else { 0 }
 }
 
@@ -87,7 +87,7 @@ impl ApartScratch {
         }
     }
 
-    /// The rows `x` of the residual as router and experts see them.
+    /// Sets the inputs of router and experts for the rows `x` of the residual.
     fn set(&mut self, apart: &Apart, extent: &[u8], x: &[f32]) {
         let (hidden, normed) = (apart.router.width(), sized(&mut self.normed, x.len()));
         for (norm, input) in [(&apart.router, &mut self.router), (&apart.experts, &mut self.experts)] {
@@ -107,11 +107,11 @@ pub struct FfnScratch {
     experts: ExpertScratch,
     apart: ApartScratch,
     prefetcher: Prefetcher,
-    /// How much experts in memory are preferred while tokens are generated.
+    /// How strongly experts in memory are preferred while tokens are generated.
     preference: Preference,
 }
 
-/// What experts read and write, where that is not as wide as the layer.
+/// Inputs and outputs of experts that are not as wide as the layer.
 #[derive(Debug)]
 struct LatentScratch {
     /// `[n, latent]`.
@@ -128,7 +128,7 @@ impl LatentScratch {
 }
 
 impl FfnScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new(compute: &Compute, options: ModelOptions) -> Self {
         FfnScratch {
             x: Activations::new(compute.precision),
@@ -142,7 +142,7 @@ impl FfnScratch {
         }
     }
 
-    /// Gives all buffers back; what prefetches have taught stays.
+    /// Frees all buffers; what prefetches have learned stays.
     pub fn give_back(&mut self, compute: &Compute) {
         let FfnScratch { x, gated, gate, latent, experts, apart, prefetcher, preference: _ } = self;
         *latent = LatentScratch::new(compute);
@@ -154,12 +154,12 @@ impl FfnScratch {
         prefetcher.give_back(compute);
     }
 
-    /// Whether the next layer's experts are to be prefetched.
+    /// Whether the next layer's experts will be prefetched.
     pub(super) fn prefetches(&self) -> bool {
         self.prefetcher.enabled()
     }
 
-    /// How many choices have been others than the routers' own.
+    /// How many choices differed from the routers' own.
     pub(super) fn replaced(&self) -> u64 {
         self.experts.replaced()
     }
@@ -170,7 +170,7 @@ impl FfnScratch {
     }
 }
 
-/// What the feed-forward part of one layer computes with.
+/// The data with which the feed-forward part of one layer computes.
 pub struct FfnStep<'a> {
     /// Kernels, threads, precision.
     pub compute: &'a Compute,
@@ -182,14 +182,14 @@ pub struct FfnStep<'a> {
     pub router: &'a [u8],
     /// Bytes of the dense extent, if the layer has one.
     pub dense: Option<&'a [u8]>,
-    /// What this part sees of the residual, `[n, hidden]`.
+    /// This part's view of the residual, `[n, hidden]`.
     pub residual: &'a [f32],
-    /// The next layer, to read ahead for it.
+    /// The next layer, for prefetching its experts.
     pub ahead: Option<NextLayer<'a>>,
 }
 
 impl FfnStep<'_> {
-    /// For what is computed with the router extent.
+    /// The step for parts whose weights are in the router extent.
     fn router(&self) -> Step<'_> {
         Step { compute: self.compute, rows: self.rows, extent: self.router }
     }
@@ -266,7 +266,7 @@ impl Ffn {
                 Some(pool.begin_layer(step.layer as u32, experts.distinct(), &routing)?)
             }
         };
-        // The reads are under way: what every token needs is computed meanwhile.
+        // The reads are under way; meanwhile, compute what every token needs.
         match (&self.dense, step.dense) {
             (Some(dense), Some(bytes)) => {
                 dense.forward(step.compute, Tallied::not(bytes), 0, activations, gated, out);
@@ -308,8 +308,8 @@ struct Experts<'a, 's, 'p> {
 }
 
 impl Experts<'_, '_, '_> {
-    /// Experts that compute in a space of their own: their weighted sum is projected back and added to `out` `[n, hidden]`. `x`: the
-    /// rows as the dense part sees them.
+    /// Experts that compute in a space of their own: their weighted sum is projected back and added to `out` `[n, hidden]`. `x`:
+    /// the rows as the dense part sees them.
     fn in_latents(
         self,
         of_layer: &Latent,
@@ -333,7 +333,8 @@ impl Experts<'_, '_, '_> {
         Ok(time)
     }
 
-    /// Experts apart from the dense part, whose output `out` `[n, hidden]` holds: both are normalised before they are added.
+    /// Experts apart from the dense part: their output and that of the dense part, `out` `[n, hidden]`, are normalised before they
+    /// are added.
     fn apart(self, apart: &Apart, scratch: &mut ApartScratch, out: &mut [f32]) -> Result<Duration, ModelError> {
         let (step, len) = (self.step, out.len());
         let ApartScratch { norm, normed, experts: x, sum, .. } = scratch;

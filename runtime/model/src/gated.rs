@@ -1,7 +1,7 @@
 //! One feed-forward network inside an extent: the dense part of a layer, or an expert. Most have a gate.
 //!
-//! Rows are stored in file order and never added to each other, so that an extent which is still being read can be computed
-//! as far as it is there: first rows of gate and up, then rows of down. The result has the same bits.
+//! Rows are stored in file order and never added to each other. So an extent that is still being read can be computed as far as it
+//! has arrived: first rows of gate and up, then rows of down. The result has the same bits.
 
 use std::ops::Range;
 
@@ -28,9 +28,9 @@ pub struct GatedFfn {
 enum GateUp {
     /// One matrix, in which their row groups alternate.
     Pair(MatrixRef),
-    /// One behind the other: each with a type and an order of columns of its own.
+    /// Two matrices, one after the other, each with its own type and order of columns.
     Apart([MatrixRef; 2]),
-    /// Up, where there is no gate.
+    /// Up alone, if there is no gate.
     Up(MatrixRef),
 }
 
@@ -54,7 +54,7 @@ impl GateUp {
         }
     }
 
-    /// What one row group of the network's hidden layer takes of each matrix, in row groups.
+    /// Row groups of each matrix that one row group of the network's hidden layer needs.
     fn groups_each(&self) -> usize {
         match self {
             GateUp::Pair(_) => 2,
@@ -71,14 +71,14 @@ struct FfnBias {
     down: VectorRef,
 }
 
-/// How far a network has been computed.
+/// How much of a network has been computed.
 #[derive(Clone, Copy, Debug, Default)]
 struct Progress {
-    /// Row groups of the hidden layer that are computed of each matrix of gate and up.
+    /// Row groups of the hidden layer that have been computed, for each matrix of gate and up.
     gate_up: [usize; 2],
-    /// Row groups of down that are computed.
+    /// Row groups of down that have been computed.
     down: usize,
-    /// The bias of down has been added: nothing is left to do.
+    /// Whether the bias of down has been added, so that nothing is left to do.
     done: bool,
 }
 
@@ -87,7 +87,7 @@ struct Progress {
 pub(super) struct Begun {
     progress: Progress,
     scratch: GatedScratch,
-    /// The input of the matrix that was last begun, if its columns have an order of their own.
+    /// The input of the matrix that was begun last, if its columns have an order of their own.
     reordered: Activations,
     /// `[hidden]`, or longer.
     output: Vec<f32>,
@@ -99,7 +99,7 @@ impl Begun {
         Begun { progress: Progress::default(), scratch, reordered, output: Vec::new() }
     }
 
-    /// Begins with another network or another row.
+    /// Restarts for another network or another row.
     pub fn restart(&mut self) {
         self.progress = Progress::default();
     }
@@ -109,7 +109,7 @@ impl Begun {
         self.progress.done
     }
 
-    /// Gives away the output, `[hidden]` or longer, once it is complete; what comes next is written to `with`.
+    /// Gives away the output, `[hidden]` or longer, once it is complete; the next one is written to `with`.
     pub fn swap_output(&mut self, with: &mut Vec<f32>) {
         std::mem::swap(&mut self.output, with);
     }
@@ -161,7 +161,8 @@ impl GatedFfn {
         Ok(GatedFfn { gate_up, down: tensors.matrix("down")?, bias, width, activation })
     }
 
-    /// `out` `[n, hidden]` = down · act(gate · x, up · x), or without a gate down · act(up · x). `index`: the expert, if it is one.
+    /// `out` `[n, hidden]` = down · act(gate · x, up · x), or without a gate down · act(up · x). `index`: the number of the expert,
+    /// if it is one.
     pub(super) fn forward(
         &self,
         compute: &Compute,
@@ -171,7 +172,7 @@ impl GatedFfn {
         s: &mut GatedScratch,
         out: &mut [f32],
     ) {
-        // Every byte is tallied once, though some rows may meet the weights after the others.
+        // Every byte is tallied once, although some rows may meet the weights after the others.
         let of_rows = |rows: &Range<usize>| if rows.start == 0 { extent } else { Tallied::not(extent.bytes) };
         compute.observe(&self.gate_up.matrices()[0], index, x);
         self.make_room(x.n(), s);
@@ -191,7 +192,7 @@ impl GatedFfn {
         self.tally_rest(extent);
     }
 
-    /// Adds what is in no matrix to the tally of a whole extent: every byte is in it then.
+    /// Adds the bytes that belong to no matrix to the tally of a whole extent, which then has every byte.
     fn tally_rest(&self, extent: Tallied<'_>) {
         // The file's reader has checked that they are stored in this order.
         let mut end = 0;
@@ -202,8 +203,8 @@ impl GatedFfn {
         extent.add(end..extent.bytes.len());
     }
 
-    /// Goes on with `begun`, for the one row `x`, as far as `prefix`, the first bytes of an extent of `len` bytes, allows. Tells no
-    /// observer what it sees, since the bytes may turn out to be damaged.
+    /// Continues with `begun`, for the one row `x`, as far as `prefix`, the first bytes of an extent of `len` bytes, allows. Tells
+    /// no observer, because the bytes may turn out to be damaged.
     pub(super) fn advance(
         &self,
         compute: &Compute,
@@ -275,7 +276,7 @@ impl GatedFfn {
         self.bias.map_or(0, |bias| bias.gate.end().max(bias.up.end()).max(bias.down.end()))
     }
 
-    /// Room for what `gate_up_rows` computes of `n` tokens.
+    /// Makes room for the results of `gate_up_rows` for `n` tokens.
     fn make_room(&self, n: usize, s: &mut GatedScratch) {
         sized(&mut s.hidden, n * self.width);
         match &self.gate_up {
@@ -285,11 +286,12 @@ impl GatedFfn {
         }
     }
 
-    /// Computes the rows of these groups of the hidden layer, of one matrix of gate and up: of all groups, or for one token of any.
-    /// `x`: the tokens from `first` on, as they are for the matrix.
+    /// Computes the rows of these groups of the hidden layer, for one matrix of gate and up: all groups, or any groups if there is
+    /// one token. `x`: the tokens from `first` on, in the form that the matrix takes.
     ///
-    /// A pair leaves the hidden layer in `s.hidden`, or with biases both products in `s.pair`, as the row groups alternate. Of two
-    /// matrices the product of gate is left in `s.pair`, that of up in `s.hidden`; so is that of up alone.
+    /// A pair leaves the hidden layer in `s.hidden`, or, if there are biases, both products in `s.pair`, with alternating row
+    /// groups. Of two matrices, the product of gate is left in `s.pair` and that of up in `s.hidden`. If there is only up, its
+    /// product is left in `s.hidden` too.
     fn gate_up_rows(
         &self,
         compute: &Compute,
@@ -326,7 +328,7 @@ impl GatedFfn {
         }
     }
 
-    /// From what `gate_up_rows` has left to the input of `down`.
+    /// Turns the results of `gate_up_rows` into the input of `down`.
     fn activate(&self, extent: &[u8], n: usize, s: &mut GatedScratch) {
         let hidden = sized(&mut s.hidden, n * self.width);
         if let Some(bias) = &self.bias {
@@ -360,7 +362,7 @@ impl GatedFfn {
         s.activations.set(hidden, n, self.width);
     }
 
-    /// Computes the rows of these groups of `down`: of all groups, or for one token of any.
+    /// Computes the rows of these groups of `down`: all groups, or any groups if there is one token.
     fn down_rows(
         &self,
         compute: &Compute,
@@ -385,7 +387,7 @@ impl GatedFfn {
     }
 }
 
-/// The part of `out` `[n, rows]` that these row groups make, and how many rows that is: all of them, unless `n` is 1.
+/// The part of `out` `[n, rows]` that these row groups compute, and the number of its rows: all of them, unless `n` is 1.
 fn rows_of<'a>(out: &'a mut [f32], n: usize, groups: &Range<usize>, rows: usize) -> (usize, &'a mut [f32]) {
     let (first, end) = (groups.start * ROW_GROUP, (groups.end * ROW_GROUP).min(rows));
     if n == 1 {
@@ -426,12 +428,12 @@ mod tests {
         Compute::new(kernels, ThreadPool::new(2).into(), Precision::Int8)
     }
 
-    /// Numbers from -1 to 1, always the same.
+    /// Numbers from -1 to 1, the same every time.
     fn numbers(count: usize) -> impl Iterator<Item = f32> {
         (0..count as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0)
     }
 
-    /// Row groups that are multiples of each other, behind an order that turns the columns around.
+    /// Row groups that are multiples of each other, after an order that reverses the columns.
     fn fill_matrix(extent: &mut [u8], record: &TensorRecord) {
         let (ty, cols) = (record.weight_type, record.shape[2] as usize);
         let values: Vec<f32> = numbers(ROW_GROUP * cols).collect();
@@ -446,7 +448,7 @@ mod tests {
         }
     }
 
-    /// An expert and the bytes of its extent, whole pages. `up`: the type of up, if that stands apart.
+    /// An expert and the bytes of its extent, whole pages. `up`: the type of up, if it is a matrix of its own.
     fn network(
         stored: Stored,
         up: Option<Stored>,
@@ -498,7 +500,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
-        /// In whatever portions an extent arrives, and whatever was in the buffers before: the same bits, and its checksum.
+        /// The bits and the checksum are the same in whatever portions an extent arrives, and whatever the buffers held before.
         #[test]
         fn portions_give_what_the_whole_gives(
             stored in prop_oneof![Just(Stored::F32), Just(Stored::Bf16), Just(Stored::Q8), Just(Stored::Q4)],
@@ -523,7 +525,7 @@ mod tests {
             let mut ends: Vec<usize> = cuts.iter().map(|cut| (cut * pages as f64) as usize * 4096).collect();
             ends.sort_unstable();
             ends.push(extent.len());
-            // Whatever an earlier network left behind.
+            // These hold what an earlier network left.
             let (reordered, output) = (Activations::new(compute.precision), vec![f32::NAN; hidden + 3]);
             let mut begun = Begun { progress: Progress::default(), scratch, reordered, output };
             let tally = tally.begin(extent.len());
@@ -541,7 +543,8 @@ mod tests {
         }
     }
 
-    /// A network without a gate, of which more is there each time: the bits of the whole, which are the square of what is positive of up.
+    /// A network without a gate, of which more arrives each time, gives the bits of the whole: the squares of the positive numbers
+    /// of up.
     #[test]
     fn without_a_gate_portions_give_what_the_whole_gives() {
         let compute = compute();
@@ -570,7 +573,7 @@ mod tests {
         assert_eq!(&output[..70], whole);
     }
 
-    /// Gate and up apart: the bits of the pair.
+    /// Gate and up as two matrices give the bits of the pair.
     #[test]
     fn apart_gives_what_the_pair_gives() {
         let compute = compute();
@@ -592,7 +595,7 @@ mod tests {
         }
     }
 
-    /// Makes the row groups of a pair what those of two equal matrices are: the first of each, then the second of each.
+    /// Makes the row groups of a pair equal to those of two equal matrices: the first of each, then the second of each.
     fn alternate(network: &GatedFfn, extent: &mut [u8]) {
         let GateUp::Pair(pair) = network.gate_up else { unreachable!("it is a pair") };
         let group = |i| pair.group_start(i)..pair.group_start(i + 1);

@@ -7,10 +7,10 @@ use super::ModelError;
 use super::compute::{Compute, sized};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// Rows whose streams are normalised and multiplied together: bounds the scratch, whatever the pass.
+/// Rows whose streams are normalised and multiplied together, which bounds the scratch, whatever the size of the pass.
 const ROWS_TOGETHER: usize = 64;
 
-/// The streams as one part of a layer sees them, or the head.
+/// The streams as one part of a layer, or the head, sees them.
 #[derive(Debug)]
 pub struct GatedStreams {
     count: usize,
@@ -19,21 +19,21 @@ pub struct GatedStreams {
     norm: VectorRef,
     down: MatrixRef,
     up: MatrixRef,
-    /// How a part's output enters each stream; none behind the last layer.
+    /// How a part's output enters each stream; `None` after the last layer.
     inject: Option<MatrixRef>,
 }
 
 /// Buffers for gated streams.
 #[derive(Debug)]
 pub struct GatedScratch {
-    /// Of [`ROWS_TOGETHER`] rows: all streams normalised, `[rows, width]`.
+    /// All streams of [`ROWS_TOGETHER`] rows, normalised, `[rows, width]`.
     normed: Vec<f32>,
     activations: Activations,
     /// `[rows, rank]`.
     low: Vec<f32>,
     /// `[rows, width]`.
     gates: Vec<f32>,
-    /// What a part's output is multiplied with on its way into each stream, of all rows, `[rows, count]`.
+    /// The factors of a part's output for each stream, for all rows, `[rows, count]`.
     inject: Vec<f32>,
     norm: Vec<f32>,
 }
@@ -54,7 +54,7 @@ impl Default for GatedScratch {
 /// Bytes of scratch for passes of `rows` rows.
 pub fn scratch_memory(spec: &GatedStreamsSpec, hidden: usize, rows: usize) -> u64 {
     let width = (spec.count * hidden) as u64;
-    // Streams, their copy as activations, and gates; a norm.
+    // Streams, their copy as activations, gates, and a norm.
     let together = (3 * width + 2 * spec.rank as u64) * ROWS_TOGETHER.min(rows) as u64 + width;
     4 * (spec.count as u64 * rows as u64 + together)
 }
@@ -77,7 +77,7 @@ impl GatedStreams {
         })
     }
 
-    /// What the part sees of the streams `x` `[n, count, hidden]`: writes `out` `[n, hidden]`, and keeps how its output enters them.
+    /// The part's view of the streams `x` `[n, count, hidden]`: writes `out` `[n, hidden]`, and keeps how its output enters them.
     pub fn read(&self, compute: &Compute, extent: &[u8], x: &[f32], scratch: &mut GatedScratch, out: &mut [f32]) {
         let (count, hidden) = (self.count, self.hidden);
         let width = count * hidden;
@@ -92,7 +92,7 @@ impl GatedStreams {
             compute.threads.for_each_piece(normed, hidden, &|i, normed| {
                 rms_norm(&x[i * hidden..][..hidden], &norm[i % count * hidden..][..hidden], self.norm_eps, normed);
             });
-            // Nobody observes what meets these matrices: they are never rounded.
+            // The inputs of these matrices are not observed, because the matrices are never rounded.
             let product = |matrix: &MatrixRef, activations: &Activations, out: &mut [f32]| {
                 compute.kernels.matmul(&compute.threads, matrix.view(extent), activations, out);
             };

@@ -1,6 +1,6 @@
-//! Grouped-query attention (arXiv:2305.13245) with rotary positions, and what families add to it: norms of queries and keys,
-//! biases, a sliding window or stretches, attention sinks, a temperature that falls with the position, an output gate, a choice of
-//! blocks of keys.
+//! Grouped-query attention (arXiv:2305.13245) with rotary positions, and the additions of various families: norms of queries and
+//! keys, biases, a sliding window or stretches, attention sinks, a temperature that depends on the position, an output gate, a
+//! choice of blocks of keys.
 
 use sluice_format::{GqaSpec, QkNormScope};
 use sluice_kernels::{Activations, QueryTile, rms_norm, sigmoid};
@@ -13,7 +13,7 @@ use super::rows::Caches;
 use super::tasks::{self, Heads, Most, Task, Tasks};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// Queries (heads times rows) of a task: with a block of their keys they fit the second-level cache.
+/// Queries (heads times rows) of a task: with a block of their keys they fit in the second-level cache.
 const QUERIES_TOGETHER: usize = 64;
 
 /// Weights of one layer's attention, as places in its extent.
@@ -23,7 +23,7 @@ pub struct Gqa {
     rope: Option<Rope>,
     q: Projection,
     k: Projection,
-    /// Without one, values are keys.
+    /// `None` if values are keys.
     v: Option<Projection>,
     o: Projection,
     q_norm: Option<VectorRef>,
@@ -58,7 +58,7 @@ impl Projection {
     }
 }
 
-/// What all tasks of a pass read.
+/// The data that all tasks of a pass read.
 #[derive(Clone, Copy)]
 struct Queries<'a, 's> {
     step: Step<'a>,
@@ -100,7 +100,7 @@ pub struct GqaScratch {
 }
 
 impl GqaScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new(compute: &Compute) -> Self {
         GqaScratch {
             activations: Activations::new(compute.precision),
@@ -270,7 +270,7 @@ impl Gqa {
         }
     }
 
-    /// Leaves the heads' outputs in `scratch.by_task`, as `scratch.tasks` say.
+    /// Leaves the heads' outputs in `scratch.by_task`, divided as in `scratch.tasks`.
     fn attend(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut GqaScratch) {
         let s = &self.spec;
         let GqaScratch { query, by_task, tasks, sinks, blocks, .. } = scratch;
@@ -308,7 +308,7 @@ impl Gqa {
         let cache = caches.of(span).key_value();
         let (mut left, mut row) = (out, task.rows.start);
         while row < task.rows.end {
-            // A row with blocks of its own choice is alone with its heads; others meet their keys together.
+            // A row with its own choice of blocks shares keys only among its heads; other rows meet their keys together.
             let own = chosen(row);
             let alike = (row + 1..task.rows.end).find(|&row| chosen(row).is_some());
             let end = if own.is_some() { row + 1 } else { alike.unwrap_or(task.rows.end) };
@@ -327,7 +327,8 @@ impl Gqa {
         }
     }
 
-    /// Puts the queries of a task's rows and heads into the tile, with what they see: positions, or places in the list of chosen keys.
+    /// Adds the queries of a task's rows and heads to the tile, with what they see: positions, or places in the list of chosen
+    /// keys.
     fn begin_tile(&self, queries: Queries<'_, '_>, task: &Task, tile: &mut QueryTile) {
         let (s, Queries { step, query, sinks, blocks, .. }) = (&self.spec, queries);
         tile.begin(s.head_dim, s.v_head_dim, s.softmax_scale);
@@ -343,7 +344,7 @@ impl Gqa {
         }
     }
 
-    /// Brings the outputs into the order `[n, heads, v_head_dim]` and applies the output gate.
+    /// Puts the outputs into the order `[n, heads, v_head_dim]` and applies the output gate.
     fn gather_heads(&self, step: Step<'_>, scratch: &mut GqaScratch) {
         let (s, n) = (&self.spec, step.n());
         let GqaScratch { activations, by_task, tasks, by_token, gate, .. } = scratch;
@@ -361,8 +362,8 @@ impl Gqa {
     }
 }
 
-/// Multiplies the outputs of heads, `[n, heads, width]`, by the sigmoid of one number per head, which `matrix` makes of the layer's
-/// input `x`.
+/// Multiplies the outputs of heads, `[n, heads, width]`, by the sigmoid of one number per head; `matrix` computes these numbers
+/// from the layer's input `x`.
 pub(super) fn gate_heads(step: Step<'_>, matrix: &MatrixRef, x: &Activations, gate: &mut Vec<f32>, out: &mut [f32]) {
     let gate = sized(gate, step.n() * matrix.rows());
     step.multiply(matrix, x, gate);
@@ -373,9 +374,9 @@ pub(super) fn gate_heads(step: Step<'_>, matrix: &MatrixRef, x: &Activations, ga
     }
 }
 
-/// The RMS norm of each row of `x`, whose width is that of `weight`.
+/// The RMS norm of each row of `x`; rows are as wide as `weight`.
 fn normalise_rows(weight: &[f32], eps: f32, x: &mut [f32]) {
-    // In and out differ for the kernel; a head is short.
+    // The kernel needs different slices for input and output; a head is short.
     with_head_scratch(|scratch| {
         for row in x.chunks_exact_mut(weight.len()) {
             let copy = sized(&mut scratch.input, weight.len());

@@ -1,7 +1,7 @@
 //! The indexer of sparse attention (DeepSeek-V3.2): which earlier tokens each token attends to.
 //!
-//! Formula at [`IndexerSpec`]. While a token has no more predecessors than it may attend to, it attends to all, and nothing
-//! but the index keys is computed.
+//! Formulas are at [`IndexerSpec`]. While a token has no more predecessors than it may attend to, it attends to all of them, and
+//! only the index keys are computed.
 
 use sluice_format::{IndexerSpec, RopeSpec};
 use sluice_kernels::{Activations, KeyBlock, KvRows, key_blocks};
@@ -32,7 +32,7 @@ pub fn scratch_width(spec: &IndexerSpec) -> usize {
     spec.index_heads * (spec.index_head_dim + 1) + spec.index_head_dim + spec.index_top_k
 }
 
-/// What the rows of the current pass attend to, and buffers. A shared layer reads what the last other one chose.
+/// What the rows of the current pass attend to, and buffers. A layer that shares a choice reads the last choice of another layer.
 #[derive(Debug, Default)]
 pub struct IndexScratch {
     query: Vec<f32>,
@@ -41,7 +41,7 @@ pub struct IndexScratch {
     norm: Vec<f32>,
     bias: Vec<f32>,
     angles: RopeAngles,
-    /// Per row, ascending; none where it attends to all.
+    /// Positions for each row, ascending; empty if it attends to all.
     chosen: Vec<Vec<u32>>,
 }
 
@@ -51,19 +51,19 @@ impl IndexScratch {
         self.chosen.get(t).filter(|c| !c.is_empty()).map(Vec::as_slice)
     }
 
-    /// Whether any row attends to chosen positions alone.
+    /// Whether any row attends only to chosen positions.
     pub fn chooses(&self) -> bool {
         self.chosen.iter().any(|chosen| !chosen.is_empty())
     }
 
-    /// Every row attends to all.
+    /// Lets every row attend to all positions.
     pub fn choose_all(&mut self) {
         self.chosen.iter_mut().for_each(Vec::clear);
     }
 }
 
 impl Indexer {
-    /// The indexer of a layer that has one of its own.
+    /// The indexer of a layer that has its own.
     pub(super) fn new(
         spec: &IndexerSpec,
         rope: &RopeSpec,
@@ -84,7 +84,7 @@ impl Indexer {
         }))
     }
 
-    /// Extends `caches` by the index keys of the rows. `x`: their normalised inputs.
+    /// Adds the index keys of the rows to `caches`. `x`: their normalised inputs.
     pub fn extend(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, x: &Activations, scratch: &mut IndexScratch) {
         let (width, n) = (self.spec.index_head_dim, step.n());
         let IndexScratch { key, weights, norm, bias, angles, .. } = scratch;
@@ -101,12 +101,12 @@ impl Indexer {
                 self.rope.rotate(&mut place[..self.rotated], angles, row);
             }
         }
-        // The weights follow from the same input, which is gone when the queries are known.
+        // The weights are computed from the same input, which has been overwritten once the queries are known.
         let weights = sized(weights, n * self.spec.index_heads);
         step.multiply(&self.weights, x, weights);
     }
 
-    /// Chooses for each row; [`Indexer::extend`] has seen them. `latent`: their low-rank queries, normalised.
+    /// Chooses for each row, after [`Indexer::extend`] has seen the rows. `latent`: their low-rank queries, normalised.
     pub fn choose(&self, step: Step<'_>, caches: &Caches<'_, '_>, latent: &Activations, scratch: &mut IndexScratch) {
         let (s, n) = (&self.spec, step.n());
         if scratch.chosen.len() < n {
@@ -129,19 +129,19 @@ impl Indexer {
     }
 }
 
-/// What chooses keys: queries `[rows, heads, width]` and weights `[rows, heads]`.
+/// The data by which keys are chosen: queries `[rows, heads, width]` and weights `[rows, heads]`.
 pub struct Chooser<'a> {
     pub heads: usize,
     pub width: usize,
-    /// How many are chosen.
+    /// Number of keys to choose.
     pub top_k: usize,
     pub query: &'a [f32],
     pub weights: &'a [f32],
 }
 
 impl Chooser<'_> {
-    /// For every row, the keys with the highest scores, ascending, in its place in `chosen`; rows that see no more keys than are chosen
-    /// keep what is there. `keys`: how many keys a row sees, and where they are.
+    /// Writes the keys with the highest scores for every row, ascending, to its place in `chosen`. A row that sees no more keys
+    /// than are to be chosen keeps the contents of its place. `keys`: how many keys a row sees, and where they are.
     pub fn choose<'c>(
         &self,
         step: Step<'_>,
@@ -156,7 +156,7 @@ impl Chooser<'_> {
                 return;
             }
             with_head_scratch(|scratch| {
-                // All scores are not kept: of as many tokens as a context may have, that would be memory that no plan counts.
+                // Not all scores are kept: for as many tokens as a context may have, they would take memory that no plan counts.
                 let HeadScratch { tile, scores, best, .. } = scratch;
                 best.begin(top_k);
                 tile.begin(width, 0, 1.0);

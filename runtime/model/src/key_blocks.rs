@@ -1,7 +1,7 @@
 //! Block-sparse attention: which blocks of keys each row attends to, and how a tile of queries meets them.
 //!
-//! Formulas at [`KeyBlocksSpec`] and [`BlockScore`]; those of blocks with one key are in `key_means`. While there are no more blocks than a token may attend to, it attends to all, and nothing but the
-//! index keys is computed.
+//! Formulas are at [`KeyBlocksSpec`] and [`BlockScore`]; `key_means` has the code for blocks with one key. While there are no more
+//! blocks than a token may attend to, it attends to all of them, and only the index keys are computed.
 
 use sluice_format::{BlockScore, GqaSpec, KeyBlocksSpec};
 use sluice_kernels::{Activations, KEY_BLOCK, KeyBlock, KvBuffer, KvRows, key_blocks, rms_norm};
@@ -14,11 +14,11 @@ use super::rope::{Rope, RopeAngles};
 use super::rows::Caches;
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// Weights that choose blocks in one layer, as places in its extent.
+/// Weights for choosing blocks in one layer, as places in its extent.
 #[derive(Debug)]
 pub struct KeyBlocks {
     pub(super) spec: KeyBlocksSpec,
-    /// Query heads that follow one choice.
+    /// Query heads that use one choice.
     following: usize,
     pub(super) rope: Option<Rope>,
     q: MatrixRef,
@@ -33,23 +33,23 @@ pub struct KeyBlocksScratch {
     pub(super) query: Vec<f32>,
     pub(super) key: Vec<f32>,
     pub(super) norm: Vec<f32>,
-    /// Per row and choice, ascending numbers of blocks; none where the row attends to all.
+    /// Ascending numbers of blocks for each row and choice; empty if the row attends to all.
     pub(super) chosen: Vec<Vec<u32>>,
     pub(super) means: MeansScratch,
 }
 
-/// The blocks that a row attends to with the heads that follow one choice.
+/// The blocks that a row attends to with the heads that use one choice.
 #[derive(Clone, Copy, Debug)]
 pub struct ChosenBlocks<'a> {
     blocks: &'a [u32],
     block_len: usize,
-    /// Keys in all of them that the row sees.
+    /// Keys in all of these blocks that the row sees.
     keys: usize,
 }
 
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &KeyBlocksSpec) -> usize {
-    // A list of blocks takes six more, and may have room for twice as many as it holds, one more of which may be incomplete.
+    // A list of blocks takes six more, and may have room for twice as many as it holds; one of them may be incomplete.
     let lists = spec.choices() * (2 * (spec.top_blocks + 1) + 6);
     spec.index_heads * (spec.index_head_dim + 1) + lists + spec.index_head_dim + key_means::scratch_width(spec)
 }
@@ -65,7 +65,7 @@ impl ChosenBlocks<'_> {
         self.blocks[place / self.block_len] as usize * self.block_len + place % self.block_len
     }
 
-    /// From a place on, how many keys follow each other in one page.
+    /// How many keys follow each other in one page, from a place on.
     fn run(self, place: usize) -> usize {
         let in_page = PAGE_TOKENS - self.position(place) % PAGE_TOKENS;
         (self.block_len - place % self.block_len).min(in_page)
@@ -73,7 +73,7 @@ impl ChosenBlocks<'_> {
 }
 
 impl KeyBlocks {
-    /// `spec`: of the layer's attention.
+    /// `spec`: that of the layer's attention.
     pub(super) fn new(spec: &GqaSpec, blocks: &KeyBlocksSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
         Ok(KeyBlocks {
             following: spec.heads / blocks.choices(),
@@ -102,7 +102,7 @@ impl KeyBlocks {
         Some(ChosenBlocks { blocks, block_len, keys: blocks.len() * block_len - unseen })
     }
 
-    /// Extends `caches` by the index keys of the rows. `x`: their normalised inputs; `angles`: of their positions, if the layer
+    /// Adds the index keys of the rows to `caches`. `x`: their normalised inputs; `angles`: those of their positions, if the layer
     /// rotates.
     pub fn extend(
         &self,
@@ -130,7 +130,7 @@ impl KeyBlocks {
         }
     }
 
-    /// Chooses for each row; [`KeyBlocks::extend`] has seen them, with the same `x` and `angles`.
+    /// Chooses for each row, after [`KeyBlocks::extend`] has seen the rows with the same `x` and `angles`.
     pub fn choose(
         &self,
         step: Step<'_>,
@@ -163,7 +163,7 @@ impl KeyBlocks {
         });
     }
 
-    /// Leaves the queries of the scores in `scratch.query`, `[rows, index_heads, index_head_dim]`.
+    /// Leaves the queries for the scores in `scratch.query`, `[rows, index_heads, index_head_dim]`.
     pub(super) fn queries(&self, step: Step<'_>, x: &Activations, angles: &RopeAngles, scratch: &mut KeyBlocksScratch) {
         let KeyBlocksSpec { index_heads: heads, index_head_dim: width, index_norm_eps: eps, .. } = self.spec;
         let KeyBlocksScratch { query, key, norm, .. } = scratch;
@@ -178,7 +178,7 @@ impl KeyBlocks {
         }
     }
 
-    /// Chooses for one row with the query of one index head.
+    /// Chooses for one row, with the query of one index head.
     fn choose_for(
         &self,
         step: Step<'_>,
@@ -222,7 +222,7 @@ impl KeyBlocks {
 }
 
 /// The tile meets the keys and values of the chosen blocks in the order of their positions, cut into blocks of [`KEY_BLOCK`] by
-/// their place in the list. False once nobody wants the result any more.
+/// their place in the list. False if the step was cancelled meanwhile.
 pub fn attend(
     step: Step<'_>,
     cache: KeyValueCache<'_>,
@@ -259,7 +259,7 @@ pub fn attend(
     true
 }
 
-/// A buffer for the rows of one block, of the kind of `rows`.
+/// A buffer for the rows of one block, of the same type and width as `rows`.
 fn fitting<'a>(buffer: &'a mut Option<KvBuffer>, rows: &KvRows<'_>) -> &'a mut KvBuffer {
     if !buffer.as_ref().is_some_and(|buffer| buffer.is_like(rows)) {
         *buffer = None;

@@ -1,8 +1,8 @@
-//! Block-sparse attention whose blocks have one key each: the mean of those of its tokens (formula at
+//! Block-sparse attention whose blocks have one key each: the mean of the keys of its tokens (formula at
 //! [`BlockScore::MeanKey`](sluice_format::BlockScore)).
 //!
-//! What a token gives to its block's key is kept until the block is complete: so a block that is completed by one token at a time has
-//! the key of one that is completed within a prompt.
+//! A token's contribution to its block's key is kept until the block is complete. So a block that is completed one token at a time
+//! has the same key as one that is completed within a prompt.
 
 use sluice_format::{BlockScore, KeyBlocksSpec};
 use sluice_kernels::{Activations, rms_norm};
@@ -13,19 +13,19 @@ use super::key_blocks::{KeyBlocks, KeyBlocksScratch};
 use super::rope::RopeAngles;
 use super::rows::{Caches, Row};
 
-/// What such a layer keeps of a sequence behind its keys and values: keys of tokens whose block may not be complete, and keys of blocks.
+/// Stores of such a layer after its keys and values: keys of tokens whose block may be incomplete, and keys of blocks.
 pub const RAW: usize = 1;
 pub const BLOCK_KEYS: usize = 2;
 
 /// Buffers for the keys of blocks.
 #[derive(Debug, Default)]
 pub struct MeansScratch {
-    /// Span of the step and number of each block that the pass completes.
+    /// Number of the span in the step, and number of the block, for each block that the pass completes.
     completed: Vec<(usize, usize)>,
     /// `[completed, index_head_dim]`.
     keys: Vec<f32>,
     angles: RopeAngles,
-    /// Of the index heads, all 1.
+    /// Weights of the index heads, all 1.
     weights: Vec<f32>,
 }
 
@@ -33,7 +33,7 @@ pub struct MeansScratch {
 pub fn scratch_width(spec: &KeyBlocksSpec) -> usize {
     match spec.score {
         BlockScore::LargestKey => 0,
-        // A block's key and its angles, and what names it.
+        // A block's key and its angles, and the numbers that identify it.
         BlockScore::MeanKey => (2 * spec.index_head_dim + 4).div_ceil(spec.block_len),
     }
 }
@@ -87,7 +87,8 @@ impl KeyBlocks {
         }
     }
 
-    /// Chooses for each row; [`KeyBlocks::extend_means`] has seen them, with the same `x`. `angles`: of their positions.
+    /// Chooses for each row, after [`KeyBlocks::extend_means`] has seen the rows with the same `x`. `angles`: those of their
+    /// positions.
     pub(super) fn choose_by_means(
         &self,
         step: Step<'_>,
@@ -111,7 +112,7 @@ impl KeyBlocks {
         chooser.choose(step, keys, &mut chosen[..n]);
         for (chosen, position) in chosen.iter_mut().zip(step.rows.positions()).filter(|(chosen, _)| !chosen.is_empty())
         {
-            // What is behind the last complete block is always seen.
+            // Keys after the last complete block are always seen.
             if !(position + 1).is_multiple_of(block_len) {
                 chosen.push(complete(position) as u32);
             }

@@ -1,6 +1,6 @@
 //! A model that computes: its file, its memory, and the steps that sequences take through its layers.
 //!
-//! [`Engine`] opens a file and runs steps; [`memory`] plans how the budget is spent before anything large is allocated; `model`
+//! [`Engine`] opens a file and runs steps; [`memory`] plans the use of the budget before anything large is allocated; `model`
 //! executes the specification layer by layer over the rows of a step. Nothing here knows text, sampling or model families.
 
 mod attention;

@@ -1,7 +1,7 @@
-//! Mamba-2: what replaces attention in most layers of Nemotron-H.
+//! Mamba-2, which replaces attention in most layers of Nemotron-H.
 //!
-//! Formulas at [`MambaSpec`]. As in a gated delta net, its memory does not grow with the context, and a sequence's tokens go through one
-//! after the other, so that a span gives the same bits as its tokens one at a time.
+//! Formulas are at [`MambaSpec`]. As in a gated delta net, its memory does not grow with the context, and a sequence's tokens are
+//! processed one after the other, so a span gives the same bits as its tokens one at a time.
 
 use sluice_format::MambaSpec;
 use sluice_kernels::{Activations, exp, rms_norm, silu};
@@ -17,7 +17,7 @@ use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 #[derive(Debug)]
 pub struct Mamba {
     spec: MambaSpec,
-    /// Of `x`, `b` and `c`, in this order.
+    /// The convolution of `x`, `b` and `c`, in this order.
     convolution: Convolution,
     dt: MatrixRef,
     a_log: VectorRef,
@@ -46,7 +46,7 @@ pub struct MambaScratch {
     /// Steps, `[tokens, heads]`.
     steps: Vec<f32>,
     decays: Vec<f32>,
-    /// `[tokens, heads, head_dim]`, and so is `out`.
+    /// `[tokens, heads, head_dim]`, like `out`.
     z: Vec<f32>,
     out: Vec<f32>,
     vector: Vec<f32>,
@@ -54,7 +54,7 @@ pub struct MambaScratch {
 }
 
 impl MambaScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new(compute: &Compute) -> Self {
         MambaScratch {
             activations: Activations::new(compute.precision),
@@ -137,7 +137,8 @@ impl Mamba {
         }
     }
 
-    /// Row `t`: reads the state of `from`, or that in place, and leaves the new one with its output. One task per head.
+    /// Row `t`: reads the state `from`, or the state in place if there is none, and leaves the new state with its output. One task
+    /// per head.
     fn recur(&self, compute: &Compute, t: usize, from: Option<&[f32]>, to: &mut [f32], scratch: &mut MambaScratch) {
         let s = &self.spec;
         let (rows, width, len) = (s.state_dim, s.head_dim, head_len(s));
@@ -170,7 +171,7 @@ impl Mamba {
         }
     }
 
-    /// The gate, then the norm of each group.
+    /// Applies the gate, then the norm of each group.
     fn gate_output(&self, step: Step<'_>, scratch: &mut MambaScratch) {
         let (inner, width) = (self.spec.inner_width(), self.spec.inner_width() / self.spec.groups);
         let MambaScratch { out, z, vector, .. } = scratch;

@@ -33,7 +33,7 @@ pub enum ModelError {
     /// An extent could not be read into memory, or is damaged.
     #[error(transparent)]
     Pool(#[from] PoolError),
-    /// A tensor that the spec implies is not there.
+    /// A tensor that the spec requires is missing.
     #[error(
         "{path}: {extent} has no tensor `{tensor}`. The file was written by an incompatible version: convert it again"
     )]
@@ -61,7 +61,7 @@ pub enum ModelError {
         /// Tokens wanted.
         wanted: usize,
     },
-    /// The table of a layer's router names something that is no expert, or an expert twice.
+    /// The table of a layer's router lists a number that is no expert, or an expert twice.
     #[error(
         "{path}: {extent}: tensor `token_experts` gives token {token} the expert {listed}, twice or not one of {experts}. The \
          checkpoint is damaged: convert another copy"
@@ -73,22 +73,22 @@ pub enum ModelError {
         extent: String,
         /// The token.
         token: u32,
-        /// What is named.
+        /// The number that it lists.
         listed: f32,
         /// Experts of the layer.
         experts: usize,
     },
-    /// Fewer pages are free than the step needs. Nothing has been appended: it can be tried again when another sequence has given
-    /// pages back.
+    /// Fewer pages are free than the step needs. Nothing has been appended: the step can be tried again when another sequence has
+    /// returned pages.
     #[error(transparent)]
     PagesFull(#[from] PagesFull),
-    /// A sequence of another engine, whose pages it has.
+    /// The sequence and its pages belong to another engine.
     #[error("the sequence was made by another engine: make it with this one, or save it there and restore it here")]
     ForeignSequence,
     /// The caller has ended the step.
     #[error("the step was cancelled")]
     Cancelled,
-    /// What the head saw of the tokens before those that the prediction layer is given has another length.
+    /// The head inputs that were given to the prediction layer have the wrong length.
     #[error("{tokens} tokens need {expected} numbers of what the head saw before them, {found} were given")]
     HeadInputs {
         /// Tokens of the span.
@@ -112,11 +112,11 @@ pub struct ModelOptions {
     pub most_kept: u64,
     /// Whether the prediction layer is opened, if there is one.
     pub prediction: bool,
-    /// How experts are chosen otherwise than the routers say.
+    /// How experts are chosen otherwise than by the routers.
     pub thrift: Thrift,
 }
 
-/// Where the time of a forward pass went.
+/// Time spent in the parts of a forward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LayerTimes {
     /// Attention with its projections, without waiting for weights.
@@ -133,7 +133,7 @@ pub struct LayerTimes {
 #[derive(Debug)]
 pub struct Model {
     spec: ModelSpec,
-    /// Those of the decoder, then the prediction layer if it is open.
+    /// The layers of the decoder, then the prediction layer if it is open.
     layers: Vec<Layer>,
     embedding: Embedding,
     tail: Tail,
@@ -142,31 +142,31 @@ pub struct Model {
     times: LayerTimes,
 }
 
-/// What stands behind the last layer.
+/// The parts after the last layer.
 #[derive(Debug)]
 pub(crate) struct Tail {
-    /// The extent that says how the head sees the residual.
+    /// The extent with the weights for the head's view of the residual.
     pub(crate) extent: DenseHandle,
     pub(crate) residual: Residual,
     pub(crate) head_bias: Option<VectorRef>,
     pub(crate) head: Vec<(DenseHandle, MatrixRef)>,
 }
 
-/// Whose logits are asked for, and of which rows.
+/// Selects the head and the rows for which logits are computed.
 pub struct HeadStep<'a> {
-    /// Whether the prediction layer was run last, not the decoder.
+    /// Whether the prediction layer, not the decoder, was run last.
     pub prediction: bool,
-    /// Where norm and head are.
+    /// The extents with norm and head.
     pub dense: &'a DenseParts,
     /// The rows of the pass.
     pub rows: usize,
-    /// Those whose logits are wanted.
+    /// Rows whose logits are wanted.
     pub wanted: &'a [usize],
 }
 
 #[derive(Debug)]
 struct Layer {
-    /// How attention sees the residual.
+    /// Attention's view of the residual.
     residual: Residual,
     ngrams: Option<Ngrams>,
     attention: Attention,
@@ -178,11 +178,11 @@ struct Layer {
 /// The feed-forward part of a layer that has one.
 #[derive(Debug)]
 struct LayerFfn {
-    /// How it sees the residual.
+    /// Its view of the residual.
     residual: Residual,
     ffn: Ffn,
     post_norm: Option<Norm>,
-    /// Factor on what leaves the layer.
+    /// Factor of the layer's output.
     scale: Option<VectorRef>,
     router: DenseHandle,
     dense: Option<DenseHandle>,
@@ -205,11 +205,11 @@ struct Scratch {
     ffn: FfnScratch,
 }
 
-/// Where the weights are while the model runs.
+/// The places of the weights while the model runs.
 pub struct Weights<'a> {
     /// The file, for rows of the embedding.
     pub file: &'a ModelFile,
-    /// What every token needs.
+    /// The parts that every token needs.
     pub dense: &'a DenseParts,
     /// The routed experts.
     pub experts: &'a mut Pool,
@@ -217,21 +217,20 @@ pub struct Weights<'a> {
     pub tables: &'a mut SectorCache,
 }
 
-/// Tokens whose rows of the embedding are read between two looks at whether the step is to end.
+/// Tokens whose embedding rows are read between two checks for cancellation.
 pub(crate) const EMBEDDED_AT_ONCE: usize = 64;
 
-/// Rows of logits computed at once: bounds the memory of a long prompt whose every logit is wanted.
+/// Rows of logits that are computed at once, which bounds the memory of a long prompt for which all logits are wanted.
 const LOGIT_ROWS: usize = 16;
 
-/// The extents of a file that are of use: without those of the prediction layer unless it is opened.
+/// The extents of a file that are used: those of the prediction layer only if it is opened.
 pub fn opened_extents(spec: &ModelSpec, extents: &[ExtentRecord], prediction: bool) -> Vec<ExtentRecord> {
     extents.iter().filter(|extent| prediction || spec.decodes(extent)).copied().collect()
 }
 
-/// The extents of a file that every token needs, in the order in which a token needs them. The position in this list is
-/// the handle.
+/// The extents of a file that every token needs, in the order in which a token needs them. The position in this list is the handle.
 pub fn dense_extents(extents: &[ExtentRecord]) -> Vec<ExtentRecord> {
-    // A layer's parts follow each other; NO_LAYER sorts the final norm and the head behind all layers.
+    // A layer's parts follow each other; NO_LAYER sorts the final norm and the head after all layers.
     let order = |kind| match kind {
         ExtentKind::Prediction => Some(0),
         ExtentKind::Attention => Some(1),
@@ -241,7 +240,7 @@ pub fn dense_extents(extents: &[ExtentRecord]) -> Vec<ExtentRecord> {
         ExtentKind::Head => Some(5),
         ExtentKind::Embedding | ExtentKind::Expert | ExtentKind::Table => None,
     };
-    // What predicts stands behind all that decodes: many tokens are decoded without it.
+    // The prediction layer comes after all parts of the decoder, because many tokens are decoded without it.
     let predicting = extents.iter().find(|e| e.kind == ExtentKind::Prediction).map_or(NO_LAYER, |e| e.layer);
     let predicts = |e: &ExtentRecord| e.layer >= predicting && e.layer != NO_LAYER;
     let mut dense: Vec<_> = extents.iter().filter(|e| order(e.kind).is_some()).copied().collect();
@@ -285,7 +284,7 @@ impl Layer {
     }
 }
 
-/// The next layer that has a feed-forward part behind the one with this number, if it has experts: a prefetch asks its router.
+/// The next layer after this number that has a feed-forward part, if it has experts: a prefetch asks its router.
 fn next_routed(layers: &[Layer], number: usize) -> Option<(usize, &LayerFfn)> {
     let mut later = layers.iter().enumerate().skip(number + 1);
     let next = later.find_map(|(number, layer)| Some((number, layer.ffn.as_ref()?)));
@@ -293,8 +292,8 @@ fn next_routed(layers: &[Layer], number: usize) -> Option<(usize, &LayerFfn)> {
 }
 
 impl Tail {
-    /// Brings these rows of the residual into `scratch.normed`, `[rows, hidden]`, as the head multiplies them. `last`: bytes of the
-    /// extent of the tail.
+    /// Puts these rows of the residual into `scratch.normed`, `[rows, hidden]`, as the head's inputs. `last`: bytes of the tail's
+    /// extent.
     fn inputs(&self, compute: &Compute, last: &[u8], spec: &ModelSpec, rows: &[usize], scratch: &mut Scratch) {
         let (hidden, width) = (spec.hidden_size, spec.residual_width());
         let Scratch { x, residual, normed, delta, .. } = scratch;
@@ -306,7 +305,7 @@ impl Tail {
     }
 }
 
-/// The parts of a head in `file`: the model's, or what the prediction layer has of its own.
+/// The parts of a head in `file`: the model's own, or those of the prediction layer.
 pub(crate) fn head_parts(
     file: &ModelFile,
     layer: u32,
@@ -318,8 +317,8 @@ pub(crate) fn head_parts(
 }
 
 impl Model {
-    /// Resolves every tensor of `file` that `options` open. `handles` belong to [`dense_extents`] of the [`opened_extents`] in the same
-    /// order.
+    /// Resolves every tensor of `file` that `options` open. `handles` belong to the [`dense_extents`] of the [`opened_extents`], in
+    /// the same order.
     ///
     /// # Errors
     /// [`ModelError::MissingTensor`].
@@ -374,7 +373,7 @@ impl Model {
         })
     }
 
-    /// Gives all buffers back; they grow again to what the next call needs.
+    /// Frees all buffers; they grow again to the size that the next call needs.
     pub fn give_back(&mut self, compute: &Compute) {
         let Scratch { x, residual, normed, delta, ngrams, norm, head_bias, head_input, part, logits, attention, ffn } =
             &mut self.scratch;
@@ -395,12 +394,12 @@ impl Model {
         &self.spec
     }
 
-    /// How many experts were chosen in place of the routers' own since the model was opened.
+    /// How many experts were chosen instead of the routers' own since the model was opened.
     pub fn replaced(&self) -> u64 {
         self.scratch.ffn.replaced()
     }
 
-    /// Where the time went since the model was opened.
+    /// Times since the model was opened.
     pub fn times(&self) -> LayerTimes {
         self.times
     }
@@ -410,14 +409,14 @@ impl Model {
         self.embedding.bytes_read() + self.prediction.as_ref().map_or(0, Prediction::embedding_bytes_read)
     }
 
-    /// Runs all layers over `rows` of `spans`; then [`Model::logits`] can be asked for. The sequences do not count the rows yet: that
-    /// is [`Rows::advance`].
+    /// Runs all layers over `rows` of `spans`; then [`Model::logits`] can be called. The sequences do not count the rows yet;
+    /// [`Rows::advance`] does that.
     ///
     /// # Errors
     /// [`ModelError`]: an unknown id, an unreadable or damaged extent, or that `control` has cancelled it.
     ///
     /// # Panics
-    /// If a sequence is another model's, or has no room for its rows, or `control` has fewer states than the step has rows.
+    /// If a sequence belongs to another model, or has no room for its rows, or `control` has fewer states than the step has rows.
     pub fn forward(
         &mut self,
         compute: &Compute,
@@ -437,14 +436,14 @@ impl Model {
         Ok(())
     }
 
-    /// Runs the prediction layer over `rows` of `spans`, whose sequences are of this layer alone; then [`Model::logits`] can be asked
-    /// for. `head_inputs`: by span, what the head saw of the token before each of its tokens, `[tokens, hidden]`.
+    /// Runs the prediction layer over `rows` of `spans`, whose sequences belong to this layer alone; then [`Model::logits`] can be
+    /// called. `head_inputs`: for each span, the head's inputs of the tokens before its tokens, `[tokens, hidden]`.
     ///
     /// # Errors
-    /// As [`Model::forward`].
+    /// Like [`Model::forward`].
     ///
     /// # Panics
-    /// If the prediction layer is not open, or there are fewer head inputs than tokens; as [`Model::forward`].
+    /// If the prediction layer is not open, or there are fewer head inputs than tokens, and like [`Model::forward`].
     pub fn predict(
         &mut self,
         compute: &Compute,
@@ -466,14 +465,14 @@ impl Model {
         Ok(())
     }
 
-    /// Starts to read the rows of tables that the first rows of the pass need, of each table as many.
+    /// Starts to read the table rows that the first rows of the pass need, as many from each table.
     fn read_ahead(&mut self, weights: &mut Weights<'_>, rows: &Rows, spans: &[Span<'_>]) -> Result<(), ModelError> {
         let most = weights.tables.ahead() / self.spec.ngrams.len().max(1);
         let mut tables = self.layers.iter().filter_map(|layer| layer.ngrams.as_ref());
         tables.try_for_each(|ngrams| ngrams.read_ahead((rows, spans), most, weights.tables, &mut self.scratch.ngrams))
     }
 
-    /// Fills the residual with what the first layer is to see: all streams begin with the embedding.
+    /// Fills the residual with the first layer's input: all streams begin with the embedding.
     fn begin(
         &mut self,
         weights: &Weights<'_>,
@@ -498,7 +497,7 @@ impl Model {
         }
         scale(&mut x[..rows.len() * hidden], self.spec.factors.embedding);
         if width > hidden {
-            // From the last row on, since each row goes where later ones were.
+            // From the last row on, because each row moves to a place where later ones were.
             for row in (0..rows.len()).rev() {
                 x.copy_within(row * hidden..(row + 1) * hidden, row * width);
                 let streams = width / hidden;
@@ -508,7 +507,7 @@ impl Model {
         Ok(())
     }
 
-    /// Shows the observers what is there after so many layers.
+    /// Shows the observers the residual after this many layers.
     fn watch(&self, layers: usize, rows: &Rows, control: &mut Control<'_>) {
         let layer = layers.checked_sub(1);
         let moe = layer.and_then(|layer| self.spec.layers[layer].ffn.moe.as_ref());
@@ -534,7 +533,7 @@ impl Model {
         mut caches: Caches<'_, '_>,
         index: usize,
     ) -> Result<(), ModelError> {
-        // What goes through a norm before it is added is not known from a part of it.
+        // If the sum goes through a norm before it is added, a part of it does not determine the result.
         let factor = if self.spec.norms.behind { 0.0 } else { self.spec.factors.residual };
         let len = rows.len() * self.spec.hidden_size;
         let Scratch { x, residual, normed, delta, ngrams, norm, attention: mixer, ffn, .. } = &mut self.scratch;
@@ -568,7 +567,7 @@ impl Model {
         let dense = part.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
         part.residual.read(compute, router.bytes(), x, residual, normed);
         let input = part.residual.joined(x, len, residual).unwrap_or(normed);
-        // A prompt will need most experts of the next layer anyway.
+        // A prompt needs most experts of the next layer anyway.
         let decoder = &self.layers[..self.spec.layers.len()];
         let wanted = rows.generate() && ffn.prefetches();
         let next = next_routed(decoder, index).filter(|(_, l)| wanted && dense_parts.is_pinned(l.router));
@@ -597,8 +596,8 @@ impl Model {
         Ok(())
     }
 
-    /// Logits of the wanted rows of the last [`Model::forward`] or [`Model::predict`], in their order: calls `sink` with the place among
-    /// them and the row's logits `[vocab]`. `control` sees before that what the head is to multiply of all rows.
+    /// Logits of the wanted rows of the last [`Model::forward`] or [`Model::predict`], in order: calls `sink` with the place among
+    /// the wanted rows and the row's logits `[vocab]`. Before that, `control` sees the head's inputs of all rows.
     ///
     /// # Errors
     /// [`ModelError::Pool`] when a part of the head cannot be read.
@@ -638,7 +637,7 @@ impl Model {
             for (handle, matrix) in &tail.head {
                 let extent = dense.dense(*handle)?;
                 let part = sized(part, n * matrix.rows());
-                // The parts of the head are one matrix, which its input meets once.
+                // The parts of the head are one matrix, and its inputs are shown once.
                 if row == 0 {
                     compute.observe(matrix, 0, head_input);
                 }
@@ -660,7 +659,7 @@ impl Model {
         Ok(())
     }
 
-    /// Bytes of scratch for passes of `rows` rows and experts of `expert_len` bytes, at most. `most_kept`: as in [`ModelOptions`].
+    /// Most bytes of scratch for passes of `rows` rows and experts of `expert_len` bytes. `most_kept`: as in [`ModelOptions`].
     pub fn scratch_memory(spec: &ModelSpec, rows: usize, expert_len: u64, most_kept: u64) -> u64 {
         let hidden = spec.hidden_size as u64;
         let layer = |l: &sluice_format::LayerSpec| {
@@ -669,14 +668,14 @@ impl Model {
             let widest = l.ffn.dense_width.max(moe.map_or(0, |m| m.width)) as u64;
             let routed =
                 moe.map_or(0, |m| crate::experts::combining_width(hidden) + 8 * m.top_k as u64 + m.experts as u64);
-            // What experts read and write, as f32 and in the form that kernels consume, and what becomes of it.
+            // Inputs and outputs of experts, as f32 and in the form that kernels consume, and their results.
             let latent = moe.and_then(|m| m.latent).map_or(0, |latent| 3 * latent as u64 + hidden);
             attention + 2 * widest + routed + latent + crate::ffn::apart_width(&l.ffn, hidden)
         };
         let widest = spec.layers.iter().map(layer).max().unwrap_or(0);
         let kept = Model::output_memory(spec, rows).min(most_kept);
         let logits = (2 * LOGIT_ROWS.min(rows) * spec.vocab_size * 4) as u64;
-        // More than one stream is what the residual has beyond the stream that is counted with the rest.
+        // The streams beyond the first, which is counted with the rest.
         let streams = (spec.residual_width() - spec.hidden_size) as u64 * 4 * rows as u64;
         let residual = streams + residual::scratch_memory(spec, rows) + ngrams::scratch_memory(spec, rows);
         (widest + 8 * hidden) * 4 * rows as u64 + residual + kept + logits + crate::experts::tally_memory(expert_len)
@@ -688,13 +687,13 @@ impl Model {
         moe.map(|moe| crate::experts::output_bytes(moe, rows, moe.input_width(spec.hidden_size))).max().unwrap_or(0)
     }
 
-    /// Bytes of scratch for what the prediction layer makes of its inputs, for a model of this layer alone.
+    /// Bytes of scratch for the prediction layer's projection of its inputs, for a model that consists of this layer.
     pub fn projection_memory(spec: &ModelSpec) -> u64 {
         crate::prediction::projection_width(spec.hidden_size as u64) * 4 * EMBEDDED_AT_ONCE as u64
     }
 
-    /// Bytes that the cached parts of the embeddings may take, in a file of these extents: of the model's, and of one that the prediction
-    /// layer has of its own.
+    /// Bytes that the cached parts of the embeddings may take, for a file with these extents: the model's embedding, and the
+    /// prediction layer's own if it has one.
     pub fn embedding_memory(extents: &[ExtentRecord]) -> u64 {
         let cache = |own: bool| {
             let parts = extents.iter().filter(|e| e.kind == ExtentKind::Embedding && (e.layer != NO_LAYER) == own);
@@ -705,7 +704,7 @@ impl Model {
     }
 }
 
-/// From products with the head to logits `[n, vocab]`; `bias` is empty or `[vocab]`.
+/// Turns products with the head into logits `[n, vocab]`; `bias` is empty or `[vocab]`.
 fn finish_logits(spec: &ModelSpec, bias: &[f32], logits: &mut [f32]) {
     if !bias.is_empty() {
         logits.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(bias).for_each(|(l, b)| *l += b));

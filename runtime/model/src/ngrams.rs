@@ -1,6 +1,6 @@
-//! Tables of n-grams: rows that the last tokens name enter the residual before a layer (formulas at [`NgramSpec`]).
+//! Tables of n-grams: the last tokens select rows, which enter the residual before a layer (formulas at [`NgramSpec`]).
 //!
-//! The rows follow from token ids alone. So the first of them are asked for before the first layer of a pass, and while the rows of some
+//! Token ids alone determine the rows. So the first rows are requested before the first layer of a pass, and while the rows of some
 //! tokens are used, those of the next ones are read.
 
 use std::ops::Range;
@@ -17,16 +17,16 @@ use super::embedding::widen;
 use super::rows::{Caches, Rows, Span, SpanRows, SpanTokens};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// Rows of a pass that go through together: bounds the scratch, whatever the pass.
+/// Rows of a pass that are processed together, which bounds the scratch, whatever the size of the pass.
 const ROWS_TOGETHER: usize = 64;
-/// Bytes of sectors that stay in memory, if they are so many; text repeats its n-grams.
+/// Bytes of sectors that stay in memory, if there are so many; text repeats its n-grams.
 const CACHED_BYTES: u64 = 4 << 20;
-/// Fewest sectors that stay in memory for each head: those of some rows are read while those of others are used.
+/// Fewest sectors that stay in memory for each head: some rows are read while others are used.
 const SECTORS_PER_HEAD: usize = 4;
 /// Least magnitude of a gate's argument (`Qwen4ExpPLE.forward` of transformers).
 const LEAST_GATE: f32 = 1e-6;
 
-/// What brings the rows of one layer's table into the residual.
+/// The parts that bring the rows of one layer's table into the residual.
 #[derive(Debug)]
 pub struct Ngrams {
     spec: NgramSpec,
@@ -34,7 +34,7 @@ pub struct Ngrams {
     table: usize,
     ty: WeightType,
     hidden: usize,
-    /// Numbers of the residual of a row.
+    /// Numbers of a row's residual.
     width: usize,
     norm_eps: f32,
     key: MatrixRef,
@@ -49,24 +49,24 @@ pub struct Ngrams {
 #[derive(Debug)]
 pub struct NgramScratch {
     activations: Activations,
-    /// Numbers of the table's rows that each token asks for, `[rows, heads]`.
+    /// Numbers of the table rows that each token selects, `[rows, heads]`.
     wanted: Vec<u64>,
-    /// The rows of all heads, `[rows, width of the table's rows together]`.
+    /// The rows of all heads, `[rows, total width of the table rows]`.
     gathered: Vec<f32>,
     /// `[rows, width]`.
     key: Vec<f32>,
     /// `[rows, hidden]`.
     value: Vec<f32>,
-    /// The value behind its gates, `[rows, width]`.
+    /// The value after its gates, `[rows, width]`.
     gated: Vec<f32>,
-    /// Inputs of the convolution, those before the first row included: `[conv_reach + rows, width]`.
+    /// Inputs of the convolution, including those before the first row: `[conv_reach + rows, width]`.
     inputs: Vec<f32>,
     norms: [Vec<f32>; 3],
     taps: Vec<f32>,
 }
 
 impl NgramScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new(compute: &Compute) -> Self {
         NgramScratch {
             activations: Activations::new(compute.precision),
@@ -86,7 +86,7 @@ impl NgramScratch {
 pub fn scratch_memory(spec: &ModelSpec, rows: usize) -> u64 {
     let width = spec.residual_width() as u64;
     let of = |ngrams: &NgramSpec| {
-        // Rows of the table, their copy as activations, and their numbers; key, gated value and input of the convolution.
+        // Table rows, their copy as activations, and their numbers; key, gated value and input of the convolution.
         let row = 2 * ngrams.width as u64 + 2 * ngrams.heads.len() as u64 + 3 * width + spec.hidden_size as u64;
         let once = (ngrams.conv_reach() + ngrams.conv_width + 3) as u64 * width;
         4 * (row * ROWS_TOGETHER.min(rows) as u64 + once)
@@ -103,7 +103,7 @@ pub fn cached_sectors(spec: &ModelSpec) -> (usize, u64) {
     (count as usize, count * longest)
 }
 
-/// Where the tables of a file are, in the order of layers.
+/// The places of a file's tables, in the order of layers.
 pub fn tables(file: &ModelFile) -> Vec<TableLocation> {
     let location = |ngrams: &NgramSpec| {
         let layer = ngrams.layer as u32;
@@ -121,7 +121,7 @@ pub fn tables(file: &ModelFile) -> Vec<TableLocation> {
 }
 
 impl Ngrams {
-    /// Those of a layer, if it has any. `tensors`: of its attention extent.
+    /// The n-grams of a layer, if it has any. `tensors`: those of its attention extent.
     pub(super) fn new(spec: &ModelSpec, layer: usize, tensors: &ExtentTensors<'_>) -> Result<Option<Self>, ModelError> {
         let Some(table) = spec.ngrams.iter().position(|ngrams| ngrams.layer == layer) else { return Ok(None) };
         let part = tensors.file.table_parts(layer as u32).next();
@@ -142,7 +142,7 @@ impl Ngrams {
         }))
     }
 
-    /// Starts to read what the first rows of a pass will need, as far as there is memory for `most` sectors of it.
+    /// Starts to read the sectors that the first rows of a pass will need, as far as there is memory for `most` of them.
     ///
     /// # Errors
     /// [`ModelError::Pool`] if a read cannot be queued.
@@ -166,7 +166,8 @@ impl Ngrams {
         Ok(())
     }
 
-    /// Adds what the table has for the rows of a pass to their residual `x` `[n, width]`, and keeps in `caches` what later tokens need.
+    /// Adds the table's contribution for the rows of a pass to their residual `x` `[n, width]`, and keeps in `caches` what later
+    /// tokens need.
     ///
     /// # Errors
     /// [`ModelError::Pool`] when a row of the table cannot be read or is damaged; [`ModelError::Cancelled`].
@@ -189,7 +190,7 @@ impl Ngrams {
         Ok(())
     }
 
-    /// The rows of one sequence, some at a time.
+    /// Processes the rows of one sequence, some at a time.
     fn span(
         &self,
         step: Step<'_>,
@@ -226,7 +227,7 @@ impl Ngrams {
         Ok(())
     }
 
-    /// Leaves the table's rows of these rows of a sequence, counted from position `start`, in `scratch.gathered`.
+    /// Leaves the table rows of these rows of a sequence, counted from position `start`, in `scratch.gathered`.
     fn gather(
         &self,
         tokens: SpanTokens<'_>,
@@ -261,14 +262,14 @@ impl Ngrams {
         step.multiply(&self.value, activations, sized(value, count * self.hidden));
     }
 
-    /// Leaves the value behind its gates in `scratch.gated`, and the convolution's new inputs behind those before them.
+    /// Leaves the gated value in `scratch.gated`, and the convolution's new inputs after the earlier ones.
     fn gate(&self, threads: &ThreadPool, count: usize, x: &[f32], scratch: &mut NgramScratch) {
         let (width, hidden, eps) = (self.width, self.hidden, self.norm_eps);
         let NgramScratch { key, value, gated, inputs, norms: [key_norm, query_norm, conv_norm], .. } = scratch;
         let (key, value, key_norm, query_norm) = (&*key, &*value, &*key_norm, &*query_norm);
         let gated = sized(gated, count * width);
         threads.for_each_piece(gated, hidden, &|i, gated| {
-            // Numbers of this stream in the residual of its row, and in that of any row.
+            // Numbers of this stream in the residual of its own row, and in that of any row.
             let (here, of_stream) = (i * hidden..(i + 1) * hidden, stream_of(i, width, hidden));
             let scale = |x: &[f32]| 1.0 / (x.iter().map(|v| v * v).sum::<f32>() / hidden as f32 + eps).sqrt();
             let (key, query) = (&key[here.clone()], &x[here]);
@@ -287,7 +288,7 @@ impl Ngrams {
         });
     }
 
-    /// Adds the gated value and what the convolution makes of it to the residual.
+    /// Adds the gated value and the result of its convolution to the residual.
     fn convolve(&self, threads: &ThreadPool, count: usize, x: &mut [f32], scratch: &NgramScratch) {
         let (width, taps, apart) = (self.width, self.spec.conv_width, self.spec.tokens());
         let NgramScratch { gated, inputs, taps: weights, .. } = scratch;
@@ -303,7 +304,7 @@ impl Ngrams {
     }
 }
 
-/// The numbers of stream number `i` of all rows in the residual of any row.
+/// The numbers of stream `i` in the residual of any row.
 fn stream_of(i: usize, width: usize, hidden: usize) -> Range<usize> {
     let first = i * hidden % width;
     first..first + hidden
@@ -321,7 +322,7 @@ fn signed_root(x: f32) -> f32 {
     }
 }
 
-/// Appends the numbers of the table's rows that the heads ask for at a position.
+/// Appends the numbers of the table rows that the heads select at a position.
 fn rows_of(spec: &NgramSpec, tokens: SpanTokens<'_>, position: usize, out: &mut Vec<u64>) {
     let each = spec.heads.len() / (spec.tokens() - 1);
     let mut heads = spec.heads.chunks_exact(each);
@@ -331,7 +332,7 @@ fn rows_of(spec: &NgramSpec, tokens: SpanTokens<'_>, position: usize, out: &mut 
             Some(position) if !ended => tokens.at(position),
             _ => spec.separator,
         };
-        // The token itself may be a separator: it ends nothing that comes before it.
+        // The token itself may be a separator: it separates only tokens after it.
         ended |= back > 0 && token == spec.separator;
         hash ^= i64::from(token).wrapping_mul(*multiplier);
         if back > 0 {

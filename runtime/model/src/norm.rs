@@ -1,4 +1,4 @@
-//! The norms of the residual stream: before the parts of a layer and before the head, and behind the parts.
+//! The norms of the residual stream: before the parts of a layer, before the head, and after the parts.
 
 use sluice_format::ModelSpec;
 use sluice_kernels::rms_norm;
@@ -10,7 +10,7 @@ use super::weights::{ExtentTensors, VectorRef};
 #[derive(Clone, Copy, Debug)]
 pub struct Norm {
     weight: VectorRef,
-    /// Where there is one, the norm is a layer norm, else an RMS norm.
+    /// With a bias, the norm is a layer norm; otherwise it is an RMS norm.
     bias: Option<VectorRef>,
     eps: f32,
 }
@@ -58,7 +58,7 @@ impl Norm {
         }
     }
 
-    /// Normalises the rows `x` `[n, width]`, by way of `room`, which is as long.
+    /// Normalises the rows `x` `[n, width]` in place, through the buffer `room`, which has the same length.
     pub fn apply_in_place(&self, extent: &[u8], x: &mut [f32], scratch: &mut NormScratch, room: &mut [f32]) {
         self.apply(extent, x, scratch, room);
         x.copy_from_slice(room);

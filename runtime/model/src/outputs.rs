@@ -1,8 +1,9 @@
 //! The outputs of the experts of a pass, and their sum for each row.
 //!
-//! Outputs are computed before it is known whether the bytes of their expert are right, because the threads that multiply form the
-//! checksum as well. Such an output is [`Unsettled`]. Only [`Settled`] outputs are summed. There are two ways to get one: from an
-//! unsettled output, by comparing the checksum with the table's, or from an expert that has been settled before. So this compiles,
+//! Outputs are computed before it is known whether the bytes of their expert are right, because the threads that multiply also
+//! compute the checksum. Such an output is [`Unsettled`]. Only [`Settled`] outputs are summed. There are two ways to get one: from
+//! an unsettled output, by comparing the checksum with the table's, or from an expert that has been settled already. So this
+//! compiles,
 //!
 //! ```
 //! use sluice_model::outputs::{Outputs, Settled, Unsettled, Use};
@@ -16,7 +17,7 @@
 //! }
 //! ```
 //!
-//! but this, which forgets to settle, does not, and neither does making a settled output up:
+//! but this, which forgets to settle, does not, and neither does inventing a settled output:
 //!
 //! ```compile_fail,E0308
 //! # use sluice_model::outputs::{Outputs, Settled, Unsettled, Use};
@@ -41,7 +42,7 @@ use super::compute::{Compute, sized};
 use super::router::Choice;
 use super::tally::{Tallied, Tally};
 
-/// One use of an expert: which row, and which of its choices.
+/// One use of an expert: the row, and which of the row's choices it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Use {
     /// The expert within its layer.
@@ -52,12 +53,13 @@ pub struct Use {
     pub choice: u32,
 }
 
-/// How the outputs of a row's experts become their sum. The bits are the same.
+/// How the outputs of a row's experts are summed. Both ways give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Combining {
-    /// Experts come as they arrive; every output is kept, and summed in the end. Nothing waits for a particular expert.
+    /// Experts are computed as they arrive; every output is kept, and all are summed at the end. Nothing waits for a particular
+    /// expert.
     Kept,
-    /// Experts come in ascending order and are added at once: memory does not grow with the number of choices.
+    /// Experts are computed in ascending order and added at once: memory does not grow with the number of choices.
     InOrder,
 }
 
@@ -65,13 +67,14 @@ pub enum Combining {
 #[derive(Debug)]
 pub struct Unsettled<'a> {
     expert: u32,
-    /// The xxh3-64 of the bytes, unless it was not formed.
+    /// The xxh3-64 of the bytes, if it was computed.
     sum: Option<u64>,
     values: &'a [f32],
 }
 
 impl<'a> Unsettled<'a> {
-    /// Lets `compute` make `values` of the bytes of an expert and tally them; `None` if it says that it has not done all of it.
+    /// Lets `compute` make `values` from the bytes of an expert and tally them; `None` if it reports that it has not done all of
+    /// it.
     pub(super) fn compute(
         expert: &pool::Unsettled<'_>,
         tally: &mut Tally,
@@ -83,15 +86,15 @@ impl<'a> Unsettled<'a> {
         complete.then(|| Unsettled { expert: expert.expert(), sum: Some(tally.checksum()), values })
     }
 
-    /// What was made of an expert while it was being read.
+    /// The output of an expert that was computed while it was being read.
     pub(super) fn of_parts(expert: u32, sum: Option<u64>, values: &'a [f32]) -> Self {
         Unsettled { expert, sum, values }
     }
 
-    /// Compares the checksum of the bytes that this was made of with the table's. The expert is released.
+    /// Compares the checksum of the bytes that this was computed from with the table's. The expert is released.
     ///
     /// # Errors
-    /// [`Damaged`]: the bytes are wrong. The expert comes once more.
+    /// [`Damaged`]: the bytes are wrong. The expert is handed out a second time.
     ///
     /// # Panics
     /// If this is the output of another expert.
@@ -100,7 +103,7 @@ impl<'a> Unsettled<'a> {
         expert.settle(sum).map(|expert| self.settled_by(&expert))
     }
 
-    /// For an expert that has been settled since.
+    /// The settled output, for an expert that has been settled since.
     ///
     /// # Panics
     /// If this is the output of another expert.
@@ -118,7 +121,7 @@ pub struct Settled<'a> {
 }
 
 impl<'a> Settled<'a> {
-    /// Lets `compute` make `values` of the bytes of an expert.
+    /// Lets `compute` make `values` from the bytes of an expert.
     pub(super) fn compute(
         expert: &pool::Expert<'_>,
         values: &'a mut [f32],
@@ -136,17 +139,17 @@ pub struct Outputs {
     /// Bytes of outputs that may be kept.
     most_kept: u64,
     hidden: usize,
-    /// Whether weights were multiplied with the inputs of experts, and are not with their outputs.
+    /// Whether weights multiplied the inputs of experts, so that they do not multiply the outputs.
     weighted_input: bool,
     /// [`Combining::Kept`]: every expert's output, `[rows, top_k, hidden]`; [`Combining::InOrder`]: the sums so far, `[rows,
     /// hidden]`.
     values: Vec<f32>,
-    /// Choices whose output has come.
+    /// Choices whose output has been added.
     added: usize,
 }
 
 impl Outputs {
-    /// Empty; grows to what the first pass needs.
+    /// Empty; it grows to the size that the first pass needs.
     pub(super) fn new(most_kept: u64) -> Self {
         Outputs {
             combining: Combining::Kept,
@@ -163,7 +166,7 @@ impl Outputs {
         self.most_kept
     }
 
-    /// How outputs of `bytes` are to be combined: kept as long as there is room, because nothing has to wait then.
+    /// How outputs of `bytes` will be combined: they are kept if there is room, because then nothing has to wait.
     pub(super) fn combine(&mut self, bytes: u64) -> Combining {
         self.combining = if bytes <= self.most_kept { Combining::Kept } else { Combining::InOrder };
         self.combining
@@ -173,7 +176,7 @@ impl Outputs {
         self.combining
     }
 
-    /// Forgets the last pass. `weighted_input`: outputs are added as they are.
+    /// Forgets the last pass. `weighted_input`: outputs are added without weights.
     pub(super) fn begin(&mut self, rows: usize, top_k: usize, hidden: usize, weighted_input: bool) {
         (self.hidden, self.added, self.weighted_input) = (hidden, 0, weighted_input);
         match self.combining {
@@ -182,7 +185,7 @@ impl Outputs {
         }
     }
 
-    /// The factor on the output of a choice.
+    /// The factor of a choice's output.
     fn weight(&self, choice: Choice) -> f32 {
         if self.weighted_input { 1.0 } else { choice.weight }
     }
@@ -200,7 +203,7 @@ impl Outputs {
                 Combining::Kept => self.values[used.choice as usize * hidden..][..hidden].copy_from_slice(row),
                 Combining::InOrder => {
                     let weight = self.weight(choices[used.choice as usize]);
-                    // The operations of the other way, one by one: a fused multiply-add would give other bits.
+                    // The operations are those of the other way, one by one: a fused multiply-add would give different bits.
                     let sums = &mut self.values[used.row as usize * hidden..][..hidden];
                     sums.iter_mut().zip(row).for_each(|(sum, o)| *sum += weight * o);
                 }
@@ -208,7 +211,7 @@ impl Outputs {
         }
     }
 
-    /// Adds the weighted outputs in ascending order of expert to `out` `[rows, hidden]`, which holds the dense part.
+    /// Adds the weighted outputs in ascending order of expert to `out` `[rows, hidden]`, which holds the dense part's output.
     ///
     /// # Panics
     /// If the output of a choice is missing.
@@ -250,7 +253,7 @@ mod tests {
 
     const HIDDEN: usize = 3;
 
-    /// A pool of experts of one layer, whose bytes are their numbers plus one. The table has a wrong checksum for `damaged`.
+    /// A pool of experts of one layer, whose bytes are their numbers plus one. The checksum of `damaged` in the table is wrong.
     fn pool(file: &tempfile::NamedTempFile, experts: u8, damaged: Option<u8>) -> Pool {
         let extent = |id: u8| vec![id + 1; 2 * PAGE_BYTES];
         std::fs::write(file.path(), (0..experts).flat_map(extent).collect::<Vec<u8>>()).unwrap();
@@ -271,7 +274,7 @@ mod tests {
         Pool::new(io, arena, staging, directory, policy)
     }
 
-    /// Two rows that use every expert with weight 1, and one pass over them. An expert gives its first byte.
+    /// Two rows that use every expert with weight 1, and one pass over them. An expert's output is its first byte.
     fn sum(pool: &mut Pool, experts: u8, combining: Combining) -> Result<Vec<f32>, PoolError> {
         let kernels = Kernels::detect().unwrap();
         let compute = Compute::new(kernels, ThreadPool::new(2).into(), Precision::Exact);
@@ -321,7 +324,7 @@ mod tests {
     fn verified_outputs_are_added_whether_they_are_kept_or_not() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut pool = pool(&file, 4, None);
-        // Read and settled, then settled before.
+        // First read and then settled, then settled before it is used.
         for combining in [Combining::Kept, Combining::InOrder, Combining::Kept] {
             assert_eq!(sum(&mut pool, 4, combining).unwrap(), [10.5; 2 * HIDDEN]);
         }

@@ -1,6 +1,6 @@
-//! The layer that predicts the token after the next one: what it makes of its inputs, and the sequences that it remembers.
+//! The layer that predicts the token after the next one: its inputs, and the sequences that it remembers.
 //!
-//! Formulas at [`PredictionSpec`](sluice_format::PredictionSpec). The layer itself is one like the decoder's.
+//! Formulas are at [`PredictionSpec`](sluice_format::PredictionSpec). The layer itself is like those of the decoder.
 
 use sluice_format::{ExtentKind, ModelFile, ModelSpec};
 use sluice_kernels::Activations;
@@ -16,7 +16,7 @@ use crate::weights::{ExtentTensors, MatrixRef};
 use crate::{ModelError, RewindError, Weights};
 use sluice_storage::pool::DenseHandle;
 
-/// What only the prediction layer has.
+/// The parts that only the prediction layer has.
 #[derive(Debug)]
 pub(crate) struct Prediction {
     /// Number of the layer.
@@ -53,14 +53,14 @@ impl Scratch {
     }
 }
 
-/// f32 values of scratch per token: its embedding, both inputs after their norms, joined, and as activations.
+/// f32 values of scratch per token: its embedding, both inputs after their norms, and the joined input, also as activations.
 pub(crate) fn projection_width(hidden: u64) -> u64 {
     6 * hidden
 }
 
 impl Prediction {
-    /// The prediction layer of `file`, which has this number, with the model's head in place of its own. `next` gives the handle of its
-    /// extent.
+    /// The prediction layer of `file`, which has this number, with the model's head in place of its own. `next` gives the handle of
+    /// its extent.
     pub(crate) fn open(
         file: &ModelFile,
         number: usize,
@@ -83,7 +83,7 @@ impl Prediction {
         })
     }
 
-    /// With its own head, or that of the model, whose tail is `model`. `next` gives the handles of its parts.
+    /// The layer with its own head, or with that of the model, whose tail is `model`. `next` gives the handles of its parts.
     pub(crate) fn with_head(
         mut self,
         file: &ModelFile,
@@ -100,12 +100,12 @@ impl Prediction {
         self.number
     }
 
-    /// Norm and head behind the layer.
+    /// Norm and head after the layer.
     pub(crate) fn tail(&self) -> &Tail {
         &self.tail
     }
 
-    /// Gives all buffers back.
+    /// Frees all buffers.
     pub(crate) fn give_back(&mut self, compute: &Compute) {
         self.scratch = Scratch::new(compute);
         self.embedding.iter_mut().for_each(Embedding::give_back);
@@ -116,8 +116,9 @@ impl Prediction {
         self.embedding.as_ref().map_or(0, Embedding::bytes_read)
     }
 
-    /// Fills `x` `[rows, hidden]` with what the layer is to see: the projection of each row's embedding beside what the head saw of the
-    /// token before it. `step`: the rows, and by span what the head saw, `[tokens, hidden]`. `shared`: the model's embedding.
+    /// Fills `x` `[rows, hidden]` with the layer's input: the projection of each row's embedding joined with the head's input of
+    /// the token before it. `step`: the rows, and for each span the head's inputs, `[tokens, hidden]`. `shared`: the model's
+    /// embedding.
     pub(crate) fn begin(
         &mut self,
         compute: &Compute,
@@ -159,8 +160,8 @@ impl Prediction {
     }
 }
 
-/// What the prediction layer remembers of the tokens of one sequence. The engine makes it; it
-/// is not saved, because it can be computed again from what the head sees of the sequence.
+/// What the prediction layer remembers of the tokens of one sequence. The engine makes it. It is not saved, because it can be
+/// computed again from the head's inputs of the sequence.
 #[derive(Debug)]
 pub struct PredictionSequence(Sequence);
 
@@ -173,12 +174,12 @@ impl PredictionSequence {
         &mut self.0
     }
 
-    /// Tokens seen so far. The `i`-th is the one behind token `i` of the sequence that is predicted.
+    /// Tokens seen so far. The `i`-th is the one after token `i` of the sequence that is predicted.
     pub fn tokens(&self) -> &[u32] {
         self.0.tokens()
     }
 
-    /// How many those are.
+    /// Number of these tokens.
     pub fn position(&self) -> usize {
         self.0.position()
     }
@@ -193,16 +194,16 @@ impl PredictionSequence {
         self.0.clear();
     }
 
-    /// Forgets the tokens from `position` on; where the layer has a window that has moved on, from the nearest earlier position that it
-    /// can go back to. Returns that position.
+    /// Forgets the tokens from `position` on; if the layer has a window that has moved on, it may have to go to the nearest earlier
+    /// position that it can reach. Returns the position that was reached.
     ///
     /// # Errors
-    /// [`RewindError::Beyond`] if there are fewer tokens; the sequence is then as it was.
+    /// [`RewindError::Beyond`] if there are fewer tokens; the sequence is then unchanged.
     pub fn rewind_to(&mut self, position: usize) -> Result<usize, RewindError> {
         self.0.rewind_to(position)
     }
 
-    /// A sequence of the same tokens that goes on by itself; both share their pages.
+    /// A sequence of the same tokens that continues independently; both share their pages.
     #[must_use]
     pub fn fork(&self) -> Self {
         PredictionSequence(self.0.fork())
@@ -214,13 +215,13 @@ impl PredictionSequence {
 pub struct PredictionSpan<'a> {
     /// The sequence that grows.
     pub sequence: &'a mut PredictionSequence,
-    /// The next tokens, at least one: each is the one *behind* the token that its head input is of.
+    /// The next tokens, at least one: each is the token *after* the one to which its head input belongs.
     pub tokens: &'a [u32],
-    /// What the head sees of the tokens before them, `[tokens, hidden]`: [`Control::head_inputs`](crate::Control::head_inputs) of a step
-    /// of the decoder, or of this layer.
+    /// The head's inputs of the tokens before them, `[tokens, hidden]`: [`Control::head_inputs`](crate::Control::head_inputs) of a
+    /// step of the decoder, or of this layer.
     pub head_inputs: &'a [f32],
-    /// What kind of tokens they are.
+    /// The kind of the tokens.
     pub phase: Phase,
-    /// Which of their logits are wanted. Those of a token are of the one behind it.
+    /// Which of their logits are wanted. A token's logits predict the one after it.
     pub logits: Want,
 }

@@ -1,9 +1,9 @@
-//! Prefetch: experts that the next layer will probably choose are read before its router can say.
+//! Prefetch: experts that the next layer will probably choose are read before its router can decide.
 //!
-//! The residual stream changes little from layer to layer, so the next layer's router, applied to the current state, names
-//! most of what it will name later (measured elsewhere: 74–89 % of the slots of Qwen3 and GLM models). What matters is how
-//! often that is right about experts that are *not* in memory, and that depends on model and cache. So it is learned, per
-//! rank of the candidate, from every token, whether the candidate was read or not.
+//! The residual stream changes little from layer to layer, so the next layer's router, applied to the current state, names most of
+//! the experts that it will name later (measured elsewhere: 74–89 % of the slots of Qwen3 and GLM models). What matters is how
+//! often it is right about experts that are *not* in memory, which depends on the model and the cache. So that is learned
+//! separately for each rank of a candidate, from every token, whether the candidate was read or not.
 
 use sluice_kernels::Activations;
 
@@ -13,38 +13,38 @@ use super::norm::{Norm, NormScratch};
 use super::router::{RouterScratch, rank};
 use sluice_storage::pool::LayerPass;
 
-/// Ranks beyond the router's top-k that are watched: where they turn out to be likely enough, they are read as well.
+/// Ranks beyond the router's top-k that are watched: if they turn out to be likely enough, they are read too.
 const EXTRA_RANKS: usize = 4;
 /// Weight of one observation in the learned probabilities: the last hundred or so count.
 const LEARNING_RATE: f32 = 1.0 / 64.0;
-/// How sure a prefetch must be. A wrong one is done while the drive would idle, but takes a slot, the chunk in flight when a
-/// demand read arrives, and, where cores are scarce, what the cores could have computed instead.
+/// How sure a prefetch must be. A wrong one is read while the drive would be idle, but it takes a slot, it occupies the drive for
+/// one chunk if a demand read arrives, and if cores are scarce, it takes time in which they could have computed.
 const LEAST_PROBABILITY: f32 = 0.75;
-/// What is believed of the router's top-k and of the ranks beyond it before anything was observed.
+/// The probabilities that are assumed before anything was observed: for the router's top-k, and for the ranks beyond it.
 const FIRST_BELIEF: (f32, f32) = (0.6, 0.3);
 
-/// The next layer, as far as a prefetch needs it.
+/// The parts of the next layer that a prefetch needs.
 pub struct NextLayer<'a> {
     /// Its number.
     pub(super) layer: usize,
     pub(super) routed: &'a Routed,
-    /// The norm of what its router sees; `None`: that is normalised already, and so is what stands for it here.
+    /// The norm before its router; `None`: the router's input is normalised already, and so is what stands in for it here.
     pub(super) norm: Option<&'a Norm>,
-    /// On what the layer before it adds to the residual stream; 0 where what it adds follows from all of its parts.
+    /// Factor of what the layer before it adds to the residual stream; 0 if only all of its parts together determine what it adds.
     pub(super) factor: f32,
     /// Bytes of its router extent.
     pub(super) extent: &'a [u8],
 }
 
-/// The candidates for a layer, and how often those of each rank have been right.
+/// The candidates for a layer, and how often candidates of each rank have been right.
 #[derive(Debug)]
 pub struct Prefetcher {
     enabled: bool,
     /// Probability that an absent candidate of this rank is right.
     right: Vec<f32>,
-    /// Layer that the candidates are of.
+    /// Layer of the candidates.
     layer: usize,
-    /// Absent candidates: rank and expert, each expert once, by the best rank that any row gave it.
+    /// Absent candidates: rank and expert. Each expert occurs once, with the best rank that any row gave it.
     candidates: Vec<(usize, u32)>,
     ranked: Vec<u32>,
     wanted: Vec<u32>,
@@ -58,7 +58,7 @@ pub struct Prefetcher {
 }
 
 impl Prefetcher {
-    /// Knows nothing yet. When not `enabled`, never prefetches.
+    /// Knows nothing yet. If not `enabled`, it never prefetches.
     pub fn new(enabled: bool, compute: &Compute) -> Self {
         Prefetcher {
             enabled,
@@ -77,7 +77,7 @@ impl Prefetcher {
         }
     }
 
-    /// Gives all buffers back; what was learned stays.
+    /// Frees all buffers; what was learned stays.
     pub fn give_back(&mut self, compute: &Compute) {
         let right = std::mem::take(&mut self.right);
         *self = Prefetcher { right, ..Prefetcher::new(self.enabled, compute) };
@@ -88,7 +88,7 @@ impl Prefetcher {
         self.enabled
     }
 
-    /// Learns from what the router of `layer` chose: `experts` are distinct and ascending.
+    /// Learns from the choice of `layer`'s router: `experts` are distinct and ascending.
     pub fn judge(&mut self, layer: usize, experts: &[u32]) {
         if self.layer != layer {
             return;
@@ -101,9 +101,10 @@ impl Prefetcher {
         self.layer = usize::MAX;
     }
 
-    /// Applies the next layer's router to `residual + factor · delta`, both `[rows, hidden]`, the state of the rows as far as it is
-    /// known, or to what this layer's router saw where the next one's input is joined of streams, and starts to read what is likely
-    /// enough. Where a table says which experts the tokens `ids` have, all of them are read.
+    /// Applies the next layer's router and starts to read the experts that are likely enough. The router's input is `residual +
+    /// factor · delta`, both `[rows, hidden]`, which is the state of the rows as far as it is known; or, if the next layer's input
+    /// is joined from streams, the input of this layer's router. If a table lists the experts of the tokens `ids`, all of them are
+    /// read.
     pub fn prefetch(
         &mut self,
         compute: &Compute,
@@ -115,7 +116,7 @@ impl Prefetcher {
         if let Some(table) = next.routed.table() {
             self.wanted.clear();
             for &token in ids {
-                // An error is the router's to report.
+                // The router will report this error.
                 if table.experts(next.extent, token, &mut self.ranked).is_ok() {
                     self.wanted.extend(self.ranked.iter().filter(|expert| !pass.has(next.layer as u32, **expert)));
                 }

@@ -1,4 +1,4 @@
-//! A projection that is one matrix, or the product of two narrow ones.
+//! A projection that is one matrix or the product of two narrow ones.
 
 use sluice_kernels::Activations;
 
@@ -13,9 +13,9 @@ pub enum Projection {
     Full(MatrixRef),
     /// `up · down`, `[width, rank]` and `[rank, hidden]`.
     LowRank {
-        /// What the input meets.
+        /// The first matrix, which meets the input.
         down: MatrixRef,
-        /// What its product with `down` meets.
+        /// The second matrix, which meets the product with `down`.
         up: MatrixRef,
     },
 }
@@ -28,7 +28,7 @@ pub struct ProjectionScratch {
 }
 
 impl ProjectionScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new(compute: &Compute) -> Self {
         ProjectionScratch { low: Vec::new(), activations: Activations::new(compute.precision) }
     }
@@ -40,7 +40,7 @@ pub fn scratch_width(rank: Option<usize>) -> usize {
 }
 
 impl Projection {
-    /// The matrix `whole`, or with a rank `down` and `up`.
+    /// The matrix `whole`, or `down` and `up` if there is a rank.
     pub(super) fn new(
         tensors: &ExtentTensors<'_>,
         rank: Option<usize>,

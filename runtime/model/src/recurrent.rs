@@ -1,4 +1,4 @@
-//! What layers with recurrent states have in common: the state of a sequence, and the convolution that their inputs pass through.
+//! Code that layers with recurrent states share: the state of a sequence, and the convolution of their inputs.
 
 use sluice_format::{DeltaSpec, MambaSpec};
 use sluice_kernels::{Activations, silu};
@@ -13,24 +13,24 @@ pub struct StateShape {
     /// Inputs of the convolution before a position, `[conv_width - 1, channels]`.
     inputs: usize,
     heads: usize,
-    /// Of each head: its state and its last output, and the state alone.
+    /// For each head: the numbers of its state with its last output, and of the state alone.
     head: (usize, usize),
 }
 
 impl StateShape {
-    /// That of a gated delta net: per value head `[key_head_dim, value_head_dim]`.
+    /// The state of a gated delta net: per value head `[key_head_dim, value_head_dim]`.
     pub fn of_delta(spec: &DeltaSpec) -> Self {
         let inputs = (spec.conv_width - 1) * spec.conv_channels();
         Self::new(inputs, spec.value_heads, [spec.key_head_dim, spec.value_head_dim])
     }
 
-    /// That of Mamba-2: per head `[state_dim, head_dim]`.
+    /// The state of Mamba-2: per head `[state_dim, head_dim]`.
     pub fn of_mamba(spec: &MambaSpec) -> Self {
         let inputs = (spec.conv_width - 1) * spec.conv_channels();
         Self::new(inputs, spec.heads, [spec.state_dim, spec.head_dim])
     }
 
-    /// That of a convolution alone, with so many numbers before a position.
+    /// The state of a convolution alone, with this many numbers before a position.
     pub fn of_inputs(inputs: usize) -> Self {
         StateShape { inputs, heads: 0, head: (1, 1) }
     }
@@ -44,13 +44,13 @@ impl StateShape {
         self.inputs + self.heads * self.head.0
     }
 
-    /// Numbers that later tokens depend on: without the heads' last outputs.
+    /// Numbers that later tokens depend on: all except the heads' last outputs.
     pub fn kept(self) -> usize {
         self.inputs + self.heads * self.head.1
     }
 }
 
-/// What one layer remembers of one sequence behind some token.
+/// What one layer remembers of one sequence after some token.
 #[derive(Clone, Copy, Debug)]
 pub struct State<'a> {
     shape: StateShape,
@@ -80,7 +80,7 @@ impl<'a> State<'a> {
         self.inputs
     }
 
-    /// Writes it, little-endian, without the heads' last outputs, which nothing reads again.
+    /// Writes it, little-endian, without the heads' last outputs, which are never read again.
     pub fn to_bytes(self, out: &mut [u8]) {
         let StateShape { head, .. } = self.shape;
         let heads = self.heads.chunks_exact(head.0).flat_map(|numbers| &numbers[..head.1]);
@@ -101,7 +101,7 @@ impl<'a> StateMut<'a> {
         self.inputs
     }
 
-    /// Puts back what [`State::to_bytes`] wrote.
+    /// Restores what [`State::to_bytes`] wrote.
     pub fn put_bytes(self, bytes: &[u8]) {
         let StateShape { head, .. } = self.shape;
         let heads = self.heads.chunks_exact_mut(head.0).flat_map(|numbers| &mut numbers[..head.1]);
@@ -110,12 +110,12 @@ impl<'a> StateMut<'a> {
     }
 }
 
-/// Causal convolution of each channel by itself, then SiLU. Its channels are those of three projections, one behind the other.
+/// Causal convolution of each channel separately, then SiLU. Its channels are those of three projections, one after the other.
 #[derive(Debug)]
 pub struct Convolution {
-    /// Tokens that it sees, the current one included.
+    /// Tokens that it sees, including the current one.
     pub width: usize,
-    /// What makes its inputs.
+    /// The projections that give its inputs.
     pub projections: [MatrixRef; 3],
     /// `[channels, width]`, oldest first.
     pub taps: VectorRef,
@@ -126,9 +126,9 @@ pub struct Convolution {
 /// Buffers that convolutions reuse from call to call.
 #[derive(Debug, Default)]
 pub struct ConvolutionScratch {
-    /// What one of the projections makes, `[tokens, width]`.
+    /// The result of one projection, `[tokens, width]`.
     part: Vec<f32>,
-    /// Inputs, span by span, those before its first token included: `[conv_width - 1 + count, channels]`.
+    /// Inputs, span by span, including those before its first token: `[conv_width - 1 + count, channels]`.
     inputs: Vec<f32>,
     /// Outputs, `[tokens, channels]`.
     pub mixed: Vec<f32>,
@@ -136,7 +136,7 @@ pub struct ConvolutionScratch {
     bias: Vec<f32>,
 }
 
-/// f32 values of scratch per token, beside those of one projection: inputs of a span of one row, and what becomes of them.
+/// f32 values of scratch per token, besides those of one projection: inputs of a span of one row, and their results.
 pub fn convolution_scratch_width(channels: usize, conv_width: usize) -> usize {
     (conv_width + 2) * channels
 }
@@ -189,7 +189,7 @@ impl Convolution {
         }
     }
 
-    /// A span by itself. `index`: which of the pass's spans it is.
+    /// Convolves one span. `index`: its number among the pass's spans.
     fn convolve(
         &self,
         step: Step<'_>,

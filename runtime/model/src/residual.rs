@@ -1,5 +1,5 @@
-//! How the parts of a layer see the residual, and how their outputs enter it: one stream, to which outputs are added, several
-//! that are mixed (formulas at [`StreamsSpec`]), or several that gates join (`gated_streams`).
+//! How the parts of a layer see the residual, and how their outputs enter it. The residual is one stream, to which outputs are
+//! added; or several streams that are mixed (formulas at [`StreamsSpec`]); or several that gates join (`gated_streams`).
 
 use sluice_format::{ModelSpec, StreamsSpec};
 use sluice_kernels::{Activations, Precision, ThreadPool, rms_norm, sigmoid, softmax};
@@ -10,28 +10,28 @@ use super::gated_streams::{self, GatedScratch, GatedStreams};
 use super::norm::{Norm, NormScratch};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// Rows whose streams are normalised and multiplied together: bounds the scratch, whatever the pass.
+/// Rows whose streams are normalised and multiplied together, which bounds the scratch, whatever the size of the pass.
 const ROWS_TOGETHER: usize = 64;
 
-/// The residual as one part of a layer sees it, or the head.
+/// The residual as one part of a layer, or the head, sees it.
 #[derive(Debug)]
 pub struct Residual {
     streams: Kind,
-    /// The norm of what is seen; gated streams have none behind those inside.
+    /// The norm of the part's input; gated streams have only their inner norms.
     norm: Option<Norm>,
 }
 
 #[derive(Debug)]
 enum Kind {
-    /// One stream, to which outputs are added times a factor.
+    /// One stream; outputs are multiplied by a factor and added.
     One(f32),
-    /// Several.
+    /// Several streams.
     Streams(Streams),
-    /// Several that gates join.
+    /// Several streams that gates join.
     Gated(GatedStreams),
 }
 
-/// Functions of all streams that say what a part sees of each, and what becomes of them.
+/// Functions of all streams that determine a part's view of each stream, and how the streams change.
 #[derive(Debug)]
 pub struct Streams {
     spec: StreamsSpec,
@@ -45,7 +45,7 @@ pub struct Streams {
 /// Buffers for the residual.
 #[derive(Debug)]
 pub struct ResidualScratch {
-    /// What a part sees of several streams, `[rows, hidden]`.
+    /// A part's view of several streams, `[rows, hidden]`.
     input: Vec<f32>,
     /// Outputs of the functions, turned into weights, `[rows, functions]`.
     weights: Vec<f32>,
@@ -59,7 +59,7 @@ pub struct ResidualScratch {
 }
 
 impl ResidualScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new() -> Self {
         ResidualScratch {
             input: Vec::new(),
@@ -89,7 +89,8 @@ pub fn scratch_memory(spec: &ModelSpec, rows: usize) -> u64 {
 }
 
 impl Residual {
-    /// The residual as a part sees it whose extent has `tensors`, among them the norm whose weight and bias are called so.
+    /// The residual as the part whose extent has `tensors` sees it. `tensors` include the norm, whose weight and bias have these
+    /// names.
     pub(super) fn new(
         spec: &ModelSpec,
         tensors: &ExtentTensors<'_>,
@@ -113,7 +114,7 @@ impl Residual {
         Ok(Residual { streams, norm })
     }
 
-    /// What the part sees of the residual `x` `[n, width]`, normalised: writes `normed` `[n, hidden]`.
+    /// The part's view of the residual `x` `[n, width]`, normalised: writes `normed` `[n, hidden]`.
     pub fn read(&self, compute: &Compute, extent: &[u8], x: &[f32], scratch: &mut ResidualScratch, normed: &mut [f32]) {
         match &self.streams {
             Kind::Gated(streams) => return streams.read(compute, extent, x, &mut scratch.gated, normed),
@@ -127,8 +128,8 @@ impl Residual {
         scratch.norm = buffers;
     }
 
-    /// What [`Residual::read`] has normalised of `x`, `len` numbers; `None` where there is no such thing, because what it joined was
-    /// normalised before.
+    /// The `len` numbers of `x` that [`Residual::read`] has normalised; `None` if there are none, because the streams that it
+    /// joined were normalised before.
     pub fn joined<'a>(&self, x: &'a [f32], len: usize, scratch: &'a ResidualScratch) -> Option<&'a [f32]> {
         match &self.streams {
             Kind::One(_) => Some(x),
@@ -137,12 +138,12 @@ impl Residual {
         }
     }
 
-    /// The norm of what is seen.
+    /// The norm of the part's input.
     pub fn norm(&self) -> Option<&Norm> {
         self.norm.as_ref()
     }
 
-    /// Takes the part's output `[n, hidden]` into the residual. [`Residual::read`] has been called for it.
+    /// Adds the part's output `[n, hidden]` to the residual, after [`Residual::read`] was called for the part.
     pub fn add(&self, threads: &ThreadPool, x: &mut [f32], output: &[f32], scratch: &ResidualScratch) {
         match &self.streams {
             // A factor of 1 changes no bit.
@@ -158,7 +159,7 @@ impl Streams {
         self.spec.count * self.hidden
     }
 
-    /// Leaves what a part sees in `scratch.input`.
+    /// Leaves the part's view in `scratch.input`.
     fn read(&self, compute: &Compute, extent: &[u8], x: &[f32], scratch: &mut ResidualScratch) {
         let (width, hidden, functions) = (self.width(), self.hidden, self.functions.rows());
         let n = x.len() / width;
@@ -175,7 +176,7 @@ impl Streams {
                 rms_norm(&x[row * width..][..width], ones, self.norm_eps, normed);
             });
             activations.set(normed, x.len() / width, width);
-            // Nobody observes what meets this matrix: it is never rounded.
+            // The inputs of this matrix are not observed, because it is never rounded.
             compute.kernels.matmul(&compute.threads, self.functions.view(extent), activations, weights);
         }
         weights.chunks_exact_mut(functions).for_each(|row| self.weigh(row, bias, scale));
@@ -190,10 +191,10 @@ impl Streams {
         });
     }
 
-    /// Turns the outputs of the functions into weights: `pre`, and before a part of a layer `post` and `mix` behind it.
+    /// Turns the outputs of the functions into weights: `pre`, and, before a part of a layer, also `post` and `mix` after it.
     fn weigh(&self, row: &mut [f32], bias: &[f32], scale: &[f32]) {
         let (count, eps) = (self.spec.count, self.spec.eps);
-        // The first scale is of `pre`, the second of `post`, the third of the square behind them.
+        // The first scale belongs to `pre`, the second to `post`, the third to the square after them.
         row.iter_mut().enumerate().for_each(|(i, v)| *v = *v * scale[(i / count).min(scale.len() - 1)] + bias[i]);
         let (pre, rest) = row.split_at_mut(count);
         pre.iter_mut().for_each(|v| *v = sigmoid(*v) + eps);

@@ -16,11 +16,11 @@ pub(crate) fn check<'a>(
         if wanted == 0 {
             continue;
         }
-        // If all sequences that share a page go on, the last has it alone and needs no copy.
+        // If all sequences that share a page continue, the last one is its only owner and needs no copy.
         wanted -= Held::alone(tables.clone().flat_map(|(table, position, n)| table.replaced(position, n)));
         if let PageKind::Window(window) = page.kind() {
-            // Between passes, the pages behind the windows go back to the pool, so no more are in use than the windows have and the
-            // rows of a pass fill. Pages that are shared do not come back.
+            // Between passes, the pages before the windows go back to the pool. So no more pages are in use than the windows have
+            // and the rows of a pass fill. Shared pages do not come back.
             let spans = tables.clone().count();
             if wanted > spans {
                 let there = Held::alone(tables.flat_map(|(table, _, _)| Table::pages(table)));

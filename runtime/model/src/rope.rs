@@ -11,7 +11,7 @@ pub struct Rope {
     pairing: RopePairing,
     /// `dim / 2` angular frequencies in radians per position.
     inv_freq: Vec<f32>,
-    /// Factor on cosine and sine.
+    /// Factor of cosine and sine.
     attention_factor: f32,
 }
 
@@ -23,7 +23,8 @@ pub struct RopeAngles {
 }
 
 impl Rope {
-    /// Frequencies in f32, as the reference computes them: differences of one unit in the last place grow with the position.
+    /// Frequencies in f32, as the reference computes them, because differences of one unit in the last place grow with the
+    /// position.
     pub fn new(spec: &RopeSpec) -> Self {
         let plain = (0..spec.dim).step_by(2).map(|i| {
             let exponent = i as f32 / spec.dim as f32;
@@ -76,7 +77,7 @@ impl Rope {
         back.sin.extend(angles.sin.iter().map(|sin| -sin));
     }
 
-    /// Rotates the last elements of `x`, as many as rotate, by the angles of position number `index`.
+    /// Rotates the last elements of `x`, as many as the spec says, by the angles of position number `index`.
     pub fn rotate_end(&self, x: &mut [f32], angles: &RopeAngles, index: usize) {
         let first = x.len() - 2 * self.inv_freq.len();
         self.rotate(&mut x[first..], angles, index);
@@ -118,7 +119,7 @@ fn llama3_frequency(scaling: &RopeScaling, inv: f32) -> f32 {
     };
     let inv = f64::from(inv);
     let turns = original_max_positions as f64 * inv / (2.0 * PI);
-    // Both may be the same: then there is nothing between what stays and what is divided.
+    // Both may be the same; then no frequency lies between those that stay and those that are divided.
     let smooth = match turns >= high_freq_factor {
         true => 1.0,
         false => ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).max(0.0),

@@ -15,22 +15,22 @@ pub struct RouterScratch {
     group_scores: Vec<f32>,
     kept_groups: Vec<u32>,
     chosen: Vec<u32>,
-    /// What the router would choose, where experts in memory are preferred.
+    /// The router's own choice, if experts in memory are preferred.
     own: Vec<u32>,
 }
 
 /// Routes one token: appends its `top_k` choices to `out`, in ascending order of expert, which is the order of summation.
 ///
-/// `logits`: the router's output, one per expert. `bias`: one per expert, added to the scores for the choice alone.
-/// Formulas: DeepSeek-V3, arXiv:2412.19437, equations 12–16; softmax scores as in DeepSeek-V2.
+/// `logits`: the router's output, one per expert. `bias`: one per expert, added to the scores for the choice only. Formulas:
+/// DeepSeek-V3, arXiv:2412.19437, equations 12–16; softmax scores as in DeepSeek-V2.
 pub fn route(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
     score(moe, logits, bias, scratch);
     top_k(&scratch.choice, moe.top_k, &mut scratch.chosen);
     weigh(moe, scratch, out);
 }
 
-/// As [`route`], with experts in memory preferred to others whose scores are little better. Returns how many of the choices are others
-/// than the router's own. Raising what is in memory is the cache prior of arXiv:2412.00099.
+/// Like [`route`], but prefers experts in memory to others with slightly better scores. Returns how many of the choices differ from
+/// the router's own. Raising the scores of what is in memory is the cache prior of arXiv:2412.00099.
 pub fn route_preferring(
     moe: &MoeSpec,
     logits: &[f32],
@@ -48,10 +48,10 @@ pub fn route_preferring(
     others
 }
 
-/// Raises what decides the choice of the experts in memory. Weights are made of scores, which stay as they are.
+/// Raises the numbers that decide the choice, for experts in memory. Weights come from the scores, which do not change.
 fn prefer(moe: &MoeSpec, preferred: &Preferred<'_>, scratch: &mut RouterScratch) {
     let RouterScratch { choice, kept_groups, .. } = scratch;
-    // Experts of other groups stay out of the choice, whatever number says that they are.
+    // Experts of other groups stay excluded from the choice, whatever number marks them.
     let size = moe.router.groups.as_ref().map_or(moe.experts, |groups| moe.experts / groups.count);
     let has_groups = moe.router.groups.is_some();
     let takes_part = |expert: usize| !has_groups || kept_groups.contains(&((expert / size) as u32));
@@ -66,7 +66,7 @@ fn prefer(moe: &MoeSpec, preferred: &Preferred<'_>, scratch: &mut RouterScratch)
     }
 }
 
-/// As [`route`], where the token has these `experts`, whatever their scores.
+/// Like [`route`], for a token that has these `experts`, whatever their scores.
 pub fn route_to(moe: &MoeSpec, logits: &[f32], experts: &[u32], scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
     score(moe, logits, None, scratch);
     scratch.chosen.clear();
@@ -78,7 +78,7 @@ pub fn route_to(moe: &MoeSpec, logits: &[f32], experts: &[u32], scratch: &mut Ro
 fn weigh(moe: &MoeSpec, scratch: &mut RouterScratch, out: &mut Vec<Choice>) {
     let RouterScratch { scores, choice, chosen, .. } = scratch;
     if moe.router.score == RouterScore::SoftmaxOfChosen {
-        // Only the chosen logits take part, largest first.
+        // Only the chosen logits take part, in descending order.
         choice.clear();
         choice.extend(chosen.iter().map(|&e| scores[e as usize]));
         softmax(choice);
@@ -123,7 +123,7 @@ pub fn rank(
     top_k(&scratch.choice, count.min(moe.experts), out);
 }
 
-/// Leaves the experts' scores, and what decides the choice, in the scratch.
+/// Leaves the experts' scores, and the numbers that decide the choice, in the scratch.
 fn score(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut RouterScratch) {
     let RouterScratch { scores, choice, .. } = scratch;
     scores.clear();
@@ -146,7 +146,7 @@ fn score(moe: &MoeSpec, logits: &[f32], bias: Option<&[f32]>, scratch: &mut Rout
     limit_to_groups(moe, scratch);
 }
 
-/// Takes the experts of all but the best groups out of the choice.
+/// Excludes the experts of all but the best groups from the choice.
 fn limit_to_groups(moe: &MoeSpec, scratch: &mut RouterScratch) {
     let Some(groups) = &moe.router.groups else { return };
     let RouterScratch { choice, group_scores, kept_groups, .. } = scratch;
@@ -222,7 +222,7 @@ mod tests {
             route(&spec, &logits, None, &mut RouterScratch::default(), &mut out);
             [0, 1].map(|i| (out[i].expert, out[i].weight))
         };
-        // Alone, each has all of its softmax.
+        // An expert without a near competitor has all of its softmax.
         assert_eq!(routed([-9.0, 4.0, 0.0, 1.0, -1.0, 3.0, 0.0, 0.0]), [(1, 1.0), (5, 1.0)]);
         // 4.0 and 3.8 are near each other; without the first, 3.8 and 3.5 are.
         let [(first, with_second), (second, with_third)] = routed([0.0, 4.0, 3.5, 0.0, 0.0, 3.8, 0.0, 0.0]);
@@ -273,7 +273,7 @@ mod tests {
     fn experts_in_memory_are_preferred_to_little_better_ones() {
         let mut spec = moe(None, Some(1e-20));
         (spec.router.score, spec.router.scale) = (RouterScore::SoftmaxOfChosen, 1.0);
-        // From the best to the lowest logit it is 10.
+        // The distance from the best to the lowest logit is 10.
         let logits = [0.0, 10.0, 8.0, 7.5, 7.0, 1.0, 2.0, 3.0];
         let choose = |part: f32, memory: &[u32]| {
             let (in_memory, mut out) = (|expert: u32| memory.contains(&expert), Vec::new());
@@ -306,7 +306,7 @@ mod tests {
     fn sigmoids_of_chosen_logits_do_not_decide_the_choice() {
         let mut moe = moe(None, None);
         (moe.router.score, moe.router.choice_bias) = (RouterScore::SigmoidOfChosen, false);
-        // As sigmoids, the two largest of these are the same number in f32.
+        // As sigmoids, the two largest of these are equal in f32.
         let mut out = Vec::new();
         let logits = [0.0, 30.0, 20.0, 25.0, 0.0, 0.0, 0.0, 0.0];
         route(&moe, &logits, None, &mut RouterScratch::default(), &mut out);

@@ -1,33 +1,33 @@
-//! What one pass runs through the layers: rows, each a token of some sequence at its position.
+//! The rows that one pass runs through the layers; each is a token of some sequence at its position.
 //!
-//! A caller describes work as [`Span`]s. A pass takes as many of their tokens as memory has rows for. The layers see rows, and ask a
-//! row for its sequence and position, and the pass for the phase of its spans. Nothing is inferred from the number of rows.
+//! A caller describes work as [`Span`]s. A pass takes as many of their tokens as memory has rows for. The layers see rows. They ask
+//! a row for its sequence and position, and the pass for the phase of its spans. Nothing is inferred from the number of rows.
 
 use super::cache::{LayerCache, LayerCacheMut};
 use super::control::Progress;
 use super::sequence::Sequence;
 
-/// What kind of tokens a span has.
+/// The kind of a span's tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// A part of a prompt: many tokens that are known beforehand.
+    /// A part of a prompt: many tokens that are known in advance.
     Prompt,
-    /// The token that was sampled last.
+    /// The last sampled token.
     #[default]
     Decode,
     /// Tokens that were proposed and are to be checked.
     Draft,
 }
 
-/// Which tokens of a span the caller wants the logits of.
+/// The tokens of a span whose logits the caller wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Want {
     /// None.
     Nothing,
-    /// Of the last one.
+    /// The last one.
     #[default]
     Last,
-    /// Of all.
+    /// All.
     All,
 }
 
@@ -49,7 +49,7 @@ pub struct Span<'a> {
     pub sequence: &'a mut Sequence,
     /// Its next tokens, at least one.
     pub tokens: &'a [u32],
-    /// What kind of tokens they are.
+    /// The kind of the tokens.
     pub phase: Phase,
     /// Which of their logits are wanted.
     pub logits: Want,
@@ -61,7 +61,7 @@ impl<'a> Span<'a> {
         Span { sequence, tokens, phase: Phase::Prompt, logits }
     }
 
-    /// The token that was sampled last; the logits behind it are wanted.
+    /// The last sampled token; its logits are wanted.
     pub fn decode(sequence: &'a mut Sequence, token: &'a u32) -> Self {
         Span { sequence, tokens: std::slice::from_ref(token), phase: Phase::Decode, logits: Want::Last }
     }
@@ -89,7 +89,7 @@ pub struct SpanRows {
     pub token: usize,
     /// Position of the first row in its sequence.
     pub start: usize,
-    /// What the span is.
+    /// The kind of its tokens.
     pub phase: Phase,
 }
 
@@ -113,17 +113,17 @@ pub struct Rows {
     total: usize,
 }
 
-/// The first token of a step that no pass has taken.
+/// The first token of a step that no pass has taken yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
     span: usize,
     token: usize,
-    /// Tokens before it.
+    /// Tokens of its span before it.
     taken: usize,
 }
 
 impl Rows {
-    /// Takes the next tokens of `spans` from `cursor` on, up to `most` rows, and moves the cursor behind them. False if there are none
+    /// Takes the next tokens of `spans` from `cursor` on, up to `most` rows, and moves the cursor past them. False if none are
     /// left.
     pub fn take(&mut self, spans: &[Span<'_>], cursor: &mut Cursor, most: usize) -> bool {
         self.total = spans.iter().map(|span| span.tokens.len()).sum();
@@ -167,7 +167,7 @@ impl Rows {
         }
     }
 
-    /// How far the step is before the pass goes through the first layer.
+    /// The progress of the step before the pass goes through the first layer.
     pub fn progress(&self) -> Progress {
         Progress { layers: 0, rows: self.rows.len(), rows_before: self.before, rows_total: self.total }
     }
@@ -217,30 +217,30 @@ impl Rows {
         &self.spans
     }
 
-    /// Whether products with the rows wait for memory more than they compute, which is so when one sequence decodes one token. With more
-    /// rows, computing takes longer than the weights take to come.
+    /// Whether products with the rows wait for memory more than they compute, which is the case when one sequence decodes one
+    /// token. With more rows, computing takes longer than loading the weights.
     pub fn wait_for_memory(&self) -> bool {
         matches!(self.spans.as_slice(), [span] if span.phase == Phase::Decode)
     }
 
-    /// Whether all rows decode or check drafts. The experts of such a pass predict those of the next, and it waits for the drive more than
-    /// it computes. A prompt uses most experts, and computes for long.
+    /// Whether all rows decode or check drafts. The experts of such a pass predict those of the next, and it waits for the drive
+    /// more than it computes. A prompt uses most experts, and computes for a long time.
     pub fn generate(&self) -> bool {
         self.spans.iter().all(|span| span.phase != Phase::Prompt)
     }
 }
 
-/// The tokens of a sequence as far as a pass goes.
+/// The tokens of a sequence up to the end of a pass.
 #[derive(Clone, Copy, Debug)]
 pub struct SpanTokens<'a> {
-    /// Those that the sequence has.
+    /// Tokens that the sequence has.
     pub before: &'a [u32],
-    /// Those of the pass.
+    /// Tokens of the pass.
     pub new: &'a [u32],
 }
 
 impl<'a> SpanTokens<'a> {
-    /// Those of the sequence that has these rows of the pass.
+    /// The tokens of the sequence to which these rows of the pass belong.
     pub fn of(spans: &'a [Span<'_>], part: SpanRows) -> Self {
         let span = &spans[part.span];
         SpanTokens { before: span.sequence.tokens(), new: &span.tokens[part.token..][..part.count] }
@@ -249,7 +249,7 @@ impl<'a> SpanTokens<'a> {
     /// The token at a position.
     ///
     /// # Panics
-    /// If the pass does not go so far.
+    /// If the pass does not reach that position.
     pub fn at(self, position: usize) -> u32 {
         match position.checked_sub(self.before.len()) {
             None => self.before[position],
@@ -280,19 +280,19 @@ impl<'a, 's> Caches<'a, 's> {
         self.store_mut(span, 0)
     }
 
-    /// The last of the things that the layer keeps of a span's sequence, to extend it.
+    /// The last store of the layer for a span's sequence, to extend it.
     pub fn last_mut(&mut self, span: usize) -> LayerCacheMut<'_> {
         let sequence = &mut self.spans[span].sequence;
         let store = sequence.last_store_of(self.layer);
         sequence.store_mut(store)
     }
 
-    /// The tokens of the sequence that has these rows of the pass.
+    /// The tokens of the sequence to which these rows of the pass belong.
     pub fn tokens_of(&self, part: SpanRows) -> SpanTokens<'_> {
         SpanTokens::of(self.spans, part)
     }
 
-    /// One of several things that the layer keeps of a span's sequence.
+    /// One of the layer's stores for a span's sequence.
     pub fn store(&self, span: usize, number: usize) -> LayerCache<'_> {
         let sequence = &self.spans[span].sequence;
         sequence.store(sequence.store_of(self.layer, number))

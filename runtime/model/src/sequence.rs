@@ -1,8 +1,8 @@
 //! A sequence: the tokens so far, and what the layers remember of them.
 //!
-//! Keys and values are rows by position: to forget the last tokens is to count fewer. A window loses its oldest rows as it moves
-//! on, and a recurrent state has taken all tokens in and cannot give one back; so marks keep what layers would otherwise lose, and
-//! a sequence goes back to a mark.
+//! Keys and values are rows by position, so forgetting the last tokens means counting fewer. But a window loses its oldest rows as
+//! it moves on, and a recurrent state has absorbed all tokens and cannot give one back. So marks keep what layers would otherwise
+//! lose, and a sequence goes back to a mark.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,8 +13,8 @@ use sluice_kernels::KvType;
 use super::cache::{LayerCache, LayerCacheMut, Layout, PageKind, PageLayout, PagePool, PagesFull, Table};
 use super::session::Binding;
 
-/// A place in a sequence that it can go back to, until it goes back beyond that. A fork has the marks of the sequence that it was
-/// made from.
+/// A place to which a sequence can go back, until it goes back further. A fork has the marks of the sequence from which it was
+/// made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Mark {
     position: usize,
@@ -33,10 +33,10 @@ impl Mark {
     }
 }
 
-/// Why a sequence cannot be marked, or go where it is asked to.
+/// Why a sequence cannot be marked, or cannot go to a position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RewindError {
-    /// The mark belongs to another sequence, the sequence has gone back beyond it, or newer marks have taken its place.
+    /// The mark belongs to another sequence, the sequence has gone back beyond it, or newer marks have replaced it.
     #[error("the sequence no longer has the mark at token {position}: set it again, or go to a position")]
     NoSuchMark {
         /// Where the mark was.
@@ -47,29 +47,29 @@ pub enum RewindError {
     Beyond {
         /// Tokens of the sequence.
         position: usize,
-        /// Where it is to go.
+        /// Position to which it should go.
         wanted: usize,
     },
-    /// The memory plan has no room for what a mark keeps.
+    /// The memory plan has no room for the pages that a mark keeps.
     #[error(
         "a mark in this model takes {bytes} bytes, and the memory plan has room for none: open the model with room for marks"
     )]
     NoMarks {
-        /// Bytes of what a mark keeps.
+        /// Bytes that a mark keeps.
         bytes: u64,
     },
 }
 
-/// A mark, and what it keeps of each kind of page. Forks share it.
+/// A mark, and the pages that it keeps of each kind. Forks share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Snapshot {
     mark: Mark,
     kept: Arc<[Option<Table>]>,
-    /// Made by itself while a prompt was read; a caller has not asked for it.
+    /// Whether it was made automatically while a prompt was read, and not for a caller.
     automatic: bool,
 }
 
-/// How many marks a sequence can keep, and how often it makes one by itself.
+/// How many marks a sequence can keep, and how often it makes one automatically.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct MarkLimits {
     /// Most marks that keep pages.
@@ -88,7 +88,7 @@ impl Snapshot {
         self.mark.position
     }
 
-    /// Whether it was made while a prompt was read, and no caller has asked for it.
+    /// Whether it was made automatically while a prompt was read, and not for a caller.
     pub(crate) fn is_automatic(&self) -> bool {
         self.automatic
     }
@@ -109,7 +109,8 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// An empty sequence for up to `capacity` tokens, with pages of `pool`, for the model and the type of keys and values in `binding`.
+    /// An empty sequence for up to `capacity` tokens, with pages from `pool`, for the model and the type of keys and values in
+    /// `binding`.
     pub(crate) fn new(pool: &Arc<PagePool>, capacity: usize, binding: Binding, limits: MarkLimits) -> Self {
         let kinds = pool.layout().pages().iter().enumerate();
         Sequence {
@@ -135,22 +136,22 @@ impl Sequence {
         Layout::new(spec, ty).touched(position)
     }
 
-    /// The most bytes that the pages of a mark take: of recurrent states and windows; 0 in models that have neither.
+    /// The most bytes that the pages of a mark take, for recurrent states and windows; 0 in models that have neither.
     pub fn mark_memory(spec: &ModelSpec, capacity: usize, ty: KvType) -> u64 {
         Layout::new(spec, ty).mark_bytes(capacity)
     }
 
-    /// Pages that it has, shared ones included.
+    /// Pages that it has, including shared ones.
     pub fn pages(&self) -> usize {
         self.tables.iter().map(|table| table.pages().count()).sum()
     }
 
-    /// Pages that would become free if it were dropped. Pages that only its marks keep are not counted.
+    /// Pages that would become free if it were dropped, not counting those that only its marks keep.
     pub fn own_pages(&self) -> usize {
         self.tables.iter().flat_map(Table::pages).filter(|page| !page.is_shared()).count()
     }
 
-    /// Bytes of its pages, without what only its marks keep.
+    /// Bytes of its pages, not counting those that only its marks keep.
     pub fn bytes(&self) -> u64 {
         let kinds = self.tables.iter().zip(self.pool.layout().pages());
         let pages = kinds.map(|(table, page)| table.pages().count() as u64 * page.bytes());
@@ -162,7 +163,7 @@ impl Sequence {
         self.tables.iter().map(|table| table.wanted(self.position(), count)).sum()
     }
 
-    /// What its numbers depend on besides its tokens.
+    /// What its numbers depend on, besides its tokens.
     pub fn binding(&self) -> Binding {
         self.binding
     }
@@ -187,8 +188,8 @@ impl Sequence {
         self.go_to(0);
     }
 
-    /// Marks where the sequence is. A mark costs nothing, except in models with windows or recurrent layers: there it keeps pages
-    /// ([`Sequence::mark_memory`]), and the oldest mark goes when there are more than the memory plan has room for.
+    /// Marks the current position. A mark costs nothing, except in models with windows or recurrent layers. There it keeps pages
+    /// ([`Sequence::mark_memory`]), and the oldest mark is given up when there are more than the memory plan has room for.
     ///
     /// # Errors
     /// [`RewindError::NoMarks`] if the memory plan has room for none.
@@ -210,16 +211,16 @@ impl Sequence {
         Ok(mark)
     }
 
-    /// What a mark here keeps.
+    /// The pages that a mark here keeps.
     fn snapshot(&self, automatic: bool) -> Snapshot {
         let position = self.position();
-        // At the beginning there is nothing to keep.
+        // At the beginning, there is nothing to keep.
         let tables = if position > 0 { &self.tables[..] } else { &[] };
         let kept = tables.iter().map(|table| table.keep(position)).collect();
         Snapshot { mark: Mark::new(position), kept, automatic }
     }
 
-    /// Gives up the oldest marks that keep something, automatic ones first, until there are no more than `most`.
+    /// Gives up the oldest marks that keep pages, automatic ones first, until at most `most` remain.
     fn forget_marks(&mut self, most: usize) {
         while self.costly_marks() > most {
             let costly = || self.marks.iter().enumerate().filter(|(_, s)| s.costs());
@@ -233,8 +234,8 @@ impl Sequence {
         self.marks.iter().filter(|s| s.costs()).count()
     }
 
-    /// A part of a prompt has been read: makes an automatic mark, if enough tokens have been read since the last mark. It can take the
-    /// place of an earlier automatic mark, but not of one that was asked for.
+    /// Makes an automatic mark after a part of a prompt has been read, if enough tokens have been read since the last mark. It can
+    /// replace an earlier automatic mark, but not one that a caller made.
     pub(crate) fn mark_prompt(&mut self) {
         let (position, MarkLimits { most, every }) = (self.position(), self.limits);
         let last = self.marks.iter().map(|s| s.mark.position).max().unwrap_or(0);
@@ -257,7 +258,7 @@ impl Sequence {
         self.marks.retain(|snapshot| !snapshot.automatic);
     }
 
-    /// The marks that were asked for and have not been given up, oldest first.
+    /// The marks that callers made and that have not been given up, oldest first.
     pub fn marks(&self) -> impl Iterator<Item = Mark> {
         self.marks.iter().filter(|snapshot| !snapshot.automatic).map(|snapshot| snapshot.mark)
     }
@@ -267,10 +268,10 @@ impl Sequence {
         self.marks.retain(|snapshot| snapshot.mark != mark);
     }
 
-    /// Forgets the tokens behind a mark. The mark stays, later ones do not.
+    /// Forgets the tokens after a mark. The mark stays; later ones do not.
     ///
     /// # Errors
-    /// [`RewindError::NoSuchMark`]; the sequence is then as it was.
+    /// [`RewindError::NoSuchMark`]; the sequence is then unchanged.
     pub fn rewind(&mut self, mark: Mark) -> Result<(), RewindError> {
         if !self.marks().any(|own| own == mark) {
             return Err(RewindError::NoSuchMark { position: mark.position });
@@ -279,23 +280,23 @@ impl Sequence {
         Ok(())
     }
 
-    /// Forgets the tokens from `position` on, or from the nearest earlier position that it can go back to, and returns that position.
-    /// A sequence whose layers all see everything can go to any `position`. One with windows can go back by at least
-    /// [`WINDOW_SLACK`](crate::WINDOW_SLACK) tokens, one with recurrent layers to where the last pass began. Further back there
-    /// are the marks, also those made while a prompt was read (`EngineOptions::mark_every`), and the beginning.
+    /// Forgets the tokens from `position` on, or from the nearest earlier position that it can reach, and returns that position. A
+    /// sequence whose layers all see everything can go to any `position`. One with windows can go back by at least
+    /// [`WINDOW_SLACK`](crate::WINDOW_SLACK) tokens, one with recurrent layers to where the last pass began. To go back further, it
+    /// needs the marks, including those made while a prompt was read (`EngineOptions::mark_every`), or it goes to the beginning.
     ///
     /// # Errors
-    /// [`RewindError::Beyond`] if there are fewer tokens; the sequence is then as it was.
+    /// [`RewindError::Beyond`] if there are fewer tokens; the sequence is then unchanged.
     pub fn rewind_to(&mut self, position: usize) -> Result<usize, RewindError> {
         let reached = self.reachable(position)?;
         self.go_to(reached);
         Ok(reached)
     }
 
-    /// Where [`Sequence::rewind_to`] would go.
+    /// The position to which [`Sequence::rewind_to`] would go.
     ///
     /// # Errors
-    /// As there.
+    /// As for [`Sequence::rewind_to`].
     pub fn reachable(&self, position: usize) -> Result<usize, RewindError> {
         if position > self.position() {
             return Err(RewindError::Beyond { position: self.position(), wanted: position });
@@ -310,7 +311,7 @@ impl Sequence {
         Ok(candidates.filter(|&at| at <= position && reaches(at)).max().unwrap_or(0))
     }
 
-    /// Goes back to `position`, where all layers can go.
+    /// Goes back to `position`, which all layers can reach.
     fn go_to(&mut self, position: usize) {
         if position < self.position() {
             let snapshot = self.marks.iter().find(|s| s.mark.position == position);
@@ -322,8 +323,8 @@ impl Sequence {
         self.marks.retain(|s| s.mark.position <= position);
     }
 
-    /// A sequence of the same tokens that goes on by itself. Both share their pages; only a page in the middle of which they part is
-    /// copied, when one of them goes on.
+    /// A sequence of the same tokens that continues independently. Both share their pages. Only the page within which they diverge
+    /// is copied, when one of them continues.
     #[must_use]
     pub fn fork(&self) -> Self {
         let mut tokens = Vec::with_capacity(self.capacity);
@@ -339,8 +340,8 @@ impl Sequence {
         }
     }
 
-    /// A sequence of the first `position` tokens, a whole number of pages, which it shares. What layers with windows and states
-    /// remember there is not in it, and has to be put in before it goes on.
+    /// A sequence of the first `position` tokens, a whole number of pages, which it shares. It lacks what layers with windows and
+    /// states remember there; that has to be filled in before it continues.
     pub(crate) fn beginning(&self, position: usize) -> Self {
         let kinds = self.pool.layout().pages().iter().enumerate().zip(&self.tables);
         let tables = kinds.map(|((number, page), table)| match page.kind() {
@@ -378,14 +379,14 @@ impl Sequence {
         self.tables.iter_mut().try_for_each(|table| table.prepare(&self.pool, position, count))
     }
 
-    /// All layers have seen these tokens.
+    /// Counts these tokens, after all layers have seen them.
     pub(crate) fn advance(&mut self, tokens: &[u32]) {
         self.tokens.extend_from_slice(tokens);
         let position = self.position();
         self.tables.iter_mut().for_each(|table| table.advance(position));
     }
 
-    /// Gives back what was taken for a pass that was not completed.
+    /// Returns the pages that were taken for a pass that was not completed.
     pub(crate) fn settle(&mut self) {
         let position = self.position();
         self.tables.iter_mut().for_each(|table| table.settle(position));
@@ -397,7 +398,7 @@ impl Sequence {
         self.tables.iter_mut().try_for_each(|table| table.restore(&self.pool, there, position))
     }
 
-    /// The tokens of a restored sequence, whose layers have been filled.
+    /// Sets the tokens of a restored sequence whose layers have been filled.
     pub(crate) fn restored(&mut self, tokens: &[u32]) {
         self.tokens.extend_from_slice(tokens);
     }
@@ -407,8 +408,8 @@ impl Sequence {
         &self.marks
     }
 
-    /// A mark at `position`, to be filled with what was saved of it; it is the `newest`-th from the end. `None` if there is no room for
-    /// what it keeps.
+    /// A mark at `position`, to be filled with what was saved for it; it is the `newest`-th from the end. `None` if there is no
+    /// room for what it keeps.
     pub(crate) fn room_for_mark(&self, newest: usize, position: usize, automatic: bool) -> Option<Snapshot> {
         let kinds = self.pool.layout().pages().iter().enumerate();
         let room = |(number, page): (usize, &PageLayout)| {
@@ -428,7 +429,7 @@ impl Sequence {
         self.marks.push(mark);
     }
 
-    /// Gives up the oldest of restored marks, if there are more than the memory plan has room for.
+    /// Gives up the oldest restored marks, if there are more than the memory plan has room for.
     pub(crate) fn limit_marks(&mut self) {
         self.forget_marks(self.limits.most);
     }
@@ -453,13 +454,13 @@ impl Sequence {
         self.pool.layout().last_store(layer)
     }
 
-    /// Whether a mark keeps something of a store.
+    /// Whether a mark keeps anything of a store.
     pub(crate) fn forgets(&self, store: usize) -> bool {
         let layout = self.pool.layout();
         layout.pages()[layout.place(store).0].kind().forgets()
     }
 
-    /// The stores that keep what they remember of a token as long as the sequence has it.
+    /// The stores that remember a token as long as the sequence has it.
     pub(crate) fn remembering_stores(&self) -> impl Iterator<Item = usize> {
         (0..self.stores()).filter(|&store| !self.forgets(store))
     }
@@ -479,7 +480,7 @@ impl Sequence {
         LayerCacheMut::new(layout, index, &mut self.tables[layout.place(index).0])
     }
 
-    /// What a mark keeps of a store.
+    /// The pages that a mark keeps of a store.
     pub(crate) fn store_at<'a>(&'a self, mark: &'a Snapshot, index: usize) -> Option<LayerCache<'a>> {
         let layout = self.pool.layout();
         Some(LayerCache::new(layout, index, mark.kept.get(layout.place(index).0)?.as_ref()?))

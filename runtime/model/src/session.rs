@@ -1,9 +1,9 @@
 //! Sessions: sequences that are saved in files. `docs/SESSIONS.md` describes the file byte by byte.
 //!
-//! A file is a *segment*: what the layers remember of the tokens from a page boundary on, with what a sequence needs to go on behind
-//! them. A whole sequence is a segment that begins at the first token; other segments continue one. The file does not depend on how
-//! a sequence lies in memory: records are in the order of positions, as many as later tokens can see. What each section must be
-//! follows from the model, the header and the marks, so nothing is allocated or skipped because the file says so.
+//! A file is a *segment*: what the layers remember of the tokens from a page boundary on, and everything that a sequence needs to
+//! continue after them. A whole sequence is a segment that begins at the first token; other segments continue one. The file does
+//! not depend on how a sequence lies in memory: records are in the order of positions, as many as later tokens can see. The model,
+//! the header and the marks determine the contents of each section, so nothing is allocated or skipped because the file says so.
 
 mod error;
 mod header;
@@ -30,7 +30,7 @@ use super::cache::{LayerCache, Place};
 use super::sequence::Sequence;
 use super::thrift::Thrift;
 
-/// What a section begins with.
+/// The fields at the beginning of a section.
 pub const SECTION_FIELDS: [Field; 5] = [
     Field { name: "kind", offset: 0, len: 4 },
     Field { name: "layer", offset: 4, len: 4 },
@@ -40,21 +40,21 @@ pub const SECTION_FIELDS: [Field; 5] = [
 ];
 
 const SECTION_LEN: usize = 32;
-/// Bytes of a section besides its records: what it begins with, and its checksum.
+/// Bytes of a section besides its records: the fields at its beginning, and its checksum.
 const SECTION_FRAME: u64 = SECTION_LEN as u64 + 8;
-/// Bytes that are written or read at once, if a record is not longer.
+/// Bytes that are written or read at once, unless a record is longer.
 const BLOCK: usize = 256 << 10;
 
-/// What the numbers of a sequence depend on besides its tokens.
+/// What the numbers of a sequence depend on, besides its tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Binding {
-    /// Weights, what is computed with them, and the tokenizer.
+    /// The weights, what is computed with them, and the tokenizer.
     pub state_id: StateId,
     /// How keys and values are kept.
     pub kv_type: KvType,
     /// f32 activations everywhere.
     pub exact: bool,
-    /// How experts were chosen otherwise than the routers say.
+    /// How experts were chosen otherwise than by the routers.
     pub thrift: Thrift,
 }
 
@@ -63,7 +63,7 @@ pub struct Binding {
 pub struct SegmentFile {
     /// The file, at its beginning.
     pub file: File,
-    /// What errors call it.
+    /// Its path in errors.
     pub path: PathBuf,
 }
 
@@ -80,7 +80,7 @@ pub enum Part {
     Layer(usize),
     /// Rows of a layer.
     Rows {
-        /// The first position that they are of.
+        /// The first of their positions.
         first: usize,
         /// The layer.
         layer: usize,
@@ -92,7 +92,7 @@ pub enum Part {
         /// The layer.
         layer: usize,
     },
-    /// What follows the last part: nothing.
+    /// The end, after which nothing may follow.
     End,
 }
 
@@ -110,7 +110,7 @@ impl fmt::Display for Part {
     }
 }
 
-/// The number of a store's kind of section.
+/// The number of the kind of a store's section.
 fn kind_of(place: Place) -> u32 {
     match place {
         Place::Latent(_) => 2,
@@ -124,13 +124,13 @@ fn kind_of(place: Place) -> u32 {
 
 const TOKENS_KIND: u32 = 1;
 const MARKS_KIND: u32 = 5;
-/// Bytes of a mark: its position, and whether it was asked for.
+/// Bytes of a mark: its position, and whether a caller made it.
 const MARK_LEN: usize = 12;
-/// Names of the kinds of sections, the first of them 1.
+/// Names of the kinds of sections; the first has number 1.
 pub const SECTION_KINDS: [&str; 8] =
     ["tokens", "latents", "keys and values", "state", "marks", "entries", "to be compressed", "keys of blocks"];
 
-/// A section: what it begins with, and its records.
+/// A section: the fields at its beginning, and its records.
 #[derive(Clone, Debug)]
 struct Section {
     begin: [u8; SECTION_LEN],
@@ -162,17 +162,17 @@ impl Section {
         Section::new(kind_of(store.place()), layer as u32, records, store.record_len())
     }
 
-    /// What a store with a window or a state has to remember of `position` tokens.
+    /// What a store with a window or a state must remember of `position` tokens.
     fn kept(layer: usize, store: LayerCache<'_>, position: usize) -> Self {
         Section::rows(layer, store, store.records(position))
     }
 
-    /// Bytes of it in the file.
+    /// Its bytes in the file.
     fn len(&self) -> u64 {
         SECTION_FRAME + self.records.len() as u64 * self.record_len as u64
     }
 
-    /// Splits the records into blocks: calls `with` with the records of each and a buffer of their bytes.
+    /// Splits the records into blocks: calls `with` with the records of each block and a buffer for their bytes.
     fn blocks<E>(
         &self,
         buffer: &mut Vec<u8>,
@@ -191,7 +191,7 @@ impl Section {
     }
 }
 
-/// The positions of a segment in pieces, each of which has the rows of all layers.
+/// The positions of a segment, cut into pieces, each of which has the rows of all layers.
 fn stretches(positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let end = positions.end;
     positions.step_by(STRETCH).map(move |first| first..end.min(first + STRETCH))
@@ -215,7 +215,7 @@ fn mark_len(sequence: &Sequence, position: usize) -> u64 {
     if position == 0 { 0 } else { kept_len(sequence, position) }
 }
 
-/// Bytes of the file of a segment of these positions with marks at those.
+/// Bytes of the file of a segment with these positions and marks at those positions.
 fn file_len(sequence: &Sequence, positions: Range<usize>, marks: impl ExactSizeIterator<Item = usize>) -> u64 {
     let lists = Section::tokens(positions.clone()).len() + Section::marks(marks.len()).len();
     let layers = rows_len(sequence, positions.clone()) + kept_len(sequence, positions.end);

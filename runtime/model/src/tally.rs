@@ -1,7 +1,7 @@
-//! The checksum of an expert, formed by the threads that multiply it, out of their caches.
+//! The checksum of an expert, computed by the threads that multiply it, while its bytes are in their caches.
 //!
-//! Multiplying reads the expert from memory anyway, and summing its blocks at the same time costs a tenth of multiplying. Reading it once
-//! more to sum them would cost half as much as multiplying, since both go at the speed of memory.
+//! Multiplying reads the expert from memory anyway, and summing its blocks at the same time costs a tenth of multiplying. Reading
+//! it a second time to sum them would cost half as much as multiplying, since both run at the speed of memory.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -10,14 +10,14 @@ use std::sync::{Mutex, PoisonError};
 use sluice_checksum::{BLOCK_BYTES, BlockHash, BlockSum, block_sums};
 use sluice_kernels::Watch;
 
-/// Sums that are formed before they are put into their places.
+/// Sums that are computed before they are put into their places.
 const BATCH: usize = 16;
 
-/// The checksum of one extent in the making. Each block is summed by the thread that reads its first byte.
+/// The checksum of one extent, while it is computed. Each block is summed by the thread that reads its first byte.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
-    /// Sums that came before those of the blocks before them, and that of the last block. Stores are relaxed: the pool of
-    /// threads orders them before whatever follows the job.
+    /// Sums that arrived before those of earlier blocks, and the sum of the last block. Stores are relaxed: the pool of threads
+    /// orders them before whatever follows the job.
     sums: Vec<[AtomicU64; 8]>,
     blocks: usize,
     /// Blocks that have been summed.
@@ -41,7 +41,7 @@ impl Tally {
         }
     }
 
-    /// Begins anew, for an extent of `len` bytes, whole pages.
+    /// Starts again, for an extent of `len` bytes, whole pages.
     pub fn begin(&mut self, len: usize) -> &Self {
         self.reserve(len);
         self.blocks = len / BLOCK_BYTES;
@@ -51,7 +51,7 @@ impl Tally {
         self
     }
 
-    /// Sums the blocks that begin in `range`; `bytes`: as much of the extent as there is, whole pages.
+    /// Sums the blocks that begin in `range`; `bytes`: as much of the extent as has arrived, whole pages.
     pub fn add(&self, bytes: &[u8], range: Range<usize>) {
         let blocks = range.start.div_ceil(BLOCK_BYTES)..range.end.div_ceil(BLOCK_BYTES);
         self.summed.fetch_add(blocks.len(), Relaxed);
@@ -68,9 +68,9 @@ impl Tally {
         }
     }
 
-    /// Takes the blocks from `first` to `end` if they are the next ones. Returns the first that has to be kept for later.
+    /// Absorbs the blocks from `first` to `end` if they are the next ones. Returns the first block that has to be kept for later.
     fn absorb(&self, bytes: &[u8], first: usize, end: usize) -> usize {
-        // Only the thread with the next blocks moves `next`, so no other thread does until it has.
+        // Only the thread with the next blocks moves `next`, so it cannot change before this thread has moved it.
         if end <= first || self.next.load(Relaxed) != first {
             return first;
         }
@@ -100,7 +100,7 @@ impl Tally {
     }
 }
 
-/// Bytes of an extent, from its first on, and the tally that is kept of them, if there is one.
+/// Bytes of an extent, from its first on, and their tally, if there is one.
 #[derive(Clone, Copy)]
 pub(super) struct Tallied<'a> {
     /// The bytes: all of the extent, or as many as have arrived.
@@ -122,13 +122,13 @@ impl<'a> Tallied<'a> {
         }
     }
 
-    /// To watch a product with a matrix that begins at byte `offset` of the extent.
+    /// A watch for a product with a matrix that begins at byte `offset` of the extent.
     pub fn watch(&self, offset: usize) -> Option<TallyWatch<'a>> {
         self.tally.map(|tally| TallyWatch { tally, bytes: self.bytes, offset })
     }
 }
 
-/// Adds what a product has read to a tally.
+/// Adds the bytes that a product has read to a tally.
 pub(super) struct TallyWatch<'a> {
     tally: &'a Tally,
     bytes: &'a [u8],

@@ -1,4 +1,4 @@
-//! How the attention of a pass is divided: into tasks of some rows and heads, which threads take, and each task into blocks of keys.
+//! Divides the attention of a pass into tasks of several rows and heads, which threads take, and each task into blocks of keys.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use sluice_kernels::{KEY_BLOCK, KeyBlock, KvBuffer, KvRows, QueryTile, ThreadPoo
 use super::compute::Step;
 use super::rows::SpanRows;
 
-/// Spans of fewer rows are taken together: each has keys of its own, but all meet the same weights.
+/// Spans with fewer rows are taken together: each has its own keys, but all meet the same weights.
 const LONG_SPAN: usize = 4;
 
 /// Rows and heads of a pass.
@@ -23,7 +23,7 @@ pub struct Task {
 #[derive(Clone, Copy, Debug)]
 pub struct Heads {
     pub heads: usize,
-    /// How many adjacent ones have the same keys.
+    /// How many adjacent heads have the same keys.
     pub sharing: usize,
     /// Numbers of a head's result.
     pub width: usize,
@@ -40,14 +40,14 @@ pub struct Most {
 #[derive(Debug, Default)]
 pub struct Tasks {
     tasks: Vec<Task>,
-    /// Where the results of each end, of `width` numbers per row and head.
+    /// Ends of the tasks' results, which have `width` numbers per row and head.
     ends: Vec<usize>,
     width: usize,
 }
 
 impl Tasks {
-    /// Divides the heads and the rows of the pass. `most`: the most that a task takes of spans of that many rows; it takes fewer heads
-    /// where there would be too few tasks for the threads. `in_order`: a task has all rows of its heads, however many.
+    /// Divides the heads and the rows of the pass. `most`: the most that a task takes of spans with that many rows; it takes fewer
+    /// heads if there would be too few tasks for the threads. `in_order`: a task has all rows of its heads, however many.
     pub fn plan(&mut self, step: Step<'_>, shape: Heads, in_order: bool, most: impl Fn(usize) -> Most) {
         let Heads { heads, sharing, width } = shape;
         self.width = width;
@@ -78,7 +78,7 @@ impl Tasks {
         }));
     }
 
-    /// Runs `f` for each task and its part of `out`, `[rows, heads, width]` of the task.
+    /// Runs `f` for each task and its part of `out`, which is `[rows, heads, width]` of the task.
     pub fn run(&self, threads: &ThreadPool, out: &mut [f32], f: &(dyn Fn(&Task, &mut [f32]) + Sync)) {
         threads.for_each_part(out, &self.ends, &|i, part| f(&self.tasks[i], part));
     }
@@ -96,8 +96,8 @@ impl Tasks {
     }
 }
 
-/// The queries of `tile` meet all keys that they see, block by block, and are finished; `rows` gives the keys and values at positions of
-/// one block. False if the step was cancelled; the results are then unfinished.
+/// The queries of `tile` meet all keys that they see, block by block, and are finished; `rows` gives the keys and values at
+/// positions of one block. False if the step was cancelled; the results are then unfinished.
 pub fn attend<'a>(
     step: Step<'_>,
     tile: &mut QueryTile,
@@ -110,7 +110,7 @@ pub fn attend<'a>(
     met
 }
 
-/// As [`attend`], of queries that have yet to meet other keys.
+/// Like [`attend`], for queries that will meet other keys afterwards.
 pub fn meet<'a>(step: Step<'_>, tile: &mut QueryTile, rows: impl Fn(Range<usize>) -> (KvRows<'a>, KvRows<'a>)) -> bool {
     for positions in key_blocks(tile.positions()) {
         if step.is_cancelled() {
@@ -122,8 +122,8 @@ pub fn meet<'a>(step: Step<'_>, tile: &mut QueryTile, rows: impl Fn(Range<usize>
     true
 }
 
-/// The queries of `tile` meet the keys that were chosen, which are their values too: gathered in `buffer`, and cut into blocks by their
-/// place in the list. `row` gives that at one position. False once nobody wants the result any more.
+/// The queries of `tile` meet the keys that were chosen, which are also their values: these are gathered in `buffer`, and cut into
+/// blocks by their place in the list. `row` gives the row at one position. False if the step was cancelled meanwhile.
 pub fn meet_chosen<'a>(
     step: Step<'_>,
     tile: &mut QueryTile,
@@ -158,7 +158,7 @@ mod tests {
     use crate::rows::{Cursor, Phase, Rows, Span, Want};
     use crate::sequence::Sequence;
 
-    /// Plans for spans of so many rows.
+    /// Plans for spans with these numbers of rows.
     fn for_plans(mut check: impl FnMut(&Tasks, usize, Heads, Most, bool)) {
         let tokens = [0; 70];
         for counts in [&[1][..], &[1; 9], &[2, 3, 1, 70, 1, 1], &[64, 5], &[3, 4]] {

@@ -1,5 +1,5 @@
-//! Thrift: experts are chosen otherwise than the model's routers say, so that fewer are read. It changes what the model says, so nothing
-//! of it happens unless somebody asks for it, and what is computed with it is not mixed with what is computed without.
+//! Thrift: experts are chosen otherwise than by the model's routers, so that fewer are read. This changes the model's output, so it
+//! happens only on request, and results with thrift are never mixed with results without it.
 
 use std::fmt;
 use std::num::NonZeroU16;
@@ -7,11 +7,12 @@ use std::str::FromStr;
 
 use sluice_format::{ModelSpec, MoeSpec};
 
-/// How experts are chosen otherwise than the routers say. The default is as they say.
+/// How experts are chosen otherwise than by the routers. The default is to choose as the routers do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Thrift {
-    /// Experts in memory are preferred while tokens are generated; prompts are read as the routers say, since they need most experts
-    /// anyway. What is in memory depends on all that was computed before, so the same request can give another text the next time.
+    /// Experts in memory are preferred while tokens are generated; prompts follow the routers, because they need most experts
+    /// anyway. What is in memory depends on everything that was computed before, so the same request can give another text the next
+    /// time.
     pub preference: Preference,
     /// Most experts of a token in each layer. They have the weights that the model would give them if it had no more. A layer whose
     /// experts are listed by token keeps all of them.
@@ -19,7 +20,7 @@ pub struct Thrift {
 }
 
 impl Thrift {
-    /// What of it makes a difference in a model.
+    /// The part of it that makes a difference in a model.
     #[must_use]
     pub fn in_model(self, spec: &ModelSpec) -> Thrift {
         let routers = || spec.all_layers().filter_map(|layer| layer.ffn.moe.as_ref()).filter(|moe| scores_decide(moe));
@@ -35,7 +36,7 @@ impl Thrift {
         self == Thrift::default()
     }
 
-    /// Takes from the layers of a model the experts that they are not to have.
+    /// Removes the experts that a token may not have from the layers of a model.
     pub(crate) fn limit(self, spec: &mut ModelSpec) {
         let Some(most) = self.top_k else { return };
         let prediction = spec.prediction.as_mut().map(|prediction| &mut prediction.layer);
@@ -62,12 +63,12 @@ impl fmt::Display for Thrift {
     }
 }
 
-/// How much better the score of an expert must be to be read instead of one that is in memory: as a part of the distance between the
-/// token's best score and its lowest, in ten-thousandths. So it means the same whatever a model's scores stand for.
+/// How much better an expert's score must be for it to be read instead of one that is in memory: a part of the distance between the
+/// token's best score and its lowest, in ten-thousandths. So it has the same meaning whatever a model's scores are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Preference(u16);
 
-/// What stands for the whole distance.
+/// The number for the whole distance.
 const WHOLE: u16 = 10_000;
 
 impl Preference {
@@ -77,7 +78,7 @@ impl Preference {
         (0.0..=1.0).contains(&part).then(|| Preference((part * f64::from(WHOLE)).round() as u16))
     }
 
-    /// In ten-thousandths, as a session says it; `None` if that is more than the whole.
+    /// From ten-thousandths, as in a session; `None` if that is more than the whole.
     pub fn from_code(code: u16) -> Option<Self> {
         (code <= WHOLE).then_some(Preference(code))
     }

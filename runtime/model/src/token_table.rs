@@ -1,4 +1,4 @@
-//! Routers without a choice: a table says which experts each token of the vocabulary has.
+//! Routers without a choice: a table lists the experts of each token of the vocabulary.
 
 use std::path::PathBuf;
 
@@ -20,7 +20,7 @@ pub(super) struct TokenTable {
 }
 
 impl TokenTable {
-    /// `None` where scores decide.
+    /// `None` if scores decide.
     pub fn new(moe: &MoeSpec, router: &ExtentTensors<'_>) -> Result<Option<Self>, ModelError> {
         let Some(rows) = moe.router.token_table else { return Ok(None) };
         Ok(Some(TokenTable {
@@ -36,7 +36,8 @@ impl TokenTable {
     /// Writes the experts of a token to `out`, in the order of the table. `extent`: the bytes of the router extent.
     ///
     /// # Errors
-    /// [`ModelError::Token`] if the table has no such token, [`ModelError::TokenTable`] if it names no experts or one twice.
+    /// [`ModelError::Token`] if the table does not have the token, [`ModelError::TokenTable`] if it lists a number that is no
+    /// expert, or one twice.
     pub fn experts(&self, extent: &[u8], token: u32, out: &mut Vec<u32>) -> Result<(), ModelError> {
         let row = token as usize;
         if row >= self.rows {

@@ -1,4 +1,4 @@
-//! Where the tensors lie inside their extents.
+//! The places of tensors inside their extents.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use sluice_kernels::{Activations, Matrix, ROW_GROUP, WeightType, packed_len};
 
 use super::ModelError;
 
-/// Which matrix of the model this is; an expert's stands for those of all experts of its layer.
+/// Identifies a matrix of the model; an expert's matrix stands for those of all experts of its layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatrixPlace {
     /// Kind of the extent.
@@ -29,7 +29,7 @@ pub struct MatrixRef {
     offset: usize,
     /// Bytes of one matrix of the batch.
     len: usize,
-    /// Where the order of the columns begins, if they have one of their own: before the first matrix.
+    /// Byte at which the order of the columns begins, if they have one of their own: before the first matrix.
     order: Option<usize>,
 }
 
@@ -54,7 +54,7 @@ impl MatrixRef {
         (bytes.saturating_sub(self.offset) / self.group_len()).min(self.groups())
     }
 
-    /// Some row groups, as a matrix of their rows. Bytes of the extent beyond them need not be there.
+    /// Some row groups, as a matrix of their rows. Bytes of the extent after them need not have arrived.
     pub fn view_of_groups<'a>(&self, extent: &'a [u8], groups: Range<usize>) -> Matrix<'a> {
         let rows = (groups.end * ROW_GROUP).min(self.rows) - groups.start * ROW_GROUP;
         self.matrix(rows, &extent[self.group_start(groups.start)..self.group_start(groups.end)])
@@ -85,15 +85,15 @@ impl MatrixRef {
         self.order.map(|start| &extent[start..start + 2 * self.cols])
     }
 
-    /// What the tokens `x` are for this matrix: themselves, or in `scratch` with their columns in the order of the matrix. An order
-    /// that is damaged gives other numbers or NaN.
+    /// The tokens `x` in the form that this matrix takes: unchanged, or in `scratch` with their columns in the order of the matrix.
+    /// A damaged order gives other numbers or NaN.
     pub fn input<'x>(&self, extent: &[u8], x: &'x Activations, scratch: &'x mut Activations) -> &'x Activations {
         let Some(order) = self.order(extent) else { return x };
         scratch.reorder(x, 0..x.n(), order);
         scratch
     }
 
-    /// What [`MatrixRef::input`] has given for the same tokens and left in `scratch`.
+    /// The result of [`MatrixRef::input`] for the same tokens, which it left in `scratch`.
     pub fn same_input<'x>(&self, x: &'x Activations, scratch: &'x Activations) -> &'x Activations {
         if self.order.is_some() { scratch } else { x }
     }
@@ -114,7 +114,7 @@ impl MatrixRef {
             .expect("the file's reader has checked this tensor's length against its shape")
     }
 
-    /// `None` if the record is no matrix, or larger than memory can be.
+    /// `None` if the record is not a matrix, or is larger than memory can be.
     pub(super) fn from_record(place: MatrixPlace, t: &TensorRecord) -> Option<Self> {
         let [_, rows, cols] = t.shape.map(|d| d as usize);
         let rows = match t.layout {
@@ -164,7 +164,7 @@ impl VectorRef {
     }
 }
 
-/// Looks up the tensors of one extent by their canonical names.
+/// Finds the tensors of one extent by their canonical names.
 pub(super) struct ExtentTensors<'a> {
     pub(super) file: &'a ModelFile,
     pub(super) kind: ExtentKind,
@@ -185,7 +185,7 @@ impl ExtentTensors<'_> {
         self.part_of(name, name)
     }
 
-    /// Whether there is a tensor of that name.
+    /// Whether there is a tensor with that name.
     pub(super) fn has(&self, name: &'static str) -> bool {
         self.file.tensor(self.kind, self.layer, self.index, name).is_some()
     }

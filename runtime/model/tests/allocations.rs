@@ -1,4 +1,4 @@
-//! In steady state a pass over a layer allocates nothing, on any thread, and neither does a step of many sequences.
+//! In steady state, neither a pass over a layer nor a step of many sequences allocates anything, on any thread.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -13,27 +13,27 @@ use xxhash_rust::xxh3::xxh3_64;
 #[path = "../../../format/tests/support/mod.rs"]
 mod support;
 
-/// Counts what the system allocator is asked for.
+/// Counts the requests to the system allocator.
 struct Counting;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
-// SAFETY: every call goes unchanged to the system allocator, which keeps the contract.
+// SAFETY: every call goes unchanged to the system allocator, which fulfils the contract.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, SeqCst);
-        // SAFETY: the caller keeps the contract of `alloc`.
+        // SAFETY: the caller fulfils the contract of `alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps the contract of `dealloc`.
+        // SAFETY: the caller fulfils the contract of `dealloc`.
         unsafe { System.dealloc(pointer, layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, SeqCst);
-        // SAFETY: the caller keeps the contract of `realloc`.
+        // SAFETY: the caller fulfils the contract of `realloc`.
         unsafe { System.realloc(pointer, layout, bytes) }
     }
 }
@@ -69,7 +69,7 @@ fn sweep(pool: &mut Pool, rounds: usize) {
     }
 }
 
-/// What one test allocates must not count for the other.
+/// Allocations of one test must not count for the other.
 static TURN: Mutex<()> = Mutex::new(());
 
 #[test]
@@ -105,22 +105,22 @@ fn passes_do_not_allocate_in_steady_state() {
     }
 }
 
-/// A model of which some layers see everything and others a window, one with recurrent states and an indexer, one with streams and
-/// compressed entries, and one that chooses blocks of keys.
+/// One model in which some layers see everything and others a window, one with recurrent states and an indexer, one with streams
+/// and compressed entries, and one that chooses blocks of keys.
 fn specs() -> [ModelSpec; 4] {
     let mut windows = support::gqa_spec();
     if let AttentionSpec::Gqa(gqa) = &mut windows.layers[0].attention {
         gqa.window = None;
     }
     let mut streams = support::streams_spec();
-    // The numbers in the file are random, and so are no experts.
+    // The numbers in the file are random, so tables of experts would not list valid ones.
     let experts = streams.layers.iter_mut().filter_map(|layer| layer.ffn.moe.as_mut());
     experts.for_each(|moe| moe.router.token_table = None);
     [windows, support::sparse_spec(), streams, support::hybrid_spec()]
         .map(|spec| ModelSpec { max_positions: 4096, ..spec })
 }
 
-/// Decodes a token of each sequence and says how often it allocated meanwhile.
+/// Decodes a token of each sequence and returns how often it allocated meanwhile.
 fn decode(engine: &mut Engine, sequences: &mut [Sequence]) -> u64 {
     let vocab = engine.spec().vocab_size;
     let tokens: Vec<_> = sequences.iter().enumerate().map(|(i, s)| ((i * 7 + s.position()) % vocab) as u32).collect();
@@ -141,14 +141,14 @@ fn many_sequences_decode_over_the_ends_of_pages_without_allocating() {
             sequences: Some(64),
             context: Some(4 * PAGE_TOKENS),
             read_engine: Some(ReadEngineKind::Pread),
-            // With more, which of them has its scratch already is a matter of chance.
+            // With more threads, chance decides which of them already have scratch.
             threads: Some(1),
             forget: true,
             ..EngineOptions::default()
         };
         let mut engine = Engine::open(&path, &options).expect("a sound model");
         let mut sequences: Vec<_> = (0..64).map(|_| engine.new_sequence()).collect();
-        // Scratch grows to what the longest sequence needs.
+        // Scratch grows to the size that the longest sequence needs.
         for _ in 1..4 * PAGE_TOKENS {
             decode(&mut engine, &mut sequences[..2]);
         }

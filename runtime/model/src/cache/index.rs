@@ -1,16 +1,16 @@
-//! Index keys: what is scored to choose the tokens that a layer attends to. They are f32 whatever the other rows are, since they
-//! decide what is attended to.
+//! Index keys, which are scored to choose the tokens that a layer attends to. They are f32 whatever the type of the other rows,
+//! because they decide which tokens are attended to.
 
 use std::ops::Range;
 
 use super::table::RowTable;
 
-/// Where a layer's index keys are among the numbers of a page.
+/// Place of a layer's index keys among the numbers of a page.
 #[derive(Clone, Copy, Debug)]
 pub struct IndexPlace {
-    /// First of the page's numbers that belongs to them.
+    /// First of the page's numbers that belong to them.
     pub(super) first: usize,
-    /// Numbers of a key: none in a layer that chooses nothing, or uses what another layer chose.
+    /// Numbers of a key: none in a layer that chooses nothing, or that uses the choice of another layer.
     pub(super) width: usize,
 }
 
@@ -26,7 +26,7 @@ impl IndexPlace {
         out.as_chunks_mut::<4>().0.iter_mut().zip(numbers).for_each(|(out, v)| *out = v.to_le_bytes());
     }
 
-    /// Puts a key back that [`IndexPlace::to_bytes`] wrote.
+    /// Restores a key that [`IndexPlace::to_bytes`] wrote.
     pub(super) fn put_bytes(self, numbers: &mut [f32], place: usize, bytes: &[u8]) {
         let numbers = &mut numbers[self.numbers(place..place + 1)];
         numbers.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));
@@ -41,7 +41,7 @@ pub struct IndexCache<'a> {
 }
 
 impl<'a> IndexCache<'a> {
-    /// Index keys at `positions`, `[positions, index_head_dim]`: ask for those of one block of keys at a time.
+    /// Index keys at `positions`, `[positions, index_head_dim]`. A caller asks for the keys of one block at a time.
     ///
     /// # Panics
     /// If there are fewer positions, or they are not in one block.

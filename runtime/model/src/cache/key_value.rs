@@ -1,4 +1,4 @@
-//! Keys and values of grouped-query attention, and beside them the index keys by which blocks of keys are chosen.
+//! Keys and values of grouped-query attention, and the index keys by which blocks of keys are chosen.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use super::layout::Rows;
 use super::page::Page;
 use super::table::RowTable;
 
-/// Where a layer's keys and values are in a page, and of how many heads.
+/// Place of a layer's keys and values in a page, and the number of heads.
 #[derive(Clone, Copy, Debug)]
 pub struct KeyValuePlace {
     pub(super) keys: Rows,
@@ -33,8 +33,8 @@ pub struct KeyValueCacheMut<'a> {
 }
 
 impl<'a> KeyValueCache<'a> {
-    /// Keys and values of a head at `positions`, oldest first. This is the one place that knows where rows lie: ask for
-    /// those of one block of keys at a time.
+    /// Keys and values of a head at `positions`, oldest first. Only this function knows where rows lie. A caller asks for the rows
+    /// of one block of keys at a time.
     ///
     /// # Panics
     /// If there are fewer positions, or they are not in one block.
@@ -66,7 +66,7 @@ impl<'a> KeyValueCache<'a> {
 }
 
 impl KeyValueCacheMut<'_> {
-    /// Puts the keys `[kv_heads, head_dim]` and values `[kv_heads, v_head_dim]` of a position in.
+    /// Stores the keys `[kv_heads, head_dim]` and values `[kv_heads, v_head_dim]` of a position.
     ///
     /// # Panics
     /// If the sequence was not prepared for it.
@@ -89,7 +89,7 @@ impl KeyValueCacheMut<'_> {
         &mut page.numbers[self.place.index.numbers(place..place + 1)]
     }
 
-    /// Puts the rows of a position back.
+    /// Restores the rows of a position.
     pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
         let (page, place) = self.table.page_mut(position);
         let KeyValuePlace { keys, values, kv_heads, index } = self.place;

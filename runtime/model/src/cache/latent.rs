@@ -1,4 +1,4 @@
-//! Latents of multi-head latent attention, and beside them the index keys of sparse attention.
+//! Latents of multi-head latent attention, and the index keys of sparse attention.
 
 use std::ops::Range;
 
@@ -10,14 +10,14 @@ use super::layout::Rows;
 use super::page::Page;
 use super::table::RowTable;
 
-/// Where a layer's latents and index keys are in a page.
+/// Place of a layer's latents and index keys in a page.
 #[derive(Clone, Copy, Debug)]
 pub struct LatentPlace {
     pub(super) rows: Rows,
     pub(super) index: IndexPlace,
 }
 
-/// Latents with their rotated keys of one layer and one sequence.
+/// Latents, with their rotated keys, of one layer and one sequence.
 #[derive(Clone, Copy, Debug)]
 pub struct LatentCache<'a> {
     pub(super) table: &'a RowTable,
@@ -36,13 +36,13 @@ pub fn latent_width(spec: &MlaSpec) -> usize {
     spec.kv_lora_rank + spec.qk_rope_head_dim
 }
 
-/// Numbers of the index key that a layer keeps of each token.
+/// Numbers of the index key that a layer keeps for each token.
 pub fn index_width(spec: &IndexerSpec) -> usize {
     if spec.shared { 0 } else { spec.index_head_dim }
 }
 
 impl<'a> LatentCache<'a> {
-    /// Latents with their rotated keys at `positions`, oldest first: ask for those of one block of keys at a time.
+    /// Latents, with their rotated keys, at `positions`, oldest first. A caller asks for the rows of one block of keys at a time.
     ///
     /// # Panics
     /// If there are fewer positions, or they are not in one block.
@@ -68,7 +68,7 @@ impl<'a> LatentCache<'a> {
 }
 
 impl LatentCacheMut<'_> {
-    /// Puts the latent of a position with its rotated key in.
+    /// Stores the latent of a position with its rotated key.
     ///
     /// # Panics
     /// If the sequence was not prepared for it.
@@ -86,7 +86,7 @@ impl LatentCacheMut<'_> {
         &mut page.numbers[self.place.index.numbers(place..place + 1)]
     }
 
-    /// Puts the row of a position back.
+    /// Restores the row of a position.
     pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
         let (page, place) = self.table.page_mut(position);
         let Page { rows, numbers, .. } = page;

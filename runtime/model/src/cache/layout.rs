@@ -1,4 +1,4 @@
-//! Which pages a model's sequences need, and where in them each layer's rows lie.
+//! The pages that a model's sequences need, and the place of each layer's rows in them.
 
 use sluice_format::{AttentionSpec, BlockScore, CompressedSpec, GqaSpec, KeyBlocksSpec, LayerSpec, ModelSpec};
 use sluice_kernels::{KEY_BLOCK, KvBuffer, KvType};
@@ -12,31 +12,31 @@ use crate::compressed::raw_width;
 use crate::recurrent::StateShape;
 
 /// Tokens of a page: those of a block of keys. A smaller page would cut blocks. A larger one would waste more at the end of each
-/// sequence, copy more when a fork goes on and keep more before a window, and make nothing faster: attention takes one block at a
-/// time, and the rows of a head lie one behind the other as far as a block goes.
+/// sequence, copy more when a fork continues, and keep more before a window. It would not be faster, because attention takes one
+/// block at a time, and within a block the rows of a head follow each other.
 pub const PAGE_TOKENS: usize = KEY_BLOCK;
 
-/// Positions that a windowed layer keeps beyond those that the next token sees, so that a sequence can go back a little (a draft
-/// that was refused) without computing anything again.
+/// Positions that a windowed layer keeps in addition to those that the next token sees. With them, a sequence can go back a little
+/// (after a draft that was refused) without computing anything again.
 pub const WINDOW_SLACK: usize = PAGE_TOKENS;
 
-/// What the pages of a kind hold of a sequence.
+/// The part of a sequence that pages of a kind hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PageKind {
     /// Rows of [`PAGE_TOKENS`] positions, in every layer that can see them all.
     Rows,
-    /// The same, in the layers with a window of this many positions, the token's own included. They go back to the pool as the window
-    /// moves on.
+    /// The same, in the layers with a window of this many positions, including the token's own. These pages go back to the pool as
+    /// the window moves on.
     Window(usize),
-    /// Rows of entries, each of which stands for this many tokens: [`PAGE_TOKENS`] entries, in every layer that has such entries.
+    /// Rows of entries, each of which represents this many tokens: [`PAGE_TOKENS`] entries, in every layer that has such entries.
     Entries(usize),
     /// The state of every recurrent layer after one token.
     State,
 }
 
 impl PageKind {
-    /// The most pages that `sequences` sequences need, with `context` tokens and `marks` marks each, and `rows` rows in a pass for all of
-    /// them.
+    /// The most pages that `sequences` sequences need, with `context` tokens and `marks` marks each, and a pass of `rows` rows for
+    /// all of them together.
     pub fn most(self, sequences: usize, context: usize, marks: usize, rows: usize) -> u64 {
         let whole = (sequences as u64).saturating_mul(context.div_ceil(PAGE_TOKENS) as u64);
         let marks = (sequences as u64).saturating_mul(marks as u64);
@@ -49,7 +49,7 @@ impl PageKind {
                 let in_pass = Self::in_pass(window, sequences, rows);
                 in_pass.min(whole).saturating_add(marks.saturating_mul(self.marked(context)))
             }
-            // One that is read and one that is written.
+            // One page that is read and one that is written.
             PageKind::State => (sequences as u64).saturating_mul(2).saturating_add(marks),
         }
     }
@@ -67,19 +67,19 @@ impl PageKind {
         }
     }
 
-    /// Whether a sequence gives up what it holds before the tokens that it is of, so that going back needs a mark.
+    /// Whether a sequence gives up pages of this kind before it gives up their tokens, so that going back needs a mark.
     pub fn forgets(self) -> bool {
         matches!(self, PageKind::Window(_) | PageKind::State)
     }
 
-    /// Tokens that each row is of.
+    /// Tokens that each row represents.
     pub fn ratio(self) -> usize {
         if let PageKind::Entries(ratio) = self { ratio } else { 1 }
     }
 
     /// The most pages that `sequences` sequences have in layers with a window of `window` tokens during a pass of `rows` rows.
     pub fn in_pass(window: usize, sequences: usize, rows: usize) -> u64 {
-        // The window and what is kept beyond it begin and end in the middle of a page, and so do the rows.
+        // The window, with the positions kept before it, begins and ends in the middle of a page, and so do the rows.
         let before = window.saturating_sub(1).saturating_add(WINDOW_SLACK).div_ceil(PAGE_TOKENS) as u64 + 2;
         (sequences as u64).saturating_mul(before).saturating_add((rows / PAGE_TOKENS) as u64)
     }
@@ -96,7 +96,7 @@ impl std::fmt::Display for PageKind {
     }
 }
 
-/// Rows of one layer in the pages of a kind: in which buffer, and the first of them there. Each head has [`PAGE_TOKENS`].
+/// Rows of one layer in the pages of a kind: the number of the buffer, and the first row there. Each head has [`PAGE_TOKENS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rows {
     pub(super) buffer: usize,
@@ -104,30 +104,30 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// The row of a head and a place in the page.
+    /// The row of a head at a place in the page.
     pub(super) fn at(self, head: usize, place: usize) -> usize {
         self.first + head * PAGE_TOKENS + place
     }
 }
 
-/// Where a layer's part of a page is.
+/// Place of a layer's part of a page.
 #[derive(Clone, Copy, Debug)]
 pub enum Place {
     /// Keys and values.
     KeyValue(KeyValuePlace),
-    /// Latents, or keys that are values too.
+    /// Latents, or keys that are also values.
     Latent(LatentPlace),
-    /// Entries that stand for some tokens each.
+    /// Entries, each of which represents several tokens.
     Entries(LatentPlace),
-    /// Index keys that stand for a block of keys each.
+    /// Index keys, each of which represents a block of keys.
     BlockKeys(IndexPlace),
-    /// Numbers of tokens that are yet to be compressed.
+    /// Numbers of tokens that are not compressed yet.
     Raw(RawPlace),
     /// Recurrent states.
     State(StatePlace),
 }
 
-/// Where the state of a recurrent layer is among a page's numbers.
+/// Place of the state of a recurrent layer among a page's numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct StatePlace {
     first: usize,
@@ -152,7 +152,7 @@ pub struct PageLayout {
     pub(super) ty: KvType,
     /// Rows and width of each buffer.
     pub(super) buffers: Vec<(usize, usize)>,
-    /// f32 numbers beside them.
+    /// f32 numbers besides the buffers.
     pub(super) numbers: usize,
 }
 
@@ -166,7 +166,7 @@ impl PageLayout {
         self.kind
     }
 
-    /// Bytes of what a page holds.
+    /// Bytes of a page's contents.
     pub fn bytes(&self) -> u64 {
         let row =
             |&(rows, width): &(usize, usize)| (rows as u64).saturating_mul(KvBuffer::row_bytes(self.ty, width) as u64);
@@ -174,12 +174,12 @@ impl PageLayout {
         rows.saturating_add(4 * self.numbers as u64)
     }
 
-    /// Bytes that a page takes besides what it holds.
+    /// Bytes that a page takes in addition to its contents.
     pub fn overhead(&self) -> u64 {
         Page::overhead(self.buffers.len())
     }
 
-    /// Room for `rows` more rows of `width` numbers.
+    /// Adds room for `rows` more rows of `width` numbers.
     fn rows(&mut self, rows: usize, width: usize) -> Rows {
         let buffer = self.buffers.iter().position(|b| b.1 == width).unwrap_or_else(|| {
             self.buffers.push((0, width));
@@ -195,17 +195,17 @@ impl PageLayout {
         self.numbers - count
     }
 
-    /// Room for index keys of `width` numbers.
+    /// Adds room for index keys of `width` numbers.
     fn index(&mut self, width: usize) -> IndexPlace {
         IndexPlace { first: self.numbers(width * PAGE_TOKENS), width }
     }
 }
 
-/// One thing that a layer keeps of a sequence. Most layers keep one.
+/// One thing that a layer keeps of a sequence. Most layers keep only one.
 #[derive(Clone, Copy, Debug)]
 struct Store {
     layer: usize,
-    /// Number of its kind of page.
+    /// Number of the kind of its pages.
     kind: usize,
     place: Place,
 }
@@ -214,7 +214,7 @@ struct Store {
 #[derive(Clone, Debug)]
 pub struct Layout {
     pages: Vec<PageLayout>,
-    /// Layer by layer.
+    /// The stores, layer by layer.
     stores: Vec<Store>,
     /// The first store of each layer.
     first: Vec<usize>,
@@ -261,7 +261,7 @@ impl Layout {
         self.pages.iter().map(kept).fold(0, u64::saturating_add)
     }
 
-    /// Adds what a layer keeps.
+    /// Adds the stores of a layer.
     fn add(&mut self, layer: usize, attention: &AttentionSpec, ty: KvType) {
         match attention {
             AttentionSpec::Gqa(gqa) => self.add_key_value(layer, gqa, ty),
@@ -275,7 +275,7 @@ impl Layout {
         }
     }
 
-    /// In the order of [`key_means::RAW`](crate::key_means::RAW) and what follows it.
+    /// Adds stores in the order of [`key_means::RAW`](crate::key_means::RAW) and the constants after it.
     fn add_key_value(&mut self, layer: usize, gqa: &GqaSpec, ty: KvType) {
         let kind = gqa.reach().map_or(PageKind::Rows, PageKind::Window);
         let means = gqa.blocks.as_ref().filter(|blocks| blocks.score == BlockScore::MeanKey);
@@ -301,7 +301,7 @@ impl Layout {
         });
     }
 
-    /// In the order of [`compressed::WINDOW`](crate::compressed::WINDOW) and what follows it.
+    /// Adds stores in the order of [`compressed::WINDOW`](crate::compressed::WINDOW) and the constants after it.
     fn add_compressed(&mut self, layer: usize, spec: &CompressedSpec, ty: KvType) {
         self.store(layer, PageKind::Window(spec.window), ty, |page| Place::Latent(latents(page, spec.head_dim, 0)));
         let Some(compression) = &spec.compression else { return };
@@ -315,7 +315,7 @@ impl Layout {
         });
     }
 
-    /// Adds a store in pages of a kind, where `place` makes room for it.
+    /// Adds a store in pages of a kind; `place` makes room for it there.
     fn store(&mut self, layer: usize, kind: PageKind, ty: KvType, place: impl FnOnce(&mut PageLayout) -> Place) {
         let number = self.pages.iter().position(|page| page.kind == kind).unwrap_or_else(|| {
             self.pages.push(PageLayout::new(kind, ty));
@@ -330,7 +330,7 @@ impl Layout {
         &self.pages
     }
 
-    /// Of a store: the number of its kind of page, and its place there.
+    /// The number of the kind of a store's pages, and its place there.
     pub fn place(&self, store: usize) -> (usize, Place) {
         (self.stores[store].kind, self.stores[store].place)
     }
@@ -370,7 +370,7 @@ impl Layout {
     }
 }
 
-/// Room for the rows of one head and as many index keys.
+/// Adds room for the rows of one head and as many index keys.
 fn latents(page: &mut PageLayout, width: usize, index: usize) -> LatentPlace {
     let rows = page.rows(PAGE_TOKENS, width);
     LatentPlace { rows, index: page.index(index) }

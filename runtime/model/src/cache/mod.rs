@@ -1,10 +1,10 @@
-//! What layers remember of a sequence, and how it is stored: in pages of one pool. Attention asks for rows by position and knows
-//! nothing else of their place.
+//! What layers remember of a sequence: it is stored in pages of one pool. Attention asks for rows by position and does not know
+//! where they lie.
 //!
 //! A page has the rows of [`PAGE_TOKENS`] tokens in all layers of a kind ([`PageKind`]), or the states of all recurrent layers
 //! after one token. The pool is planned and made with the engine; sequences take pages as they grow and give them back. A sequence
 //! shares pages with its forks, and with its marks, which keep pages that it would otherwise give back. A sequence that is about to
-//! write in a shared page takes a copy first, so a shared page is never written.
+//! write to a shared page copies it first, so a shared page is never written.
 
 mod index;
 mod key_value;
@@ -25,10 +25,10 @@ pub use self::raw::{RawCache, RawCacheMut};
 pub use self::table::Table;
 use crate::recurrent::{State, StateMut};
 
-/// Why a cache always is of the kind that its layer expects.
+/// Why a cache always has the kind that its layer expects.
 const OF_ITS_SPEC: &str = "a cache is made from the spec of its layer";
 
-/// What one layer remembers of the tokens of one sequence, or one of several such things.
+/// What one layer remembers of the tokens of one sequence, or one part of it if the layer has several stores.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerCache<'a> {
     table: &'a Table,
@@ -58,7 +58,7 @@ impl<'a> LayerCache<'a> {
     /// Keys and values.
     ///
     /// # Panics
-    /// If it has other things, as in the following methods.
+    /// If the cache is of another kind; so do the following methods.
     pub fn key_value(self) -> KeyValueCache<'a> {
         let Place::KeyValue(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
         KeyValueCache { table: self.table.rows(), place }
@@ -76,14 +76,14 @@ impl<'a> LayerCache<'a> {
         IndexCache { table: self.table.rows(), place }
     }
 
-    /// What is yet to be compressed.
+    /// Numbers of tokens that are not compressed yet.
     pub fn raw(self) -> RawCache<'a> {
         let Place::Raw(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
         RawCache { table: self.table.rows(), place }
     }
 
-    /// Records that a saved sequence of `position` tokens has of this layer: the positions of rows that later tokens can see, all
-    /// entries, or the one state.
+    /// Numbers of the records that a saved sequence of `position` tokens has of this layer: the positions of rows that later tokens
+    /// can see, all entries, or the one state.
     pub fn records(self, position: usize) -> Range<usize> {
         match self.table {
             Table::Rows(rows) => rows.seen_from(position),
@@ -91,7 +91,7 @@ impl<'a> LayerCache<'a> {
         }
     }
 
-    /// Records that come with the tokens at these positions, in a layer that remembers everything.
+    /// Records that belong to the tokens at these positions, in a layer that remembers everything.
     pub fn records_of(self, positions: Range<usize>) -> Range<usize> {
         let ratio = self.table.rows().ratio();
         positions.start / ratio..positions.end / ratio
@@ -102,7 +102,7 @@ impl<'a> LayerCache<'a> {
         self.record_len
     }
 
-    /// Writes a record. A state's record is the one after its token.
+    /// Writes a record. A state's record has the number of the position after its token.
     pub fn record_to_bytes(self, record: usize, out: &mut [u8]) {
         match self.place {
             Place::Latent(_) | Place::Entries(_) => self.latent().row_to_bytes(record, out),
@@ -134,7 +134,7 @@ impl<'a> LayerCacheMut<'a> {
     /// Keys and values.
     ///
     /// # Panics
-    /// If it has other things, as in the following methods.
+    /// If the cache is of another kind; so do the following methods.
     pub fn key_value_mut(self) -> KeyValueCacheMut<'a> {
         let Place::KeyValue(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
         KeyValueCacheMut { table: self.table.rows_mut(), place }
@@ -153,13 +153,13 @@ impl<'a> LayerCacheMut<'a> {
         &mut page.numbers[place.numbers(at..at + 1)]
     }
 
-    /// What is yet to be compressed.
+    /// Numbers of tokens that are not compressed yet.
     pub fn raw_mut(self) -> RawCacheMut<'a> {
         let Place::Raw(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
         RawCacheMut { table: self.table.rows_mut(), place }
     }
 
-    /// The states that a step reads, and those that it writes.
+    /// The states that a step reads, and the states that it writes.
     pub fn state_mut(self) -> (State<'a>, StateMut<'a>) {
         let Place::State(place) = self.place else { unreachable!("{OF_ITS_SPEC}") };
         let (from, to) = self.table.state_mut().step();
@@ -167,7 +167,7 @@ impl<'a> LayerCacheMut<'a> {
         (from, StateMut::new(place.shape(), &mut to.numbers[place.numbers()]))
     }
 
-    /// Puts a record back.
+    /// Restores a record.
     pub fn record_from_bytes(&mut self, record: usize, bytes: &[u8]) {
         let LayerCacheMut { table, place, .. } = self;
         match *place {

@@ -6,10 +6,10 @@ use sluice_kernels::KvBuffer;
 
 use super::layout::{Layout, PageKind, PageLayout};
 
-/// What layers remember of some tokens: rows of keys, values and latents, and numbers that are always f32.
+/// The rows of keys, values and latents that layers remember of some tokens, and numbers that are always f32.
 #[derive(Debug)]
 pub struct Page {
-    /// Number of its kind.
+    /// Number of its kind of page.
     kind: usize,
     pub(super) rows: Vec<KvBuffer>,
     pub(super) numbers: Vec<f32>,
@@ -21,7 +21,8 @@ impl Page {
         Page { kind, rows, numbers: vec![0.0; layout.numbers] }
     }
 
-    /// Bytes that a page with this many buffers takes besides their contents: its own fields, its place in the pool, its allocations.
+    /// Bytes that a page with this many buffers takes in addition to their contents: its own fields, its place in the pool, and its
+    /// allocations.
     pub(super) fn overhead(buffers: usize) -> u64 {
         const ALLOCATION: usize = 16;
         let counts = 2 * size_of::<usize>() + size_of::<Arc<Page>>();
@@ -52,7 +53,7 @@ pub struct PagePool {
 #[derive(Debug)]
 struct Free {
     pages: Vec<Arc<Page>>,
-    /// Free pages whose memory has been given back to the system; they are allocated again when they are needed.
+    /// Free pages whose memory has been given back to the system; they are allocated again when needed.
     away: usize,
 }
 
@@ -65,13 +66,13 @@ impl Free {
 /// How many pages of a kind there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageCount {
-    /// What they hold.
+    /// The contents of the pages.
     pub kind: PageKind,
-    /// Bytes of one.
+    /// Bytes of one page.
     pub bytes: u64,
-    /// In all.
+    /// Number of pages.
     pub total: usize,
-    /// Of which free.
+    /// Number of free pages.
     pub free: usize,
 }
 
@@ -82,13 +83,13 @@ pub struct PageCount {
      more sequences or more context"
 )]
 pub struct PagesFull {
-    /// What they hold.
+    /// The contents of the pages.
     pub kind: PageKind,
     /// Pages that are needed.
     pub wanted: usize,
     /// Pages that are free.
     pub free: usize,
-    /// Pages of the kind in all.
+    /// All pages of the kind.
     pub total: usize,
 }
 
@@ -131,7 +132,7 @@ impl PagePool {
         }
     }
 
-    /// Takes a free page. It still holds what its last owner has left there.
+    /// Takes a free page. It still has the contents that its last owner left.
     pub fn take(self: &Arc<Self>, kind: usize) -> Result<Held, PagesFull> {
         let mut free = self.lock();
         let page = match free[kind].pages.pop() {
@@ -159,7 +160,7 @@ impl PagePool {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Free>> {
-        // A panic while it was locked cannot have left it half changed.
+        // A panic while the lock was held cannot have left the list half changed.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -167,21 +168,21 @@ impl PagePool {
 /// A handle to a page that was taken. Clones share the page; the last one to be dropped gives it back to the pool.
 #[derive(Debug)]
 pub struct Held {
-    /// None only while it is dropped.
+    /// `None` only while the handle is dropped.
     page: Option<Arc<Page>>,
     pool: Arc<PagePool>,
 }
 
 impl Held {
-    /// What it holds.
+    /// The page.
     pub fn get(&self) -> &Page {
         self.arc()
     }
 
-    /// The same, to change it.
+    /// The page, to change it.
     ///
     /// # Panics
-    /// If it is shared: make a copy first ([`Held::own`]).
+    /// If the page is shared: copy it first ([`Held::own`]).
     pub fn get_mut(&mut self) -> &mut Page {
         let page = self.page.as_mut().and_then(Arc::get_mut);
         page.expect("a page that is written was made the sequence's own before")
@@ -192,14 +193,14 @@ impl Held {
         Arc::strong_count(self.arc()) > 1
     }
 
-    /// How many pages have all their handles among `handles`.
+    /// How many pages have all of their handles among `handles`.
     pub fn alone<'a>(handles: impl Iterator<Item = &'a Held>) -> usize {
         let mut pages: Vec<&Arc<Page>> = handles.map(Held::arc).collect();
         pages.sort_unstable_by_key(|page| Arc::as_ptr(page));
         pages.chunk_by(|a, b| Arc::ptr_eq(a, b)).filter(|same| same.len() == Arc::strong_count(same[0])).count()
     }
 
-    /// A copy of the page, not shared, from the same pool.
+    /// A copy of the page that is not shared, from the same pool.
     pub fn own(&self) -> Result<Held, PagesFull> {
         let kind = self.arc().kind;
         let mut own = self.pool.take(kind)?;
@@ -221,12 +222,13 @@ impl Clone for Held {
 impl Drop for Held {
     fn drop(&mut self) {
         let Some(page) = self.page.take() else { return };
-        // Handles are dropped one at a time, under the lock: so exactly one finds that it is the last, and no other is left to
-        // be cloned meanwhile.
+        // Handles are dropped one at a time, under the lock. So exactly one finds that it is the last, and no other handle is left
+        // that could be cloned meanwhile.
         let mut free = self.pool.lock();
         match Arc::strong_count(&page) {
             1 => free[page.kind].pages.push(page),
-            // Still under the lock: a handle that is counted after it was let go would keep the last one from finding out.
+            // Still under the lock: if this handle were counted after it was dropped, the last one could not tell that it is the
+            // last.
             _ => drop(page),
         }
     }

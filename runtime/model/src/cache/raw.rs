@@ -1,11 +1,11 @@
-//! What layers keep of tokens that are yet to be compressed: f32 numbers, a row for each token.
+//! The f32 numbers that layers keep of tokens that are not compressed yet, one row per token.
 
 use super::table::RowTable;
 
-/// Where a layer's rows are among a page's numbers.
+/// Place of a layer's rows among a page's numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct RawPlace {
-    /// First of the page's numbers that belongs to them.
+    /// First of the page's numbers that belong to them.
     pub(super) first: usize,
     /// Numbers of a row.
     pub(super) width: usize,
@@ -35,7 +35,7 @@ impl<'a> RawCache<'a> {
     /// The row of a position.
     ///
     /// # Panics
-    /// If it is not there.
+    /// If the row is not stored.
     pub fn row(self, position: usize) -> &'a [f32] {
         let (page, place) = self.table.page(position);
         &page.numbers[self.place.row(place)]
@@ -58,7 +58,7 @@ impl RawCacheMut<'_> {
         &mut page.numbers[self.place.row(place)]
     }
 
-    /// Puts the row of a position back.
+    /// Restores the row of a position.
     pub fn row_from_bytes(&mut self, position: usize, bytes: &[u8]) {
         let row = self.row_mut(position);
         row.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(v, bytes)| *v = f32::from_le_bytes(*bytes));

@@ -16,18 +16,18 @@ pub enum Table {
     State(StateTable),
 }
 
-/// Pages of rows, one for each [`PAGE_TOKENS`] rows. A row is of one token, and its number is the token's position; or it is an entry
-/// for some tokens, which is there when the last of them is.
+/// Pages of rows, one for each [`PAGE_TOKENS`] rows. A row belongs to one token, and its number is the token's position; or it is
+/// an entry for several tokens, which exists once the last of them has been computed.
 #[derive(Clone, Debug)]
 pub struct RowTable {
     kind: usize,
-    /// Tokens of a row.
+    /// Tokens that a row represents.
     ratio: usize,
     window: Option<usize>,
     pages: VecDeque<Held>,
-    /// Number of the first page that is there: what it holds begins at row `first · PAGE_TOKENS`.
+    /// Number of the first page that is stored: its contents begin at row `first · PAGE_TOKENS`.
     first: usize,
-    /// The first row that is there: of a restored sequence, the first in the window.
+    /// The first row that is stored: in a restored sequence, the first in the window.
     from: usize,
 }
 
@@ -35,12 +35,12 @@ impl RowTable {
     fn new(number: usize, kind: PageKind, capacity: usize) -> Self {
         let ratio = kind.ratio();
         let window = if let PageKind::Window(window) = kind { Some(window) } else { None };
-        // One more, for the copy of a shared page.
+        // One more than the rows need, for the copy of a shared page.
         let pages = VecDeque::with_capacity((capacity / ratio).div_ceil(PAGE_TOKENS) + 1);
         RowTable { kind: number, ratio, window, pages, first: 0, from: 0 }
     }
 
-    /// Tokens of a row.
+    /// Tokens that a row represents.
     pub fn ratio(&self) -> usize {
         self.ratio
     }
@@ -48,7 +48,7 @@ impl RowTable {
     /// The page of the rows at `positions`, and their places in it.
     ///
     /// # Panics
-    /// If they are not all there, or lie in more than one block of keys.
+    /// If some of them are not stored, or they lie in more than one block of keys.
     pub fn block(&self, positions: Range<usize>) -> (&Page, Range<usize>) {
         let (page, place) = self.page(positions.start);
         let places = place..place + positions.len();
@@ -56,10 +56,10 @@ impl RowTable {
         (page, places)
     }
 
-    /// The page of a row, and its place in it. `position`: its number.
+    /// The page of a row, and its place there. `position`: the number of the row.
     ///
     /// # Panics
-    /// If it is not there.
+    /// If the row is not stored.
     pub fn page(&self, position: usize) -> (&Page, usize) {
         (self.pages[position / PAGE_TOKENS - self.first].get(), position % PAGE_TOKENS)
     }
@@ -67,14 +67,14 @@ impl RowTable {
     /// The same, to write it.
     ///
     /// # Panics
-    /// If it is not there, or shared.
+    /// If the row is not stored, or its page is shared.
     pub fn page_mut(&mut self, position: usize) -> (&mut Page, usize) {
         (self.pages[position / PAGE_TOKENS - self.first].get_mut(), position % PAGE_TOKENS)
     }
 
-    /// Rows of the tokens before `position` that the token there and later ones can see.
+    /// Rows of tokens before `position` that the token at `position` and later ones can see.
     pub fn seen_from(&self, position: usize) -> Range<usize> {
-        // The window includes the token itself, so it has one earlier row fewer.
+        // The window includes the token itself, so it has one earlier row less.
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position / self.ratio
     }
 
@@ -88,7 +88,7 @@ impl RowTable {
         !(position / self.ratio).is_multiple_of(PAGE_TOKENS) && last.is_some_and(Held::is_shared)
     }
 
-    /// The page that has to be copied before a sequence of `position` tokens goes on.
+    /// The page that must be copied before a sequence of `position` tokens continues.
     fn copied(&self, position: usize) -> Option<&Held> {
         self.pages.back().filter(|_| self.copies(position))
     }
@@ -113,17 +113,17 @@ impl RowTable {
         Ok(())
     }
 
-    /// Number of the page that has the next row behind `position` tokens.
+    /// Number of the page with the next row after `position` tokens.
     fn begins(&self, position: usize) -> usize {
         position / self.ratio / PAGE_TOKENS
     }
 
-    /// Pages that have all rows of `position` tokens.
+    /// Number of pages that hold all rows of `position` tokens.
     fn ends(&self, position: usize) -> usize {
         (position / self.ratio).div_ceil(PAGE_TOKENS)
     }
 
-    /// Gives back what lies behind `position`.
+    /// Gives back the pages after `position`.
     fn truncate(&mut self, position: usize) {
         self.pages.truncate(self.ends(position).saturating_sub(self.first));
         if position == 0 {
@@ -131,7 +131,7 @@ impl RowTable {
         }
     }
 
-    /// Gives back the pages that the token at `position` and later ones do not see, except for [`WINDOW_SLACK`].
+    /// Gives back the pages that neither the token at `position` nor a later one sees, except for [`WINDOW_SLACK`].
     fn trim(&mut self, position: usize) {
         let keep = self.seen_from(position).start.saturating_sub(WINDOW_SLACK);
         while (self.first + 1) * PAGE_TOKENS <= keep && self.pages.pop_front().is_some() {
@@ -148,7 +148,7 @@ impl RowTable {
         RowTable { pages, first: self.first + skip, from: from.max(self.from), ..*self }
     }
 
-    /// Replaces what is there by what a mark has kept.
+    /// Replaces the pages by those that a mark has kept.
     fn replace(&mut self, kept: &RowTable) {
         self.pages.clear();
         self.pages.extend(kept.pages.iter().cloned());
@@ -163,21 +163,21 @@ impl RowTable {
     }
 }
 
-/// Recurrent states after the last pass, and one more page for the next pass to write. Until then that page has the states before
-/// the last pass. So a pass that fails can be repeated, and the last pass can be taken back.
+/// Recurrent states after the last pass, and one more page for the next pass to write. Until then, that page has the states before
+/// the last pass. So a pass that fails can be repeated, and the last pass can be undone.
 #[derive(Clone, Debug)]
 pub struct StateTable {
     kind: usize,
-    /// The states after the last pass and their position; none before the first token.
+    /// The states after the last pass, and their position; `None` before the first token.
     now: Option<(usize, Held)>,
-    /// The states before the last pass, or half written ones.
+    /// The states before the last pass, or half-written ones.
     other: Option<Held>,
     /// The position of `other`, if its states are complete.
     before: Option<usize>,
 }
 
 impl StateTable {
-    /// The states that a pass reads, and those that it writes. Before the first token the former are zeros.
+    /// The states that a pass reads, and the states that it writes. Before the first token, the former are zeros.
     ///
     /// # Panics
     /// If the sequence was not prepared for a step.
@@ -186,7 +186,7 @@ impl StateTable {
         (now.get(), other.get_mut())
     }
 
-    /// The states after the last pass; none before the first token.
+    /// The states after the last pass; `None` before the first token.
     pub fn now(&self) -> Option<&Page> {
         self.now.as_ref().map(|(_, page)| page.get())
     }
@@ -196,9 +196,9 @@ impl StateTable {
         self.other.as_ref().is_none_or(Held::is_shared)
     }
 
-    /// The shared pages that new ones replace when `count` tokens are appended.
+    /// The shared pages that new pages replace when `count` tokens are appended.
     fn replaced(&self, count: usize) -> impl Iterator<Item = &Held> {
-        // What is read in the first pass of a step is written in the second.
+        // A page that is read in the first pass of a step is written in the second.
         let again = self.now.iter().map(|now| &now.1).filter(move |_| count > 1);
         self.other.iter().chain(again).filter(|page| page.is_shared())
     }
@@ -217,7 +217,7 @@ impl StateTable {
             self.other = None;
             self.other = Some(pool.take(self.kind)?);
         }
-        // Until the pass is complete, `other` has neither the old state nor the new one.
+        // Until the pass is complete, `other` has neither the old states nor the new ones.
         self.before = None;
         Ok(())
     }
@@ -230,7 +230,7 @@ impl StateTable {
         }
     }
 
-    /// The positions that it can go to.
+    /// The positions to which it can go.
     fn positions(&self) -> impl Iterator<Item = usize> {
         let now = self.now.as_ref().map(|now| now.0);
         now.into_iter().chain(self.before)
@@ -269,7 +269,7 @@ impl Table {
         }
     }
 
-    /// Pages to take before a sequence of `position` tokens can take `count` more, if it gives none back meanwhile.
+    /// Pages that a sequence of `position` tokens must take before it can append `count` more, if it gives none back meanwhile.
     pub fn wanted(&self, position: usize, count: usize) -> usize {
         match self {
             Table::Rows(rows) => rows.wanted(position, count),
@@ -277,8 +277,8 @@ impl Table {
         }
     }
 
-    /// The shared pages that [`wanted`](Self::wanted) counts a copy for. If all sequences that share one of them go on, the last does not
-    /// need its copy, because it then has the page alone.
+    /// The shared pages for which [`wanted`](Self::wanted) counts a copy. If all sequences that share a page continue, the last one
+    /// needs no copy, because it is then the only owner of the page.
     pub fn replaced(&self, position: usize, count: usize) -> impl Iterator<Item = &Held> {
         let (rows, state) = match self {
             Table::Rows(rows) => (rows.copied(position), None),
@@ -298,7 +298,7 @@ impl Table {
         }
     }
 
-    /// A pass has brought the sequence to `position`: gives back the pages that no later token sees.
+    /// Gives back the pages that no later token sees, after a pass has brought the sequence to `position`.
     pub fn advance(&mut self, position: usize) {
         match self {
             Table::Rows(rows) => rows.trim(position),
@@ -321,8 +321,8 @@ impl Table {
         }
     }
 
-    /// What a mark at `position`, where the sequence is, has to keep; `None` where rows stay as long as their tokens do. Pages are
-    /// shared, not copied: a sequence that goes on copies a shared page before it writes.
+    /// The pages that a mark at `position`, where the sequence is, has to keep; `None` if rows stay as long as their tokens do.
+    /// Pages are shared, not copied: a sequence that continues copies a shared page before it writes.
     pub fn keep(&self, position: usize) -> Option<Self> {
         match self {
             Table::Rows(rows) => rows.window.map(|_| Table::Rows(rows.keep(position))),
@@ -330,7 +330,7 @@ impl Table {
         }
     }
 
-    /// Forgets the tokens from `position` on. `kept`: what a mark at `position` has kept.
+    /// Forgets the tokens from `position` on. `kept`: the pages that a mark at `position` has kept.
     pub fn rewind(&mut self, position: usize, kept: Option<&Self>) {
         match (self, kept) {
             (Table::Rows(rows), Some(Table::Rows(kept))) if !rows.reaches(position) => rows.replace(kept),
@@ -350,7 +350,7 @@ impl Table {
         }
     }
 
-    /// The positions that a recurrent state can go to.
+    /// The positions to which a recurrent state can go.
     pub fn state_positions(&self) -> impl Iterator<Item = usize> {
         let state = if let Table::State(state) = self { Some(state) } else { None };
         state.into_iter().flat_map(StateTable::positions)
@@ -369,7 +369,7 @@ impl Table {
     /// Rows of positions.
     ///
     /// # Panics
-    /// If it has states.
+    /// If the table has states.
     pub fn rows(&self) -> &RowTable {
         let Table::Rows(rows) = self else { unreachable!("{}", super::OF_ITS_SPEC) };
         rows
@@ -378,7 +378,7 @@ impl Table {
     /// The same, to write them.
     ///
     /// # Panics
-    /// If it has states.
+    /// If the table has states.
     pub fn rows_mut(&mut self) -> &mut RowTable {
         let Table::Rows(rows) = self else { unreachable!("{}", super::OF_ITS_SPEC) };
         rows
@@ -387,7 +387,7 @@ impl Table {
     /// Recurrent states.
     ///
     /// # Panics
-    /// If it has rows.
+    /// If the table has rows.
     pub fn state(&self) -> &StateTable {
         let Table::State(state) = self else { unreachable!("{}", super::OF_ITS_SPEC) };
         state
@@ -396,14 +396,14 @@ impl Table {
     /// The same, to write them.
     ///
     /// # Panics
-    /// If it has rows.
+    /// If the table has rows.
     pub fn state_mut(&mut self) -> &mut StateTable {
         let Table::State(state) = self else { unreachable!("{}", super::OF_ITS_SPEC) };
         state
     }
 
-    /// Takes the pages for a saved sequence of `position` tokens. Of layers that remember everything, the first `there` tokens are
-    /// there already.
+    /// Takes the pages for a saved sequence of `position` tokens. In layers that remember everything, the first `there` tokens are
+    /// stored already.
     ///
     /// # Errors
     /// [`PagesFull`].
@@ -422,7 +422,7 @@ impl Table {
         }
     }
 
-    /// The states of a restored sequence, to fill them.
+    /// The states of a restored sequence, to be filled.
     pub fn restored_state(&mut self) -> &mut Page {
         let Table::State(StateTable { now: Some((_, page)), .. }) = self else {
             unreachable!("{}", super::OF_ITS_SPEC)

@@ -1,7 +1,7 @@
-//! Entries that each stand for some tokens (formula at [`CompressionSpec`]).
+//! Entries that each represent several tokens (formula at [`CompressionSpec`]).
 //!
-//! What a token gives to entries is kept until no entry needs it any more: so an entry that is completed by one token at a time has
-//! the bits of one that is completed within a prompt.
+//! A token's contribution to entries is kept until no entry needs it any more. So an entry that is completed one token at a time
+//! has the same bits as one that is completed within a prompt.
 
 use std::ops::Range;
 
@@ -15,7 +15,7 @@ use crate::rope::{Rope, RopeAngles};
 use crate::rows::Caches;
 use crate::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// What entries are for.
+/// The use of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// Keys of attention, and values.
@@ -45,7 +45,7 @@ pub struct Compressor {
     gate: MatrixRef,
     bias: VectorRef,
     norm: VectorRef,
-    /// First of a token's kept numbers that are this compressor's: `spans` keys, then as many gates.
+    /// First of a token's kept numbers that belong to this compressor: `spans` keys, then as many gates.
     first: usize,
 }
 
@@ -56,25 +56,25 @@ pub struct CompressorScratch {
     projected: Vec<f32>,
     bias: Vec<f32>,
     norm: Vec<f32>,
-    /// Span of the step and number of each entry that the pass completes.
+    /// Number of the span in the step, and number of the entry, for each entry that the pass completes.
     completed: Vec<(usize, usize)>,
     /// `[completed, width]`.
     entries: Vec<f32>,
     angles: RopeAngles,
 }
 
-/// f32 values of scratch per token, of a compressor of entries of `width` numbers.
+/// f32 values of scratch per token, for a compressor of entries of `width` numbers.
 pub fn scratch_width(compression: &CompressionSpec, width: usize) -> usize {
     compression.spans * width + width.div_ceil(compression.ratio)
 }
 
-/// Numbers that a compressor of entries of `width` numbers keeps of a token.
+/// Numbers that a compressor of entries of `width` numbers keeps for each token.
 pub fn raw_width(compression: &CompressionSpec, width: usize) -> usize {
     2 * compression.spans * width
 }
 
 impl Compressor {
-    /// `first`: of a token's kept numbers the first that are this compressor's.
+    /// `first`: the first of a token's kept numbers that belong to this compressor.
     pub(super) fn new(
         spec: &CompressionSpec,
         purpose: Purpose,
@@ -105,7 +105,7 @@ impl Compressor {
         })
     }
 
-    /// Keeps what the rows `x` give to entries, and adds the entries that they complete to `caches`.
+    /// Keeps the contributions of the rows `x`, and adds the entries that they complete to `caches`.
     pub fn extend(
         &self,
         step: Step<'_>,
@@ -140,7 +140,7 @@ impl Compressor {
         }
     }
 
-    /// Keeps keys and gates of the rows, the latter with their bias.
+    /// Keeps the keys and the gates of the rows; the gates include their bias.
     fn keep(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, x: &Activations, scratch: &mut CompressorScratch) {
         let CompressorScratch { projected, bias, .. } = scratch;
         let keys = self.spans * self.width;
@@ -163,11 +163,11 @@ impl Compressor {
         }
     }
 
-    /// Entry `entry` of a span's sequence, normalised and not rotated.
+    /// Entry `entry` of a span's sequence, normalised but not rotated.
     fn compress(&self, caches: &Caches<'_, '_>, (span, entry): (usize, usize), norm: &[f32], out: &mut [f32]) {
         let raw = caches.store(span, RAW).raw();
         let keys = self.spans * self.width;
-        // Key and gate of each token, oldest first. Before the first token there is nothing.
+        // Key and gate of each token, oldest first. There is nothing before the first token.
         let tokens = (0..self.spans).flat_map(|s| {
             let span = (entry + s + 1).checked_sub(self.spans);
             let positions: Range<usize> = span.map_or(0..0, |span| span * self.ratio..(span + 1) * self.ratio);

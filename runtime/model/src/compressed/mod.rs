@@ -1,8 +1,8 @@
 //! Attention over a sliding window and compressed entries (formulas at [`CompressedSpec`]).
 //!
-//! All heads share one key per token, which is its value too. A query first meets the keys of its window, block by block at
-//! absolute positions, then entries: all that are complete, in blocks of their own numbers, or those that an indexer has chosen, cut
-//! by their place in the list. Both take part in one softmax.
+//! All heads share one key per token, which is also its value. A query first meets the keys of its window, block by block at
+//! absolute positions. Then it meets entries: either all complete entries, in blocks by their own numbers, or those that an indexer
+//! has chosen, in blocks by their place in the list. Both take part in one softmax.
 
 mod compressor;
 mod output;
@@ -22,13 +22,13 @@ use super::rows::{Caches, Row};
 use super::tasks::{self, Heads, Most, Task, Tasks};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 
-/// What such a layer keeps of a sequence: keys of the window, what tokens give to entries, and entries. The latter two only where it
-/// compresses.
+/// Stores of such a layer: keys of the window, then, if the layer compresses, the contributions of tokens to entries, and the
+/// entries.
 pub const WINDOW: usize = 0;
 pub const RAW: usize = 1;
 pub const ENTRIES: usize = 2;
 
-/// Queries (heads times rows) that meet the same keys together: with a block of these they fit the second-level cache.
+/// Queries (heads times rows) that meet the same keys together: with a block of keys they fit in the second-level cache.
 const QUERIES_TOGETHER: usize = 32;
 /// Most heads of a task.
 const HEADS_TOGETHER: usize = 16;
@@ -48,7 +48,7 @@ pub struct Compressed {
     output: Output,
 }
 
-/// What makes entries, and chooses among them.
+/// The compressor, and the indexer that chooses among its entries.
 #[derive(Debug)]
 struct Entries {
     ratio: usize,
@@ -71,7 +71,7 @@ struct EntryIndexer {
 pub struct CompressedScratch {
     activations: Activations,
     norm: Vec<f32>,
-    /// Of the query's latent twice, `[2, rows, q_lora_rank]`.
+    /// The query's latent, raw and normalised, `[2, rows, q_lora_rank]`.
     latent: Vec<f32>,
     key: Vec<f32>,
     /// `[rows, heads, head_dim]`.
@@ -82,7 +82,7 @@ pub struct CompressedScratch {
     compressor: CompressorScratch,
     index_query: Vec<f32>,
     index_weights: Vec<f32>,
-    /// Entries that a row attends to, ascending; none where it attends to all.
+    /// Entries that a row attends to, ascending; empty if it attends to all.
     chosen: Vec<Vec<u32>>,
     by_task: Vec<f32>,
     tasks: Tasks,
@@ -90,7 +90,7 @@ pub struct CompressedScratch {
 }
 
 impl CompressedScratch {
-    /// Empty buffers; they grow to what the first call needs.
+    /// Empty buffers; they grow to the size that the first call needs.
     pub fn new(compute: &Compute) -> Self {
         CompressedScratch {
             activations: Activations::new(compute.precision),
@@ -112,7 +112,7 @@ impl CompressedScratch {
     }
 }
 
-/// What all tasks of a pass read.
+/// The data that all tasks of a pass read.
 #[derive(Clone, Copy)]
 struct Queries<'a, 's> {
     step: Step<'a>,
@@ -127,7 +127,7 @@ struct Queries<'a, 's> {
 /// f32 values of scratch per token.
 pub fn scratch_width(spec: &CompressedSpec) -> usize {
     let heads = spec.heads() * spec.head_dim;
-    // Angles of queries, and those that undo them.
+    // Angles of queries, and the angles that undo them.
     let own = 2 * heads + 3 * spec.q_lora_rank + 2 * spec.head_dim + 2 * spec.rope.dim + output::scratch_width(spec);
     own + spec.compression.as_ref().map_or(0, |compression| {
         let indexer = compression.indexer.as_ref().map_or(0, |indexer| {
@@ -138,7 +138,7 @@ pub fn scratch_width(spec: &CompressedSpec) -> usize {
     })
 }
 
-/// Numbers that a layer keeps of a token until no entry needs it: those of attention, then those of the indexer.
+/// Numbers that a layer keeps for each token until no entry needs them: those of attention, then those of the indexer.
 pub fn raw_width(head_dim: usize, compression: &CompressionSpec) -> usize {
     let index = compression.indexer.as_ref().map_or(0, |indexer| indexer.index_head_dim);
     compressor::raw_width(compression, head_dim) + compressor::raw_width(compression, index)
@@ -172,7 +172,7 @@ impl Entries {
         })
     }
 
-    /// Entries that are complete when the token at `position` is there.
+    /// Number of entries that are complete once the token at `position` has been computed.
     fn seen(&self, position: usize) -> usize {
         (position + 1) / self.ratio
     }
@@ -226,8 +226,8 @@ impl Compressed {
         self.output.project(step, activations, output, out);
     }
 
-    /// Adds keys and entries of the rows to `caches`. Leaves the weights of the indexer's heads in the scratch, since they follow from
-    /// the same input.
+    /// Adds keys and entries of the rows to `caches`. Leaves the weights of the indexer's heads in the scratch, because they are
+    /// computed from the same input.
     fn extend(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, scratch: &mut CompressedScratch) {
         let CompressedScratch { activations, norm, key, latent, angles, compressor, index_weights, .. } = scratch;
         let width = self.spec.head_dim;
@@ -280,7 +280,8 @@ impl Compressed {
         });
     }
 
-    /// Leaves the entries that each row attends to in `scratch.chosen`. The latents of queries are what was last multiplied.
+    /// Leaves the entries that each row attends to in `scratch.chosen`. The activations that were multiplied last must be the
+    /// latents of queries.
     fn choose(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut CompressedScratch) {
         let CompressedScratch { activations, index_query, index_weights, angles, chosen, .. } = scratch;
         let n = step.n();
@@ -304,7 +305,7 @@ impl Compressed {
         chooser.choose(step, keys, &mut chosen[..n]);
     }
 
-    /// Leaves the heads' outputs in `scratch.by_task`, as `scratch.tasks` say.
+    /// Leaves the heads' outputs in `scratch.by_task`, divided as in `scratch.tasks`.
     fn attend(&self, step: Step<'_>, caches: &Caches<'_, '_>, scratch: &mut CompressedScratch) {
         let s = &self.spec;
         let CompressedScratch { query, by_task, tasks, sinks, chosen, .. } = scratch;
@@ -315,7 +316,7 @@ impl Compressed {
         let chooses = chosen.iter().any(|chosen| !chosen.is_empty());
         let shape = Heads { heads, sharing: heads, width: s.head_dim };
         tasks.plan(step, shape, false, |rows| {
-            // A row with entries of its own choice is alone with its heads; others meet theirs together.
+            // A row with its own choice of entries shares keys only among its heads; other rows meet theirs together.
             let heads =
                 if chooses { HEADS_TOGETHER } else { (QUERIES_TOGETHER / rows.max(1)).clamp(1, HEADS_TOGETHER) };
             Most { rows: (QUERIES_TOGETHER / heads).max(1), heads }
@@ -342,8 +343,8 @@ impl Compressed {
         });
     }
 
-    /// Rows of one span: all of them attend to all entries, or there is one. Leaves their results in the tile. False once nobody wants
-    /// them any more.
+    /// Rows of one span: either all of them attend to all entries, or there is only one row. Leaves their results in the tile.
+    /// False if the step was cancelled meanwhile.
     fn attend_rows(&self, queries: Queries<'_, '_>, span: usize, task: &Task, scratch: &mut HeadScratch) -> bool {
         let (s, Queries { step, caches, query, sinks, chosen }) = (&self.spec, queries);
         let HeadScratch { tile, chosen: buffer, .. } = scratch;
@@ -380,7 +381,8 @@ impl Compressed {
     }
 }
 
-/// The end of the first rows of `rows` that meet their keys together: one that has chosen entries, or all before the next of those.
+/// The end of the first rows of `rows` that meet their keys together: one row that has chosen entries, or all rows before the next
+/// such row.
 fn alike(chosen: &[Vec<u32>], rows: Range<usize>) -> usize {
     if !chosen[rows.start].is_empty() {
         return rows.start + 1;

@@ -1,4 +1,4 @@
-//! The output of heads that share keys which are values too: rotated back, then projected in groups.
+//! The output of heads whose shared keys are also values: it is rotated back, then projected in groups.
 
 use sluice_format::CompressedSpec;
 use sluice_kernels::Activations;
@@ -13,7 +13,7 @@ use crate::weights::{ExtentTensors, MatrixRef};
 #[derive(Debug)]
 pub struct Output {
     groups: usize,
-    /// Numbers of a head, of all heads of a group, and of what a group is projected to.
+    /// Numbers of a head, of all heads of a group, and of a group's projection.
     head_dim: usize,
     group: usize,
     rank: usize,
@@ -27,7 +27,7 @@ pub struct OutputScratch {
     /// `[rows, heads, head_dim]`.
     by_row: Vec<f32>,
     back: RopeAngles,
-    /// Of one group, `[rows, group]`.
+    /// The results of one group, `[rows, group]`.
     group: Vec<f32>,
     projected: Vec<f32>,
     /// `[rows, groups, rank]`.
@@ -52,13 +52,13 @@ impl Output {
         })
     }
 
-    /// Brings the results of tasks into the order of rows.
+    /// Puts the results of tasks in the order of rows.
     pub fn gather(&self, (by_task, tasks): (&[f32], &Tasks), n: usize, scratch: &mut OutputScratch) {
         let width = self.groups * self.group;
         tasks.by_row(by_task, width / self.head_dim, sized(&mut scratch.by_row, n * width));
     }
 
-    /// Undoes the rotation of values, by `angles` of the rows' own positions: what is left is how far values are from them.
+    /// Undoes the rotation of values, by `angles` of the rows' own positions, so that only the distance to each value remains.
     pub fn rotate_back(&self, step: Step<'_>, rope: &Rope, angles: &RopeAngles, scratch: &mut OutputScratch) {
         let OutputScratch { by_row, back, .. } = scratch;
         Rope::reverse(angles, back);
@@ -68,7 +68,7 @@ impl Output {
         });
     }
 
-    /// Projects the groups one by one, and all together to `out` `[rows, hidden]`.
+    /// Projects the groups one by one, then projects all of them together to `out` `[rows, hidden]`.
     pub fn project(&self, step: Step<'_>, activations: &mut Activations, scratch: &mut OutputScratch, out: &mut [f32]) {
         let OutputScratch { by_row, group, projected, joined, .. } = scratch;
         let n = step.n();

@@ -1,6 +1,6 @@
 //! The budget of an opened model: it can shrink and grow between steps, and a model at rest can give its memory back.
 //!
-//! None of this changes a bit of any result: an expert that is not in memory is read.
+//! None of this changes a bit of any result: an expert that is not in memory is read again.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use sluice_storage::io::trim_heap;
 use super::{Engine, RuntimeError};
 use crate::memory::{Bytes, MIN_SLOTS, MemoryPlan, Wish};
 
-/// A budget that an opened model cannot shrink to.
+/// An opened model cannot shrink to this budget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the budget cannot become {} while the model is open: dense parts, keys and values and scratch take {}, and {MIN_SLOTS} experts \
@@ -17,9 +17,9 @@ use crate::memory::{Bytes, MIN_SLOTS, MemoryPlan, Wish};
     Bytes(*.asked), Bytes(*.fixed), Bytes::at_least(*.least)
 )]
 pub struct ShrinkError {
-    /// What was asked for, in bytes.
+    /// The budget that was asked for, in bytes.
     pub asked: u64,
-    /// The part of the least budget that is not expert slots.
+    /// The part of the least budget that is not used for expert slots.
     pub fixed: u64,
     /// The least budget of this model as it was opened.
     pub least: u64,
@@ -31,7 +31,7 @@ impl MemoryPlan {
         self.dense + self.dense_ring + self.kv_cache + self.scratch + self.staging
     }
 
-    /// Expert slots that a budget of `bytes` holds; `None` if it is below the least.
+    /// Expert slots that fit in a budget of `bytes`; `None` if it is below the least.
     fn slots_of(&self, bytes: u64) -> Option<usize> {
         if bytes < self.least() {
             return None;
@@ -45,16 +45,16 @@ impl MemoryPlan {
         self.fixed() + MIN_SLOTS.min(self.most_slots) as u64 * self.slot_len
     }
 
-    /// The largest budget that it can grow to: the one that it was opened with.
+    /// The largest budget to which it can grow: the one with which it was opened.
     pub fn most(&self) -> u64 {
         self.fixed() + self.most_slots as u64 * self.slot_len
     }
 }
 
 impl Engine {
-    /// Changes the budget, between steps: expert slots are given back to the system, or taken from it again, so that everything
-    /// large takes at most `bytes`. The experts that leave are those that the policy would evict first. A budget above the one that
-    /// the model was opened with counts as that one. [`Engine::memory`] shows the result, which has fewer slots than asked for if the
+    /// Changes the budget, between steps: expert slots are returned to the system, or taken from it again, so that everything large
+    /// takes at most `bytes`. The experts that leave are those that the policy would evict first. A budget above the one with which
+    /// the model was opened counts as that one. [`Engine::memory`] shows the result; it has fewer slots than asked for if the
     /// system did not give more memory.
     ///
     /// # Errors
@@ -88,13 +88,13 @@ impl Engine {
         self.memory.effective = self.memory.used();
     }
 
-    /// Gives the memory of a model at rest back to the system: expert slots, dense parts, scratch, and pages that no sequence has.
-    /// What remains is the program, the tables of the file, and what sequences remember. The next step takes the memory again and
-    /// reads what was in it, which takes seconds for a large model.
+    /// Returns the memory of a model at rest to the system: expert slots, dense parts, scratch, and pages that no sequence has.
+    /// Only the program, the tables of the file, and the pages of sequences remain. The next step takes the memory again and reads
+    /// its contents again, which takes seconds for a large model.
     pub fn release_idle(&mut self) {
         self.storage.dense.give_back();
         self.storage.tables.give_back();
-        // Giving memory back cannot fail: it needs none from the system.
+        // Returning memory cannot fail, because it needs none from the system.
         let _ = self.storage.pool.resize(0);
         self.model.give_back(&self.compute);
         self.pages.give_back();
@@ -118,21 +118,21 @@ impl Engine {
         Ok(())
     }
 
-    /// Looks, at most four times a second, whether the system is short of memory. While it is, the budget shrinks step by step, an
-    /// eighth of the expert slots at a time; once it has not been for a while, the budget grows back. Does nothing unless the model was
-    /// opened to do so ([`EngineOptions::yields`](super::EngineOptions)). The scheduler calls this before every turn. True if the
-    /// budget has changed.
+    /// Checks, at most four times a second, whether the system is short of memory. While it is, the budget shrinks step by step, an
+    /// eighth of the expert slots at a time; once it has not been short for a while, the budget grows back. Does nothing unless the
+    /// model was opened with this option ([`EngineOptions::yields`](super::EngineOptions)). The scheduler calls this before every
+    /// turn. True if the budget has changed.
     pub fn heed_pressure(&mut self) -> bool {
         let Some(watch) = &mut self.pressure else { return false };
         let wish = watch.look(Instant::now(), self.memory.slots < self.allowed_slots);
         self.follow(wish)
     }
 
-    /// Changes the number of expert slots by an eighth of what the model was opened with or [`Engine::set_budget`] has allowed: down to
-    /// the least, or up to that number. True if it has changed.
+    /// Changes the number of expert slots by an eighth of the number that the model was opened with or [`Engine::set_budget`] has
+    /// allowed: down to the least, or up to that number. True if it has changed.
     pub fn follow(&mut self, wish: Wish) -> bool {
         let (before, most) = (self.memory.slots, self.allowed_slots);
-        // At least one: small models have few.
+        // At least one slot, because small models have few.
         let step = (most / 8).max(1);
         let slots = match wish {
             Wish::Keep => return false,

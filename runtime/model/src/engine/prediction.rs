@@ -15,7 +15,7 @@ impl Engine {
         self.prediction_pages.is_some()
     }
 
-    /// An empty sequence of the prediction layer, for as many tokens as the memory plan gives each.
+    /// An empty sequence of the prediction layer, with room for as many tokens as the memory plan gives each.
     ///
     /// # Errors
     /// [`RuntimeError::PredictionClosed`] if the model was opened without it.
@@ -25,17 +25,17 @@ impl Engine {
         Ok(PredictionSequence::new(Sequence::new(pages, context, self.binding, marks)))
     }
 
-    /// Predicts the tokens after the next ones. Each span has tokens and, of the token before each, what the head saw
-    /// ([`Control::head_inputs`]): token `t[i + 1]` with the head input of `t[i]` gives logits of `t[i + 2]`. Calls `sink` with span, token
-    /// and logits `[vocab]` of those that are wanted, span by span.
+    /// Predicts the tokens after the next ones. Each span has tokens and, for the token before each, the head's input
+    /// ([`Control::head_inputs`]): token `t[i + 1]` with the head input of `t[i]` gives logits of `t[i + 2]`. Calls `sink` with
+    /// span, token and logits `[vocab]` of the tokens whose logits are wanted, span by span.
     ///
-    /// The layer attends to what its sequence has seen, so a sequence is given all tokens but the first, in order, in as many steps as
-    /// one likes, with the same bits. Of `control` it heeds `cancel`, `head_inputs` (what the head multiplies for this layer, with which it
-    /// can predict one token more), `hidden` (behind the layer, as 1) and `inputs`.
+    /// The layer attends to what its sequence has seen. So a sequence must be given all tokens but the first, in order; the number
+    /// of steps makes no difference to the bits. Of `control` it uses `cancel`, `head_inputs` (the head's inputs for this layer,
+    /// with which it can predict one token more), `hidden` (after the layer, as 1) and `inputs`.
     ///
     /// # Errors
-    /// [`RuntimeError::PredictionClosed`] if the model was opened without the layer, [`ModelError::HeadInputs`] if a span's have another
-    /// length than its tokens need; otherwise as [`Engine::step`].
+    /// [`RuntimeError::PredictionClosed`] if the model was opened without the layer; [`ModelError::HeadInputs`] if a span's head
+    /// inputs do not have the length that its tokens need; otherwise the errors of [`Engine::step`].
     pub fn predict(
         &mut self,
         spans: &mut [PredictionSpan<'_>],

@@ -7,11 +7,11 @@ use super::Engine;
 /// The experts of one layer, and which of them are in memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LayerExperts {
-    /// The layer of the model, counted from 0 over all layers.
+    /// Number of the layer in the model, counted from 0 over all layers.
     pub layer: usize,
-    /// How many experts it has.
+    /// Number of its experts.
     pub experts: usize,
-    /// For each of them whether it is in memory. Serialised as hexadecimal digits of four experts each; the first of the four is the
+    /// Whether each of them is in memory. Serialised as hexadecimal digits of four experts each; the first of the four is the
     /// highest bit, and experts that the layer does not have are 0.
     #[serde(serialize_with = "as_hex")]
     pub resident: Vec<bool>,
@@ -32,8 +32,8 @@ fn as_hex<S: Serializer>(resident: &[bool], serializer: S) -> Result<S::Ok, S::E
 }
 
 impl Engine {
-    /// Which experts are in memory now, for each layer that has experts, in order. Takes a few microseconds for each
-    /// thousand experts in memory.
+    /// Which experts are in memory now, for each layer that has experts, in order. Takes a few microseconds for each thousand
+    /// experts in memory.
     pub fn residency(&self) -> Vec<LayerExperts> {
         let layers = self.model.spec().layers.iter().enumerate();
         let with_experts = layers.filter_map(|(layer, spec)| Some((layer, spec.ffn.moe.as_ref()?.experts)));

@@ -3,18 +3,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Bytes that this process may take: available memory, and what every control group above it still allows.
+/// Bytes that this process may take: limited by available memory, and by every control group that holds it.
 pub fn available_memory() -> u64 {
     let system = meminfo_available(Path::new("/proc/meminfo")).or_else(physical_memory).unwrap_or(u64::MAX);
     group_limits(Path::new("/")).iter().map(|group| group.allows).fold(system, u64::min)
 }
 
-/// What a system says of its memory as a whole, in bytes; `None` where it does not say.
+/// A system's memory as a whole, in bytes; `None` for figures that the system does not give.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SystemMemory {
-    /// All there is.
+    /// All memory.
     pub total: Option<u64>,
-    /// What programs can have without anything being moved to swap.
+    /// Memory that programs can have without swapping.
     pub available: Option<u64>,
     /// Swap, used or not.
     pub swap: Option<u64>,
@@ -23,7 +23,7 @@ pub struct SystemMemory {
 }
 
 impl SystemMemory {
-    /// That of the system whose root folder is `root`: `/`, except in tests.
+    /// The memory of the system whose root folder is `root`: `/`, except in tests.
     #[must_use]
     pub fn read(root: &Path) -> SystemMemory {
         let text = fs::read_to_string(root.join("proc/meminfo")).unwrap_or_default();
@@ -37,7 +37,7 @@ impl SystemMemory {
     }
 }
 
-/// A limit of memory that a control group of this process has.
+/// A memory limit of a control group that holds this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupLimit {
     /// The group's folder.
@@ -60,7 +60,7 @@ pub(super) fn meminfo_available(path: &Path) -> Option<u64> {
     meminfo(&fs::read_to_string(path).ok()?, "MemAvailable:")
 }
 
-/// Bytes behind a word at the beginning of a line of `/proc/meminfo`.
+/// Bytes after a word at the beginning of a line of `/proc/meminfo`.
 fn meminfo(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -77,13 +77,13 @@ fn physical_memory() -> Option<u64> {
     u64::try_from(pages).ok()?.checked_mul(u64::try_from(page).ok()?)
 }
 
-/// What the two versions of control groups call their limits, what is in use, and the part of it that can be dropped.
+/// Names in the two versions of control groups: of limits, of the memory in use, and of the part of it that can be dropped.
 #[derive(Debug)]
 struct Names {
-    /// Beyond the lowest of these, processes are killed or slowed down.
+    /// Beyond the lowest of these limits, processes are killed or slowed down.
     limits: &'static [&'static str],
     usage: &'static str,
-    /// Lines of `memory.stat`: pages of files, which are counted as in use.
+    /// Lines of `memory.stat`: pages of files, which count as in use.
     droppable: [&'static str; 2],
 }
 
@@ -98,7 +98,7 @@ const V2: Names = Names {
     droppable: ["inactive_file", "active_file"],
 };
 
-/// A control group: its folder, and how its files are called.
+/// A control group: its folder, and the names of its files.
 #[derive(Debug)]
 pub(super) struct Group {
     folder: PathBuf,
@@ -119,7 +119,7 @@ impl Group {
     /// The limit, if there is one.
     fn limit(&self) -> Option<GroupLimit> {
         let number = |name: &str| self.read(name)?.trim().parse::<u64>().ok();
-        // "max" is no number, and v1's "no limit" (near 2^63) does not bind.
+        // "max" is not a number, and v1's "no limit" (near 2^63) has no effect.
         let limit = self.names.limits.iter().filter_map(|name| number(name)).min()?;
         let stat = self.read("memory.stat").unwrap_or_default();
         let droppable = self.names.droppable.iter().filter_map(|name| value_of(&stat, name)).sum();
@@ -128,7 +128,7 @@ impl Group {
     }
 }
 
-/// The number behind a word at the beginning of a line.
+/// The number after a word at the beginning of a line.
 fn value_of(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
 }
@@ -146,7 +146,7 @@ pub(super) fn groups_of(list: &str, mounted: &Path) -> Vec<Group> {
         };
         let own = root.join(path.trim_start_matches('/'));
         let up = own.ancestors().take_while(|folder| folder.starts_with(&root));
-        // In a container the path is the host's; the container's own group is mounted at the root, which is among these.
+        // In a container, the path is the host's, and the container's own group is mounted at the root, which is among these.
         groups.extend(up.map(|folder| Group { folder: folder.to_owned(), names }));
     }
     groups
@@ -197,11 +197,11 @@ mod tests {
         write(root, &[("a/b/memory.max", "max\n"), ("memory/x/memory.limit_in_bytes", "9223372036854771712\n")]);
         assert_eq!(least("0::/a/b\n", root), None);
         assert!(least("4:memory:/x\n", root) > Some(1 << 62));
-        // What is in use counts, except pages of files.
+        // Memory in use counts, except pages of files.
         let stat = "anon 500\ninactive_file 100\nactive_file 30\ninactive_file_more 7\n";
         write(root, &[("a/memory.max", "2000\n"), ("a/memory.current", "700\n"), ("a/memory.stat", stat)]);
         assert_eq!(least("0::/a/b\n", root), Some(2000 - (700 - 130)));
-        // The softer limit binds as well, and so does the innermost group.
+        // The softer limit counts too, and so does the limit of the innermost group.
         write(root, &[("a/memory.high", "1000\n")]);
         assert_eq!(least("1:cpu:/a\n0::/a/b\n", root), Some(430));
         write(root, &[("a/b/memory.max", "90\n"), ("a/b/memory.current", "100\n")]);

@@ -1,8 +1,8 @@
 //! Whether the system is short of memory, and whether a budget should shrink or grow.
 //!
-//! Linux says how long tasks have waited for memory (`/proc/pressure/memory` and each control group's `memory.pressure`), how
-//! much is left, and how often a group has run out (`memory.events`). The counters `high` and `max` of the latter are left alone:
-//! they also rise when a limit only drops pages of files, which costs next to nothing. macOS names a level.
+//! Linux reports how long tasks have waited for memory (`/proc/pressure/memory` and each control group's `memory.pressure`), how
+//! much is left, and how often a group has run out (`memory.events`). The counters `high` and `max` of the latter are not used:
+//! they also rise when a limit only drops pages of files, which costs next to nothing. macOS reports a level.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,31 +10,32 @@ use std::time::{Duration, Instant};
 
 use super::available::{Group, groups_of, meminfo_available};
 
-/// The system is short of memory when some task has waited for memory for at least this part of the last ten seconds, in percent.
+/// The system is short of memory if some task has waited for memory for at least this part of the last ten seconds, in percent.
 const STALLED: f32 = 10.0;
-/// The system is short of memory when less than this is left: the next large allocation of any program may fail. On a small machine,
-/// where the plan itself leaves little more, it is half of what was left at the start.
+/// The system is short of memory if less than this is left, because the next large allocation of any program may fail. On a small
+/// machine, where the plan itself leaves little more, the limit is half of the memory that was left at the start.
 const LAST_BYTES: u64 = 128 << 20;
-/// Time between two looks.
+/// Time between two checks.
 const LOOK: Duration = Duration::from_millis(250);
-/// Time between two shrinking steps, so that the memory given back can show in the figures.
+/// Time between two shrinking steps, so that the returned memory can show in the figures.
 const SETTLE: Duration = Duration::from_secs(2);
-/// Time without pressure before the budget grows by a step, at first and at most. It doubles whenever growing has brought the
+/// Time without pressure before the budget grows by a step: at first, and at most. It doubles whenever growing has brought the
 /// pressure back.
 const CALM: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(960));
 
-/// What the system says of its memory.
+/// A system's report on its memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sample {
-    /// Percent of the last ten seconds in which some task waited for memory; the worst of the system and the groups above.
+    /// Percent of the last ten seconds in which some task waited for memory; the worst figure of the system and the groups that
+    /// hold the process.
     pub stalled: f32,
-    /// Bytes that are left, if that is known.
+    /// Bytes that are left, if known.
     pub available: Option<u64>,
-    /// How often a group above has run out of memory.
+    /// How often a group that holds the process has run out of memory.
     pub exhausted: u64,
 }
 
-/// What a budget is to do.
+/// How a budget should change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wish {
     /// Stay.
@@ -45,14 +46,14 @@ pub enum Wish {
     More,
 }
 
-/// Decides when to shrink and when to grow. It reads no clock and no file, so tests can tell it everything.
+/// Decides when to shrink and when to grow. It reads neither a clock nor a file, so tests control everything that it sees.
 #[derive(Clone, Debug)]
 pub struct Pressure {
     /// With fewer bytes left, the system is short of memory.
     last_bytes: u64,
-    /// How often groups had run out when it looked last.
+    /// How often groups had run out at the last check.
     exhausted: Option<u64>,
-    /// When there was pressure last, or the budget changed last.
+    /// Time of the last pressure or of the last change of the budget.
     pressed: Duration,
     shrunk: Option<Duration>,
     grown: Option<Duration>,
@@ -73,13 +74,13 @@ impl Default for Pressure {
 }
 
 impl Pressure {
-    /// On a system that said `first` when the plan was carried out.
+    /// For a system that reported `first` when the plan was carried out.
     pub fn new(first: &Sample) -> Self {
         let half = first.available.map_or(u64::MAX, |left| left / 2);
         Pressure { last_bytes: LAST_BYTES.min(half), ..Pressure::default() }
     }
 
-    /// What to do, `now` after the start, when the system says `sample`. `shrunk`: whether there is anything to grow back.
+    /// The decision `now` after the start, when the system reports `sample`. `shrunk`: whether the budget can grow back.
     pub fn decide(&mut self, now: Duration, sample: &Sample, shrunk: bool) -> Wish {
         let ran_out = self.exhausted.replace(sample.exhausted).is_some_and(|before| sample.exhausted > before);
         let short = sample.available.is_some_and(|left| left < self.last_bytes);
@@ -109,7 +110,7 @@ impl Pressure {
     }
 }
 
-/// Looks at the system from time to time.
+/// Checks the system from time to time.
 #[derive(Debug)]
 pub struct PressureWatch {
     started: Instant,
@@ -119,14 +120,14 @@ pub struct PressureWatch {
 }
 
 impl PressureWatch {
-    /// A watch on this system; `None` if the system says nothing about memory pressure.
+    /// A watch on this system; `None` if the system reports nothing about memory pressure.
     pub fn new() -> Option<Self> {
         let source = Source::of_system();
         let policy = Pressure::new(&source.sample()?);
         Some(PressureWatch { started: Instant::now(), looked: None, policy, source })
     }
 
-    /// What to do now. Cheap, because it looks at most four times a second.
+    /// The decision now. Cheap, because it checks at most four times a second.
     pub fn look(&mut self, now: Instant, shrunk: bool) -> Wish {
         if self.looked.is_some_and(|looked| now < looked + LOOK) {
             return Wish::Keep;
@@ -137,7 +138,7 @@ impl PressureWatch {
     }
 }
 
-/// Where the figures are.
+/// The places of the figures.
 #[derive(Debug)]
 struct Source {
     /// `/proc`.
@@ -151,7 +152,7 @@ impl Source {
         Source { proc: PathBuf::from("/proc"), groups: groups_of(&list, Path::new("/sys/fs/cgroup")) }
     }
 
-    /// `None` where the system says nothing of pressure.
+    /// `None` if the system reports no pressure.
     fn sample(&self) -> Option<Sample> {
         if let Some(level) = sluice_storage::io::memory_pressure_level() {
             let stalled = if level > 1 { 100.0 } else { 0.0 };
@@ -175,7 +176,7 @@ fn stalled(text: &str) -> Option<f32> {
     percent.parse().ok().filter(|percent: &f32| (0.0..=100.0).contains(percent))
 }
 
-/// How often a group has run out, by its `memory.events`.
+/// How often a group has run out, from its `memory.events`.
 fn ran_out(text: &str) -> u64 {
     let events = text.lines().filter_map(|line| line.split_once(' '));
     let serious = events.filter(|(name, _)| matches!(*name, "oom" | "oom_kill"));

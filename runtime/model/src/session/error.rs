@@ -13,7 +13,7 @@ use crate::thrift::Thrift;
 /// Why a sequence could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// Writing.
+    /// Writing failed.
     #[error("{path}: the session cannot be saved: {source}. What was saved before is still there")]
     Save {
         /// The file.
@@ -21,13 +21,13 @@ pub enum SessionError {
         /// What the filesystem said.
         source: io::Error,
     },
-    /// Something else has the name.
+    /// The name belongs to something else.
     #[error("{path} is there already and is not a session: choose another name")]
     Occupied {
         /// The file.
         path: PathBuf,
     },
-    /// Opening.
+    /// Opening failed.
     #[error("{path}: the session cannot be opened: {source}")]
     Open {
         /// The file.
@@ -35,12 +35,12 @@ pub enum SessionError {
         /// What the filesystem said.
         source: io::Error,
     },
-    /// Reading.
+    /// Reading failed.
     #[error("{path}: {part} cannot be read at byte {offset}: {source}")]
     Read {
         /// The file.
         path: PathBuf,
-        /// Where.
+        /// The part that was read.
         part: Part,
         /// Its offset in the file.
         offset: u64,
@@ -54,7 +54,7 @@ pub enum SessionError {
     Truncated {
         /// The file.
         path: PathBuf,
-        /// The part that is not whole.
+        /// The incomplete part.
         part: Part,
         /// Its offset in the file.
         offset: u64,
@@ -95,7 +95,7 @@ pub enum SessionError {
         /// Its offset in the file.
         offset: u64,
     },
-    /// Another model's.
+    /// The session belongs to another model.
     #[error(
         "{path}: the session is of another model, {found} instead of {wanted}: other weights, another specification or another \
          tokenizer"
@@ -105,10 +105,10 @@ pub enum SessionError {
         path: PathBuf,
         /// The state id of its model.
         found: StateId,
-        /// That of the opened model.
+        /// The state id of the opened model.
         wanted: StateId,
     },
-    /// Numbers that this program would compute otherwise.
+    /// The session has numbers that this program would compute differently.
     #[error(
         "{path}: the session has numbers of version {found}, this program computes those of version {NUMERICS_VERSION}: read the \
          text anew"
@@ -119,19 +119,19 @@ pub enum SessionError {
         /// Its version.
         found: u32,
     },
-    /// Another type of keys and values.
+    /// The session has another type of keys and values.
     #[error(
         "{path}: the session keeps keys and values in {found}: open the model with --kv-type {found} instead of {wanted}"
     )]
     KvType {
         /// The file.
         path: PathBuf,
-        /// Its type, or the number of one that is not known.
+        /// Its type, or the number of an unknown type.
         found: String,
-        /// That of the engine.
+        /// The engine's type.
         wanted: KvType,
     },
-    /// Another precision.
+    /// The session has another precision.
     #[error("{path}: the session was computed {} --exact: open the model in the same way", if *.exact { "with" } else { "without" })]
     Precision {
         /// The file.
@@ -139,7 +139,7 @@ pub enum SessionError {
         /// Whether it was computed with f32 activations.
         exact: bool,
     },
-    /// Other experts.
+    /// The session was computed with other experts.
     #[error(
         "{path}: the experts of the session were chosen otherwise ({found}) than those of the opened model ({wanted}): give the \
          same --expert-preference and --top-k-experts"
@@ -152,7 +152,7 @@ pub enum SessionError {
         /// How the engine chooses them.
         wanted: Thrift,
     },
-    /// More tokens than there is room for.
+    /// The session has more tokens than there is room for.
     #[error("{path}: the session has {position} tokens, there is room for {capacity}: raise --context")]
     TooLong {
         /// The file.
@@ -162,7 +162,7 @@ pub enum SessionError {
         /// Tokens that fit.
         capacity: usize,
     },
-    /// A segment cannot begin there.
+    /// A segment cannot begin at this token.
     #[error(
         "a segment of a sequence of {position} tokens cannot begin at token {start}: begin at a multiple of {PAGE_TOKENS} before its last token"
     )]

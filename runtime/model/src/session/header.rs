@@ -1,4 +1,4 @@
-//! The header of a session, and what can be known of one without a model.
+//! The header of a session, and what a program can learn about a session without a model.
 
 use std::fs::File;
 use std::io;
@@ -20,8 +20,8 @@ use crate::thrift::{Preference, Thrift};
 pub const SESSION_MAGIC: [u8; 8] = *b"SLUSEQ\x0d\x1a";
 /// Version of the file that is written and read.
 pub const SESSION_VERSION: u32 = 4;
-/// Positions whose rows stand together in the file, those of all layers one after another: who needs fewer tokens than a segment has
-/// reads no more than this many too many.
+/// Positions whose rows are stored together in the file, for all layers one after another. A reader that needs fewer tokens than a
+/// segment has reads at most this many too many.
 pub const STRETCH: usize = 4 * PAGE_TOKENS;
 
 const fn field(name: &'static str, offset: usize, len: usize) -> Field {
@@ -54,17 +54,17 @@ pub const HEADER_FIELDS: [Field; 19] = [
 const VERSION_AT: usize = 8;
 const CHECKSUM_AT: usize = 120;
 pub(super) const HEADER_LEN: usize = CHECKSUM_AT + 8;
-/// More tokens than any model takes. A file that claims more is not believed.
+/// More tokens than any model takes. A file that claims more is refused.
 const TOKENS_MAX: u64 = 1 << 26;
 
-/// What a header says, but for what depends on the program alone.
+/// The contents of a header, except for what depends on the program alone.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Header {
     pub numerics: u32,
     pub state_id: StateId,
     pub kv_code: u16,
     pub exact: u16,
-    /// Preference and most experts per token, 0 for none, as numbers in the file.
+    /// Preference and most experts per token (0 for none), as numbers in the file.
     pub thrift: [u16; 2],
     /// Stores of all layers.
     pub layers: u32,
@@ -72,7 +72,7 @@ pub(super) struct Header {
     pub forgetting: u32,
     /// Tokens before the segment.
     pub start: u64,
-    /// Tokens up to its end, those before it included.
+    /// Tokens up to its end, including those before it.
     pub position: u64,
     pub marks: u64,
     /// Bytes of the file.
@@ -83,17 +83,17 @@ pub(super) struct Header {
     pub text: PrefixHash,
 }
 
-/// What the file of a segment says of itself.
+/// What the file of a segment says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentInfo {
-    /// What its numbers depend on besides the tokens.
+    /// What its numbers depend on, besides the tokens.
     pub binding: Binding,
-    /// Whether a sequence can go on only at its end and at its marks, because layers have windows or recurrent states. Otherwise it
-    /// can go on behind any token.
+    /// Whether a sequence can continue only at its end and at its marks, because layers have windows or recurrent states. Otherwise
+    /// it can continue after any token.
     pub forgets: bool,
     /// Tokens before the segment, a multiple of [`PAGE_TOKENS`].
     pub start: usize,
-    /// Tokens with those of the segment.
+    /// Tokens up to its end, including those before it.
     pub position: usize,
     /// Hash of the tokens before the segment.
     pub before: PrefixHash,
@@ -121,7 +121,7 @@ fn kv_type_of(code: u16) -> Option<KvType> {
     KvType::ALL.into_iter().find(|&ty| kv_code(ty) == code)
 }
 
-/// The numbers of the ways in which experts are chosen otherwise than routers say: preference, and most experts per token or 0.
+/// The numbers for a way of choosing experts otherwise than by the routers: preference, and most experts per token or 0.
 pub fn thrift_codes(thrift: Thrift) -> [u16; 2] {
     [thrift.preference.code(), thrift.top_k.map_or(0, NonZeroU16::get)]
 }
@@ -131,7 +131,7 @@ fn thrift_of([preference, top_k]: [u16; 2]) -> Option<Thrift> {
 }
 
 impl Header {
-    /// The header of what `sequence` has from `start` on; `marks`: how many of its marks, `length`: bytes of the file.
+    /// The header for `sequence` from `start` on. `marks`: the number of its marks; `length`: bytes of the file.
     pub fn new(sequence: &Sequence, start: usize, marks: usize, length: u64) -> Self {
         let Binding { state_id, kv_type, exact, thrift } = sequence.binding();
         let (first, rest) = sequence.tokens().split_at(start);
@@ -183,10 +183,10 @@ impl Header {
         u64_at(bytes, CHECKSUM_AT)
     }
 
-    /// Reads a header, and makes its checksum the seed of those of the sections.
+    /// Reads a header, and uses its checksum as the seed for those of the sections.
     ///
     /// # Errors
-    /// As of a session that is not one, or of another version, or damaged, or that contradicts itself.
+    /// If the file is not a session, has another version, is damaged, or contradicts itself.
     pub fn read(reader: &mut Reader<'_>) -> Result<Header, SessionError> {
         let path = || reader.path.to_owned();
         let mut bytes = [0; HEADER_LEN];
@@ -238,21 +238,21 @@ impl Header {
         }
     }
 
-    /// Whether its numbers can be those of a segment.
+    /// Whether its numbers are possible for a segment.
     fn is_consistent(&self) -> bool {
         let begins = match self.start {
             0 => self.before == PrefixHash::default(),
             start => start.is_multiple_of(PAGE_TOKENS as u64) && start < self.position,
         };
-        // Marks are at different positions, the end included.
+        // Marks are at different positions, which may include the end.
         let marks = begins.then(|| self.position - self.start);
         marks.is_some_and(|tokens| self.marks <= tokens.saturating_add(1)) && self.forgetting <= self.layers
     }
 
-    /// Compares with what the sequences of an engine have.
+    /// Compares it with the sequences of an engine.
     ///
     /// # Errors
-    /// What differs, by name.
+    /// The first difference, by name.
     pub fn check(&self, sequence: &Sequence, reader: &Reader<'_>) -> Result<(), SessionError> {
         let path = || reader.path.to_owned();
         let wanted = sequence.binding();
@@ -293,21 +293,21 @@ impl Header {
     }
 }
 
-/// Reads what a session says of itself: header, tokens and marks, each with its checksum. It needs no model, so it cannot tell
-/// whether what follows is sound; whoever restores the session finds out.
+/// Reads what a session says about itself: header, tokens and marks, each with its checksum. It needs no model, so it cannot tell
+/// whether the rest is sound; restoring the session shows that.
 ///
 /// # Errors
-/// [`SessionError`]: the file cannot be read, is no session, has another version or other arithmetic, is damaged or not as long as
-/// it says.
+/// [`SessionError`]: the file cannot be read, is not a session, has another version or other arithmetic, is damaged, or does not
+/// have the length that its header says.
 pub fn peek(path: &Path) -> Result<SegmentInfo, SessionError> {
     let open = |source| SessionError::Open { path: path.to_owned(), source };
     peek_file(&mut open_regular(path).map_err(open)?, path)
 }
 
-/// As [`peek`], of a file that has been opened. `path`: what errors call it.
+/// Like [`peek`], for a file that has been opened. `path`: its path in errors.
 ///
 /// # Errors
-/// As [`peek`].
+/// Like [`peek`].
 pub fn peek_file(file: &mut File, path: &Path) -> Result<SegmentInfo, SessionError> {
     let found = file.metadata().map_err(|source| SessionError::Open { path: path.to_owned(), source })?.len();
     let mut reader = Reader::new(file, path);

@@ -6,10 +6,10 @@ use sluice_checksum::xxh3_128;
 
 use crate::cache::PAGE_TOKENS;
 
-/// Hash of all tokens before a position. It is made page by page: that behind a page is the xxh3-128 of that before the page (16
-/// bytes, little-endian) and of the page's tokens (4 bytes each). Before the first token it is zero.
+/// Hash of all tokens before a position. It is computed page by page: the hash after a page is the xxh3-128 of the hash before the
+/// page (16 bytes, little-endian) and the page's tokens (4 bytes each). Before the first token it is zero.
 ///
-/// It tells texts apart, but it is no secret and no protection against forgery: whoever has the tokens compares those.
+/// It distinguishes texts, but it is neither secret nor protection against forgery: code that has the tokens compares those.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PrefixHash(pub u128);
 
@@ -19,13 +19,13 @@ impl PrefixHash {
         PrefixHash::default().then(tokens)
     }
 
-    /// Hash of a text of which `self` is the hash of the first tokens, a whole number of pages, and `tokens` are the others.
+    /// Hash of a longer text: `self` is the hash of its first tokens, a whole number of pages, and `tokens` are the others.
     #[must_use]
     pub fn then(self, tokens: &[u32]) -> Self {
         tokens.chunks(PAGE_TOKENS).fold(self, PrefixHash::page)
     }
 
-    /// The hashes behind each whole page of `tokens`, if `self` is the hash of what stands before them.
+    /// The hashes after each whole page of `tokens`, if `self` is the hash of the tokens before them.
     pub fn pages(self, tokens: &[u32]) -> impl Iterator<Item = Self> {
         tokens.chunks_exact(PAGE_TOKENS).scan(self, |hash, page| {
             *hash = hash.page(page);

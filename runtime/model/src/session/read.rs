@@ -1,4 +1,4 @@
-//! Restoring.
+//! Restores sequences.
 
 use std::io::{self, Read, Seek as _, SeekFrom};
 use std::ops::Range;
@@ -16,10 +16,10 @@ pub(super) struct Reader<'a> {
     pub input: &'a mut dyn Read,
     pub path: &'a Path,
     pub part: Part,
-    /// Where the part begins.
+    /// Offset at which the part begins.
     pub begin: u64,
     pub offset: u64,
-    /// Of the checksum of every section: the checksum of the header, so that no section can be another file's.
+    /// Seed of the checksum of every section: the checksum of the header, so that no section can come from another file.
     pub seed: u64,
     pub buffer: Vec<u8>,
 }
@@ -47,7 +47,7 @@ impl<'a> Reader<'a> {
         SessionError::Misplaced { path: self.path.to_owned(), part: self.part, offset: self.begin }
     }
 
-    /// Reads a section, which must be this one; `record` gets each record, before its checksum is known.
+    /// Reads a section, which must be this one; `record` gets each record before the checksum has been verified.
     fn section(
         &mut self,
         part: Part,
@@ -89,13 +89,13 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads the tokens; `token` gets each, before their checksum is known. Nothing is allocated for them.
+    /// Reads the tokens; `token` gets each before their checksum has been verified. Nothing is allocated for them.
     pub fn tokens(&mut self, header: &Header, mut token: impl FnMut(u32)) -> Result<(), SessionError> {
         let section = Section::tokens(header.start as usize..header.position as usize);
         self.section(Part::Tokens, &section, |_, bytes| token(u32_at(bytes, 0)))
     }
 
-    /// Reads the marks: their positions, and whether they were made by themselves.
+    /// Reads the marks: their positions, and whether they were made automatically.
     pub fn marks(&mut self, header: &Header) -> Result<Vec<(usize, bool)>, SessionError> {
         let mut marks = Vec::new();
         self.section(Part::Marks, &Section::marks(header.marks as usize), |_, bytes| {
@@ -109,8 +109,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads the rows of these positions, the first of which is that of the file. Of the last stretch, the rows behind them are read
-    /// and not kept.
+    /// Reads the rows of these positions, the first of which is the first of the file. The last stretch may have rows after them,
+    /// which are read and not kept.
     fn rows(&mut self, sequence: &mut Sequence, header: &Header, until: usize) -> Result<(), SessionError> {
         for positions in stretches(header.start as usize..header.position as usize) {
             if positions.start >= until {
@@ -147,7 +147,7 @@ impl<'a> Reader<'a> {
         self.section(part, &section, |record, bytes| layer.record_from_bytes(record, bytes))
     }
 
-    /// Nothing may follow.
+    /// Checks that nothing follows.
     fn end(&mut self) -> Result<(), SessionError> {
         (self.part, self.begin) = (Part::End, self.offset);
         match self.exact(&mut [0]) {
@@ -166,8 +166,8 @@ pub(super) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
 }
 
-/// A sequence that has the tokens of `base` before the segment in `input`, and then those of the segment, with its marks. `base` stays
-/// as it is.
+/// A sequence that has the tokens of `base` before the segment in `input`, and then those of the segment, with its marks. `base`
+/// does not change.
 ///
 /// # Errors
 /// [`SessionError`].
@@ -215,7 +215,7 @@ pub(crate) fn append(
     Ok(sequence)
 }
 
-/// Reads what marks keep. Of those that keep something the newest stay, as many as there is room for.
+/// Reads the contents of marks. Of the marks that keep something, the newest stay, as many as there is room for.
 fn append_marks(reader: &mut Reader<'_>, sequence: &mut Sequence, marks: &[(usize, bool)]) -> Result<(), SessionError> {
     for (i, &(position, automatic)) in marks.iter().enumerate() {
         let mut mark = sequence.room_for_mark(marks.len() - i, position, automatic);
@@ -233,26 +233,27 @@ fn append_marks(reader: &mut Reader<'_>, sequence: &mut Sequence, marks: &[(usiz
     Ok(())
 }
 
-/// An error if the tokens that were just read are not all in the vocabulary.
+/// An error if a token that was just read is not in the vocabulary.
 fn in_vocabulary(tokens: &[u32], vocab: usize, reader: &Reader<'_>) -> Result<(), SessionError> {
     let Some(at) = tokens.iter().position(|&token| token as usize >= vocab) else { return Ok(()) };
     let offset = reader.begin + (super::SECTION_LEN + 4 * at) as u64;
     Err(SessionError::Token { path: reader.path.to_owned(), offset, token: tokens[at], vocab })
 }
 
-/// A segment of which header, tokens and marks have been read.
+/// A segment whose header, tokens and marks have been read.
 struct Opened<'a> {
     file: &'a mut SegmentFile,
     header: Header,
     seed: u64,
     marks: Vec<usize>,
-    /// Where the rows begin.
+    /// Offset at which the rows begin.
     rows_at: u64,
-    /// Tokens of the wanted text that it has, those before it included.
+    /// Tokens of the wanted text that it has, including those before it.
     agreed: usize,
 }
 
-/// Where a sequence can go on: the segment, the position, and the number of the mark there if it is not the segment's end.
+/// A place where a sequence can continue: the segment, the position, and the number of the mark there if it is not the segment's
+/// end.
 #[derive(Clone, Copy)]
 struct Target {
     segment: usize,
@@ -261,7 +262,7 @@ struct Target {
 }
 
 impl<'a> Opened<'a> {
-    /// Reads what stands before the rows, and compares it with the model and with the wanted text.
+    /// Reads the parts before the rows, and compares them with the model and with the wanted text.
     fn open(file: &'a mut SegmentFile, sequence: &Sequence, tokens: &[u32]) -> Result<Self, SessionError> {
         let path = file.path.as_path();
         let found = file.file.metadata().map_err(|source| SessionError::Open { path: path.to_owned(), source })?.len();
@@ -297,7 +298,7 @@ impl<'a> Opened<'a> {
         self.header.start as usize..self.header.position as usize
     }
 
-    /// Where a sequence of up to `most` tokens can go on in this segment, the last such place.
+    /// The last place in this segment where a sequence of up to `most` tokens can continue.
     fn target(&self, segment: usize, most: usize) -> Option<Target> {
         let most = most.min(self.agreed);
         let end = self.positions().end;
@@ -315,7 +316,7 @@ impl<'a> Opened<'a> {
         reader.rows(sequence, &self.header, until)
     }
 
-    /// Reads what layers with windows and states have to remember to go on at the target.
+    /// Reads what layers with windows and states must remember to continue at the target.
     fn kept(&mut self, sequence: &mut Sequence, target: Target) -> Result<(), SessionError> {
         let end = self.positions().end;
         let rows_end = self.rows_at + rows_len(sequence, self.positions());
@@ -347,7 +348,7 @@ impl<'a> Opened<'a> {
     }
 }
 
-/// Fills an empty sequence with what a chain of segments has of a text, as far as a sequence can go on there.
+/// Fills an empty sequence with as much of a text as a chain of segments has, up to a place where a sequence can continue.
 ///
 /// # Errors
 /// [`SessionError`].
@@ -373,7 +374,7 @@ pub(crate) fn restore_segments(
     }
     let capacity = sequence.capacity();
     let targets = segments.iter().enumerate().filter_map(|(i, segment)| segment.target(i, capacity));
-    // Of two segments that lead to the same position, the first saves reading the other.
+    // If two segments lead to the same position, using the first saves reading the other.
     let target = targets.reduce(|best, target| if target.position > best.position { target } else { best });
     let Some(target) = target.filter(|target| target.position > 0) else { return Ok(sequence) };
     let last = &segments[target.segment];

@@ -1,4 +1,4 @@
-//! Saving.
+//! Saves sequences.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -12,26 +12,26 @@ use crate::cache::PAGE_TOKENS;
 use crate::sequence::{Sequence, Snapshot};
 
 impl Sequence {
-    /// Writes the sequence with its marks, as `docs/SESSIONS.md` says, in pieces of a few hundred kilobytes.
+    /// Writes the sequence with its marks, in the format of `docs/SESSIONS.md`, in pieces of a few hundred kilobytes.
     ///
     /// # Errors
-    /// What `out` says.
+    /// The errors of `out`.
     pub fn save(&self, out: &mut dyn Write) -> io::Result<()> {
         self.write_from(0, out)
     }
 
-    /// Writes what the sequence has from token `start` on, a multiple of [`PAGE_TOKENS`], with the marks from there on. Whoever
-    /// restores it needs the tokens before (`Engine::restore_onto`).
+    /// Writes the sequence from token `start` on, a multiple of [`PAGE_TOKENS`], with the marks from there on. Restoring it
+    /// requires the tokens before (`Engine::restore_onto`).
     ///
     /// # Errors
-    /// [`io::ErrorKind::InvalidInput`] if no segment can begin at `start`; otherwise what `out` says.
+    /// [`io::ErrorKind::InvalidInput`] if no segment can begin at `start`; otherwise the errors of `out`.
     pub fn save_from(&self, start: usize, out: &mut dyn Write) -> io::Result<()> {
         self.check_start(start).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         self.write_from(start, out)
     }
 
-    /// Saves the sequence under a name, atomically: whatever happens, the file is the old one or the new one. Only a session
-    /// is replaced. What earlier savings that were killed have left beside it is removed. Only its owner can read it.
+    /// Saves the sequence under a name, atomically: whatever happens, the file is the old one or the new one. Only a session is
+    /// replaced. Files that killed processes left beside it while saving are removed. Only its owner can read it.
     ///
     /// # Errors
     /// [`SessionError::Occupied`] and [`SessionError::Save`].
@@ -39,7 +39,7 @@ impl Sequence {
         self.save_file_from(path, 0)
     }
 
-    /// Saves what the sequence has from token `start` on ([`Sequence::save_from`]), as [`Sequence::save_file`] does.
+    /// Saves the sequence from token `start` on ([`Sequence::save_from`]), in the way of [`Sequence::save_file`].
     ///
     /// # Errors
     /// [`SessionError::Start`] if no segment can begin there, [`SessionError::Occupied`] and [`SessionError::Save`].
@@ -111,13 +111,13 @@ impl Sequence {
 
 struct Writer<'a> {
     out: &'a mut dyn Write,
-    /// Of the checksum of every section.
+    /// Seed of the checksum of every section.
     seed: u64,
     buffer: Vec<u8>,
 }
 
 impl Writer<'_> {
-    /// Writes a section; `record` makes the bytes of each record.
+    /// Writes a section; `record` gives the bytes of each record.
     fn section(&mut self, section: &Section, record: impl Fn(usize, &mut [u8])) -> io::Result<()> {
         let Writer { out, seed, buffer } = self;
         let mut hash = Xxh3::with_seed(*seed);
