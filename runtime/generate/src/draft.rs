@@ -1,27 +1,27 @@
 //! Drafts: proposed next tokens, which one step checks together.
 //!
 //! Each proposed token is a row of the step. Tokens are sampled as always. As long as the sampled token is the proposed one, the
-//! logits behind the proposal are the ones that the next token needs, and the step has computed them already. So proposals never
-//! change a text. They save steps, and pay where several rows read little more from the drive than one.
+//! logits after the proposal are those that the next token needs, and the step has computed them already. So proposals never change
+//! a text. They save steps, and they pay if several rows read little more from the drive than one.
 
 use std::fmt;
 
-/// Proposes what may come next.
+/// Proposes tokens that may come next.
 pub trait Draft: Send + fmt::Debug {
-    /// Appends to `out` the tokens that may follow `context`, in their order. There can be any number; those that do not fit into the
+    /// Appends the tokens that may follow `context` to `out`, in order. There can be any number; those that do not fit into the
     /// step are ignored.
     fn propose(&mut self, context: &[u32], out: &mut Vec<u32>);
 }
 
-/// Looks for the latest tokens earlier in the context, and proposes what followed them there. Good where text repeats itself: code
-/// that is edited, documents that are summarised, tables. Needs no second model.
+/// Searches for the latest tokens earlier in the context, and proposes those that followed them there. This works well if text
+/// repeats itself: code that is edited, documents that are summarised, tables. It needs no second model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PromptLookup {
     /// Most tokens to propose.
     pub most: usize,
-    /// How many of the latest tokens to look for at first; fewer, down to `least`, if so many are not found.
+    /// How many of the latest tokens to search for at first; fewer, down to `least`, if that many are not found.
     pub longest: usize,
-    /// Fewest tokens to look for, at least 1.
+    /// Fewest tokens to search for, at least 1.
     pub least: usize,
 }
 
@@ -37,7 +37,7 @@ impl Draft for PromptLookup {
             let Some((before, latest)) = context.len().checked_sub(length).map(|at| context.split_at(at)) else {
                 continue;
             };
-            // The newest place, with at least one token behind it.
+            // The newest place with at least one token after it.
             let found = (0..before.len()).rev().find(|&at| context[at..].starts_with(latest));
             if let Some(at) = found {
                 out.extend(context[at + length..].iter().take(self.most));

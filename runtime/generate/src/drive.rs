@@ -1,5 +1,5 @@
-//! Sequences on the drive: what generations leave behind is written there, and comes back after a restart, or when memory no longer
-//! has it.
+//! Sequences on the drive: sequences of ended generations are written there, and read again after a restart or when memory no
+//! longer has them.
 
 use std::sync::Arc;
 
@@ -23,13 +23,13 @@ impl Drive {
         Drive { store, binding: engine.binding(), every: every.max(PAGE_TOKENS) }
     }
 
-    /// What is stored of a prompt, if it is enough more than the `reached` tokens that memory has to be worth reading.
+    /// The stored sequence for a prompt, if it has enough more than the `reached` tokens in memory to be worth reading.
     pub(super) fn find(&self, tokens: &[u32], reached: usize) -> Option<Found> {
         let (_, but_last) = tokens.split_last()?;
         self.store.longest(self.binding, but_last).filter(|found| found.position() >= reached + PAGE_TOKENS)
     }
 
-    /// Reads what was found. `None` if it cannot be read, or is another text: the prompt is there to be read again.
+    /// Reads the sequence that was found. `None` if it cannot be read or has another text; then the prompt is read again.
     pub(super) fn restore(&self, engine: &Engine, found: &Found, tokens: &[u32]) -> Option<Sequence> {
         let restored = self.store.restore(engine, found).ok()?;
         (restored.position() < tokens.len() && tokens.starts_with(restored.tokens())).then_some(restored)
@@ -42,27 +42,27 @@ impl Drive {
         }
     }
 
-    /// What is stored has been of use, though it was in memory.
+    /// Records that a stored sequence was useful, although it was in memory.
     fn touch(&self, tokens: &[u32]) {
         self.store.touch(self.binding, tokens);
     }
 
-    /// The tokens of sessions that were deleted since the last time.
+    /// The tokens of sessions that were deleted since the last call.
     fn take_deleted(&self) -> Vec<Vec<u32>> {
         self.store.take_deleted(self.binding)
     }
 
-    /// Whether sequences wait to be written. They keep their pages until then.
+    /// Whether sequences are waiting to be written. They keep their pages until then.
     fn is_writing(&self) -> bool {
         self.store.usage().waiting > 0
     }
 
-    /// Waits until everything is written that waits.
+    /// Waits until every waiting sequence is written.
     pub(super) fn flush(&self) {
         self.store.flush();
     }
 
-    /// Waits until everything is written, these sequences included. Of many that came at a time, some may have been left out.
+    /// Waits until everything is written, including these sequences. If many came at once, some may have been left out.
     fn settle<'a>(&self, kept: impl Iterator<Item = &'a Sequence>) {
         self.store.flush();
         for sequence in kept {
@@ -74,7 +74,7 @@ impl Drive {
         }
     }
 
-    /// Saves a generation that goes on, if much is new: so that a program that is killed loses little.
+    /// Saves a generation that is still running, if much of it is new, so that little is lost when the program is killed.
     fn save(&self, running: &mut Running) {
         let usage = running.generation.usage();
         let position = running.sequence.position();
@@ -89,7 +89,7 @@ impl Drive {
 }
 
 impl Scheduler {
-    /// Saves the generations that have much that is new.
+    /// Saves the running generations of which much is new.
     pub(super) fn save_running(&mut self) {
         let Some(drive) = &self.drive else { return };
         for running in self.running.iter_mut().filter(|r| !r.is_over() && r.follows.is_none()) {
@@ -99,7 +99,7 @@ impl Scheduler {
         }
     }
 
-    /// A generation has begun behind tokens that were in memory.
+    /// Records the use of a stored sequence when a generation has begun after tokens that were in memory.
     pub(super) fn touch_stored(&self, running: &Running) {
         if let Some(drive) = &self.drive
             && running.sequence.position() >= FEWEST
@@ -108,29 +108,29 @@ impl Scheduler {
         }
     }
 
-    /// Whether sequences that are being written keep pages.
+    /// Whether sequences that are being written hold pages.
     pub(super) fn is_writing(&self) -> bool {
         self.drive.as_ref().is_some_and(Drive::is_writing)
     }
 
-    /// Gives up the sequences that are kept, and their memory. Where there is a store, they are all written before.
+    /// Gives up the kept sequences, and their memory. If there is a store, all of them are written first.
     pub fn release_kept(&mut self) {
         self.settle();
         self.kept.clear();
         self.shared.lock().kept = (0, 0);
     }
 
-    /// Gives up what is kept of sessions that were deleted.
+    /// Gives up kept sequences of sessions that were deleted.
     pub(super) fn forget_deleted(&mut self) {
         let deleted = self.drive.as_ref().map(Drive::take_deleted).unwrap_or_default();
         if !deleted.is_empty() {
-            // Of a sequence that has given up its last tokens, the first are left.
+            // If a sequence has given up its last tokens, only the first remain.
             let is_of = |tokens: &[u32], text: &Vec<u32>| tokens.starts_with(text) || text.starts_with(tokens);
             self.kept.forget(|tokens| deleted.iter().any(|text| is_of(tokens, text)));
         }
     }
 
-    /// Waits until the sequences that are kept are all written, if there is a store.
+    /// Waits until all kept sequences are written, if there is a store.
     pub(super) fn settle(&mut self) {
         self.forget_deleted();
         if let Some(drive) = &self.drive {

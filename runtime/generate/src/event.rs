@@ -1,4 +1,4 @@
-//! The events of a generation, which its owner is told.
+//! The events of a generation, as its owner gets them.
 
 use serde::Serialize;
 
@@ -10,15 +10,15 @@ use sluice_text::TextError;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
-    /// It has as many tokens as were asked for.
+    /// It has as many tokens as were requested.
     Length,
-    /// The model said that it is done.
+    /// The model sampled an end token.
     EndToken,
     /// A stop string appeared.
     StopString,
     /// The context is full.
     Context,
-    /// The constraint lets nothing follow.
+    /// The constraint allows nothing to follow.
     Complete,
     /// Its owner has cancelled it.
     Cancelled,
@@ -29,56 +29,56 @@ pub enum Finish {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens generated, an end token included.
+    /// Tokens generated, including an end token.
     pub generated_tokens: usize,
     /// Tokens of both that were dropped because the context was full.
     pub dropped_tokens: usize,
-    /// Tokens of the prompt that were not computed, because a sequence that began with them was there.
+    /// Tokens of the prompt that were not computed, because a stored sequence began with them.
     pub cached_tokens: usize,
 }
 
-/// What happens to a generation, in order. The last is [`Finish`](Event::Finish) or [`Failed`](Event::Failed).
+/// The events of a generation, in order. The last is [`Finish`](Event::Finish) or [`Failed`](Event::Failed).
 #[derive(Debug)]
 pub enum Event {
-    /// A part of the prompt has been read. The first one tells how much did not have to be read, if there was any
+    /// A part of the prompt has been read. The first such event tells how much did not have to be read, if anything
     /// ([`Usage::cached_tokens`]).
     Progress {
-        /// Tokens read so far, those included that did not have to be.
+        /// Tokens read so far, including those that did not have to be.
         read: usize,
         /// Tokens of the prompt.
         prompt: usize,
     },
-    /// How probable a token of the prompt is to the model, if that was asked for. They come in order, without the first, which has
-    /// nothing before it.
+    /// The probability of a token of the prompt, if it was requested. These events come in order, without the first token, which
+    /// has nothing before it.
     PromptToken {
         /// The token.
         id: u32,
         /// Natural logarithm of its probability.
         logprob: f32,
-        /// The likeliest tokens in its place, as many as were asked for, the likeliest first.
+        /// The likeliest tokens at its place, as many as were requested, the likeliest first.
         top: Vec<Logprob>,
     },
-    /// A token was chosen, an end token included.
+    /// A token was chosen; it may be an end token.
     Token {
         /// The token.
         id: u32,
-        /// Natural logarithm of its probability, if asked for.
+        /// Natural logarithm of its probability, if it was requested.
         logprob: Option<f32>,
-        /// The likeliest tokens, as many as were asked for, the likeliest first.
+        /// The likeliest tokens, as many as were requested, the likeliest first.
         top: Vec<Logprob>,
     },
-    /// The context was full, and the oldest tokens behind the kept ones were dropped ([`WhenFull`](super::WhenFull)).
+    /// The context was full, and the oldest tokens after the kept ones were dropped ([`WhenFull`](super::WhenFull)).
     Shifted {
         /// Tokens that were dropped.
         dropped: usize,
-        /// Tokens that the context has now. Those behind the kept ones are read again.
+        /// Tokens that the context has now. Those after the kept ones are read again.
         left: usize,
     },
     /// Text that has become certain; never empty. Stop strings are not part of it.
     Text(String),
     /// The end.
     Finish {
-        /// Why.
+        /// The reason.
         reason: Finish,
         /// Tokens read, generated and dropped.
         usage: Usage,
@@ -93,7 +93,7 @@ pub enum GenerationError {
     /// No tokens to continue.
     #[error("the prompt is empty: give at least one token to continue")]
     EmptyPrompt,
-    /// A prompt that no sequence can hold.
+    /// The prompt is longer than any sequence.
     #[error(
         "the prompt has {prompt} tokens, but a sequence holds {context}: shorten it or open the model with more context"
     )]
@@ -103,7 +103,7 @@ pub enum GenerationError {
         /// Tokens that a sequence can hold.
         context: usize,
     },
-    /// Nothing could be dropped.
+    /// Nothing can be dropped.
     #[error("a context of {context} tokens cannot keep the first {keep} and have room for more: keep fewer")]
     KeepsTooMuch {
         /// Tokens to be kept.
@@ -111,7 +111,7 @@ pub enum GenerationError {
         /// Tokens that a sequence can hold.
         context: usize,
     },
-    /// A token that the model does not have.
+    /// The model does not have this token.
     #[error("the prompt has token id {id}, but the model's vocabulary has {vocab}")]
     PromptToken {
         /// The id.
@@ -119,7 +119,7 @@ pub enum GenerationError {
         /// Size of the vocabulary.
         vocab: usize,
     },
-    /// A bias that makes no sense.
+    /// The bias is invalid.
     #[error("the bias of token {id} is {bias}: biases are numbers or minus infinity, for ids below {vocab}")]
     Bias {
         /// The token.
@@ -129,25 +129,25 @@ pub enum GenerationError {
         /// Size of the vocabulary.
         vocab: usize,
     },
-    /// A mark that is not in the prompt, or not in order.
+    /// A mark is not inside the prompt, or the marks are not in order.
     #[error(
         "the request has a mark at token {position}: marks ascend from 1 to the length of the prompt, {prompt}, and the one before is \
          {before}"
     )]
     Mark {
-        /// Where it is to be.
+        /// The position of the mark.
         position: usize,
         /// The mark before it, or 0.
         before: usize,
         /// Tokens of the prompt.
         prompt: usize,
     },
-    /// A prompt is scored before anything is sampled.
+    /// Sampled tokens and scores of the prompt exclude each other, because a prompt is scored before anything is sampled.
     #[error(
         "tokens that were sampled already cannot be given together with log probabilities of the prompt: leave one of them out"
     )]
     SampledAndScored,
-    /// Tokens that were sampled already go on behind the end of the generation.
+    /// The tokens that were sampled already continue after the end of the generation.
     #[error(
         "{given} tokens are given as sampled already, but the generation ends after {taken}: they belong to another request"
     )]
@@ -157,7 +157,7 @@ pub enum GenerationError {
         /// Tokens with which it ends.
         taken: usize,
     },
-    /// Too many wait.
+    /// Too many generations are waiting.
     #[error("{queued} generations are waiting, and the queue holds {limit}: try again later")]
     QueueFull {
         /// Generations in the queue.
@@ -165,33 +165,33 @@ pub enum GenerationError {
         /// Most that it holds.
         limit: usize,
     },
-    /// Something that the request has brought does not work.
+    /// A part of the request has panicked.
     #[error("{what} has panicked, which ended the generation: this is a bug in the program that made the request")]
     Panicked {
-        /// What it was, and what it said.
+        /// The part, and the message of the panic.
         what: String,
     },
     /// The constraint has failed.
     #[error("the form that the request asks for cannot be kept: {reason}")]
     Constraint {
-        /// What it says.
+        /// The constraint's reason.
         reason: String,
     },
-    /// A penalty that makes no sense.
+    /// The penalty is invalid.
     #[error("the {field} penalty is {value}: give a number")]
     Penalty {
-        /// Which.
+        /// The penalty.
         field: &'static str,
         /// Its value.
         value: f32,
     },
-    /// Stop strings without text.
+    /// Stop strings were given, but there is no text.
     #[error("stop strings need a tokenizer, and the model has none")]
     StopNeedsTokenizer,
-    /// Text for a model without tokenizer.
+    /// A text was given, but the model has no tokenizer.
     #[error("the model has no tokenizer, so it cannot read text: give token ids")]
     NoTokenizer,
-    /// A conversation for a model without template.
+    /// A conversation was given, but the model has no template.
     #[error(
         "the model has no chat template: give text or token ids, or set one with `sluice set FILE --chat-template TEMPLATE`"
     )]
@@ -199,10 +199,10 @@ pub enum GenerationError {
     /// The model has been closed, or its thread has ended.
     #[error("the model has been closed")]
     Closed,
-    /// The system gives no thread.
+    /// The system refused to start a thread.
     #[error("cannot start a thread for the model: {error}")]
     Thread {
-        /// What the system says.
+        /// The system's error.
         error: std::io::Error,
     },
     /// No token can be chosen.

@@ -1,4 +1,4 @@
-//! One generation: which tokens it wants to append, and what it does with the logits behind them.
+//! One generation: the tokens that it wants to append, and its use of the logits after them.
 
 use std::collections::BTreeMap;
 
@@ -13,26 +13,26 @@ use super::{Draft, Event, Finish, GenerationError, Priority, Request, Sampled, U
 /// Receives the events of a generation.
 pub type EventSink<'a> = dyn FnMut(Event) + 'a;
 
-/// What a panic says of a constraint.
+/// Name of a constraint in the message of a panic.
 const CONSTRAINT: &str = "the request's constraint";
 
-/// Sampling on top of one sequence. It never touches an engine: it [offers](Self::offer) tokens to append and
-/// [accepts](Self::accept) the logits behind the last of them.
+/// Sampling on top of one sequence. It never touches an engine: it [offers](Self::offer) tokens to append, and
+/// [accepts](Self::accept) the logits after the last of them.
 ///
-/// Its text depends on its request and the logits alone, never on how its tokens were divided into steps or what else was in
-/// them. Randomness depends on the seed and the index of the token. Penalties apply to the tokens that the context has.
+/// Its text depends only on its request and the logits, never on how its tokens were divided into steps or on what else was in
+/// them. Randomness depends on the seed and the index of the token. Penalties apply to the tokens in the context.
 #[derive(Debug)]
 pub struct Generation {
-    /// The tokens of the context: prompt and generated tokens, without those that were dropped.
+    /// The tokens of the context: prompt and generated tokens, except those that were dropped.
     tokens: Vec<u32>,
-    /// How many of these are read as a prompt before the next token can be chosen.
+    /// How many of these must be read as a prompt before the next token can be chosen.
     to_read: usize,
     /// Tokens of the prompt.
     prompt: usize,
     generated: Vec<u32>,
     dropped: usize,
     when_full: WhenFull,
-    /// Where the sequence has to go back to, because tokens behind that have been dropped or refused.
+    /// Position to which the sequence has to go back, because tokens after it have been dropped or refused.
     back_to: Option<usize>,
     max_tokens: usize,
     context: usize,
@@ -46,9 +46,9 @@ pub struct Generation {
     constraint: Option<Box<dyn Constraint>>,
     draft: Option<Box<dyn Draft>>,
     vocab: usize,
-    /// The last token, and proposals for those behind it; empty while there are none.
+    /// The last token, and proposals for those after it; empty while there are none.
     ahead: Vec<u32>,
-    /// What the draft has proposed.
+    /// The draft's proposals.
     proposals: Vec<u32>,
     /// How many of the proposals have come true so far; `None` once one has not.
     true_so_far: Option<usize>,
@@ -58,22 +58,22 @@ pub struct Generation {
     /// Logits with bias and constraint.
     scores: Vec<f32>,
     finish: Option<Finish>,
-    /// Where the sequence is to be marked while the prompt is read.
+    /// Positions at which the sequence is to be marked while the prompt is read.
     marks: Vec<usize>,
     keep: bool,
     title: Option<String>,
     priority: Priority,
-    /// Tokens of the prompt that a sequence had seen when the generation began with it.
+    /// Tokens of the prompt that a sequence had seen when the generation started from it.
     cached: Option<usize>,
-    /// What its owner has to hear of tokens that were sampled in an earlier run, before anything else.
+    /// Events for the owner about tokens that were sampled in an earlier run; they come before all others.
     replayed: Vec<Event>,
 }
 
 impl Generation {
-    /// A generation that has not begun.
+    /// A generation that has not started.
     ///
     /// # Errors
-    /// What can be wrong with a request: no prompt or one that is too long, unknown tokens, settings that make no sense.
+    /// If the request is invalid: no prompt or one that is too long, unknown tokens, invalid settings.
     pub fn new(request: Request, shape: &Shape) -> Result<Self, GenerationError> {
         request.check(shape)?;
         let Request { prompt, max_tokens, sampling, stop, special, bias, logprobs, constraint, .. } = request;
@@ -129,7 +129,7 @@ impl Generation {
             self.take(token, &mut |event| events.push(event))?;
         }
         if given > 0 {
-            // All of them are read like a prompt. Nothing has been read yet, so there is nothing to go back from.
+            // All of them are read like a prompt. Nothing has been read yet, so the sequence need not go back.
             self.to_read = self.tokens.len();
             self.back_to = None;
         }
@@ -137,22 +137,22 @@ impl Generation {
         Ok(())
     }
 
-    /// What its owner has to hear of tokens that were sampled in an earlier run; once.
+    /// The events for the owner about tokens that were sampled in an earlier run; only the first call returns them.
     pub fn take_replayed(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.replayed)
     }
 
-    /// Whose turn it is.
+    /// The generation's priority.
     pub fn priority(&self) -> Priority {
         self.priority
     }
 
-    /// The tokens to append next to a sequence that has seen the first `position`: the rest of the prompt, later the token that was
-    /// sampled last; all of them if the sequence was dropped. [`accept`](Self::accept) takes the logits behind the last of them.
-    /// Empty once the generation has ended.
+    /// The tokens to append next to a sequence that has seen the first `position`: the rest of the prompt, later the last sampled
+    /// token; all tokens if the sequence was dropped. [`accept`](Self::accept) takes the logits after the last of them. Empty once
+    /// the generation has ended.
     ///
-    /// With a draft ([`draft`](Self::draft)) the last token comes with the proposals behind it, and the logits behind each of them go to
-    /// [`accept_draft`](Self::accept_draft).
+    /// With a draft ([`draft`](Self::draft)), the proposals follow the last token, and [`accept_draft`](Self::accept_draft) takes
+    /// the logits after each of them.
     ///
     /// If [`take_back_to`](Self::take_back_to) returns a position, the sequence must go back to it first.
     pub fn offer(&self, position: usize) -> (&[u32], Phase) {
@@ -163,17 +163,17 @@ impl Generation {
             Some(_) => &[],
             None => self.tokens.get(position..).unwrap_or_default(),
         };
-        // A step that failed behind a choice leaves two tokens to decode.
+        // A step that failed after a choice leaves two tokens to decode.
         let phase = if position < self.to_read || rest.len() > 2 { Phase::Prompt } else { Phase::Decode };
         (rest, phase)
     }
 
-    /// Whether the logits behind tokens of the prompt are wanted, to [score](Self::score) the tokens behind them.
+    /// Whether the logits after tokens of the prompt are needed, to [score](Self::score) the tokens after them.
     pub fn scores_prompt(&self) -> bool {
         self.prompt_logprobs.is_some() && self.scored < self.prompt
     }
 
-    /// Takes the logits `[vocab]` behind token `position` of the prompt. Says how probable the next one was, once for each.
+    /// Takes the logits `[vocab]` after token `position` of the prompt. Reports the probability of the next token, once for each.
     pub fn score(&mut self, position: usize, logits: &[f32], sink: &mut EventSink<'_>) {
         let Some(count) = self.prompt_logprobs.filter(|_| position + 1 == self.scored) else { return };
         if let Some(&id) = self.tokens[..self.prompt.min(self.tokens.len())].get(self.scored) {
@@ -183,11 +183,11 @@ impl Generation {
         }
     }
 
-    /// Asks the draft for up to `most` proposals, for a sequence that has seen `position` tokens. There are none unless it has seen all
-    /// tokens but the last.
+    /// Asks the draft for up to `most` proposals, for a sequence that has seen `position` tokens. There are none unless it has seen
+    /// all tokens except the last.
     ///
     /// # Errors
-    /// [`GenerationError::Panicked`]. The generation cannot go on then.
+    /// [`GenerationError::Panicked`]. The generation cannot continue then.
     pub fn draft(&mut self, position: usize, most: usize) -> Result<(), GenerationError> {
         self.check(&[]);
         let most = self.most_proposals(position, most);
@@ -200,23 +200,24 @@ impl Generation {
         Ok(())
     }
 
-    /// Whether its request has brought a draft.
+    /// Whether its request has a draft.
     pub(super) fn has_draft(&self) -> bool {
         self.draft.is_some()
     }
 
-    /// How many proposals, `most` at most, can be checked with a sequence that has seen `position` tokens: none unless it has seen all
-    /// tokens but the last.
+    /// How many proposals, at most `most`, can be checked with a sequence that has seen `position` tokens: none unless it has seen
+    /// all tokens except the last.
     pub(super) fn most_proposals(&self, position: usize, most: usize) -> usize {
         if self.finish.is_some() || position < self.to_read || position + 1 != self.tokens.len() {
             return 0;
         }
-        // The last token of a text need not fit, but a row of a step must.
+        // The last token of a text need not fit in the context, but a row of a step must.
         let room = self.context.saturating_sub(self.tokens.len());
         most.min(self.remaining().saturating_sub(1)).min(room)
     }
 
-    /// The next offer has these proposals, no more than [`most_proposals`](Self::most_proposals) says, in place of others.
+    /// Sets the proposals of the next offer, at most as many as [`most_proposals`](Self::most_proposals) allows, and replaces
+    /// earlier ones.
     pub(super) fn check(&mut self, proposals: &[u32]) {
         self.ahead.clear();
         let known = proposals.iter().take_while(|&&id| (id as usize) < self.vocab).count();
@@ -228,11 +229,11 @@ impl Generation {
         }
     }
 
-    /// Takes the logits behind token `index` of an offer with proposals, in ascending order. They count as long as the proposals have
-    /// come true.
+    /// Takes the logits after token `index` of an offer with proposals, in ascending order. They are used as long as the proposals
+    /// have come true.
     ///
     /// # Errors
-    /// As [`accept`](Self::accept).
+    /// Like [`accept`](Self::accept).
     pub fn accept_draft(
         &mut self,
         index: usize,
@@ -261,13 +262,13 @@ impl Generation {
         Ok(())
     }
 
-    /// How many tokens its draft has proposed, and how many of these came true.
+    /// How many tokens its draft has proposed, and how many of these have come true.
     pub fn proposals(&self) -> (u64, u64) {
         (self.proposed, self.came_true)
     }
 
-    /// Where the sequence has to go back to before the next offer, if it has seen more than that, because tokens behind it have been
-    /// dropped or refused. Returns each position once.
+    /// The position to which the sequence has to go back before the next offer, if it has seen more, because tokens after it have
+    /// been dropped or refused. Returns each position once.
     pub fn take_back_to(&mut self) -> Option<usize> {
         self.back_to.take()
     }
@@ -287,11 +288,11 @@ impl Generation {
         self.max_tokens - self.generated.len().min(self.max_tokens)
     }
 
-    /// Chooses the next token by the logits `[vocab]` behind the last one, and sends the events to `sink`. Does nothing once the
+    /// Chooses the next token from the logits `[vocab]` after the last one, and sends the events to `sink`. Does nothing once the
     /// generation has ended.
     ///
     /// # Errors
-    /// When no token can be chosen, or it cannot be turned into text. The generation cannot go on then.
+    /// If no token can be chosen, or it cannot be turned into text. The generation cannot continue then.
     pub fn accept(&mut self, logits: &[f32], sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
         if self.finish.is_some() {
             return Ok(());
@@ -310,7 +311,7 @@ impl Generation {
         self.take(Sampled { id, logprob, top }, sink)
     }
 
-    /// Takes a token that was chosen, and sees whether it ends the generation.
+    /// Takes a chosen token, and finds out whether it ends the generation.
     fn take(&mut self, Sampled { id, logprob, top }: Sampled, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
         self.tokens.push(id);
         self.generated.push(id);
@@ -323,7 +324,7 @@ impl Generation {
         if !emit.text.is_empty() {
             sink(Event::Text(emit.text));
         }
-        // The last token need not fit, because nothing follows it.
+        // The last token need not fit in the context, because nothing follows it.
         let full = self.tokens.len() > self.context;
         let complete = match &self.constraint {
             Some(constraint) => guarded(CONSTRAINT, || constraint.is_complete())?,
@@ -339,10 +340,10 @@ impl Generation {
         }
     }
 
-    /// There is no room for more tokens: drops the oldest ones, if the request says so, or ends the generation.
+    /// Handles a full context: drops the oldest tokens if the request says so, and otherwise ends the generation.
     ///
     /// # Errors
-    /// When the last tokens cannot be turned into text.
+    /// If the last tokens cannot be turned into text.
     pub fn fill(&mut self, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
         let WhenFull::DropOldest { keep } = self.when_full else { return self.end(Finish::Context, sink) };
         let others = self.tokens.len().saturating_sub(keep);
@@ -362,7 +363,7 @@ impl Generation {
     /// Ends the generation early. Text that was held back because a stop string might begin in it is sent now.
     ///
     /// # Errors
-    /// When the last tokens cannot be turned into text.
+    /// If the last tokens cannot be turned into text.
     pub fn cancel(&mut self, sink: &mut EventSink<'_>) -> Result<(), GenerationError> {
         match self.finish {
             Some(_) => Ok(()),
@@ -370,7 +371,7 @@ impl Generation {
         }
     }
 
-    /// The tokens generated so far, an end token included.
+    /// The tokens generated so far, including an end token.
     pub fn generated(&self) -> &[u32] {
         &self.generated
     }
@@ -390,29 +391,29 @@ impl Generation {
         }
     }
 
-    /// The tokens of the context: prompt and generated tokens, without those that were dropped.
+    /// The tokens of the context: prompt and generated tokens, except those that were dropped.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
 
-    /// How many of the tokens are read before the next one can be chosen.
+    /// How many of the tokens must be read before the next one can be chosen.
     pub(super) fn to_read(&self) -> usize {
         self.to_read
     }
 
-    /// It begins with a sequence that has seen the first `position` tokens. False if it has begun before.
+    /// Starts from a sequence that has seen the first `position` tokens. False if it started before.
     pub(super) fn begin_at(&mut self, position: usize) -> bool {
         let first = self.cached.is_none();
         self.cached.get_or_insert(position);
         first
     }
 
-    /// Of the marks only the last `most` stay.
+    /// Keeps only the last `most` of the marks.
     pub(super) fn limit_marks(&mut self, most: usize) {
         self.marks.drain(..self.marks.len().saturating_sub(most));
     }
 
-    /// The next mark behind `position`.
+    /// The next mark after `position`.
     pub(super) fn mark_behind(&self, position: usize) -> Option<usize> {
         self.marks.get(self.marks.partition_point(|&mark| mark <= position)).copied()
     }
@@ -422,7 +423,7 @@ impl Generation {
         self.marks.binary_search(&position).is_ok()
     }
 
-    /// Whether its sequence is kept, and how it is called.
+    /// Whether its sequence is kept, and its title.
     pub(super) fn keeps(&self) -> (bool, Option<&str>) {
         (self.keep, self.title.as_deref())
     }
@@ -435,10 +436,10 @@ impl Generation {
         self.scores.clear();
         self.scores.extend_from_slice(logits);
         for &(id, bias) in &self.bias {
-            // A shorter row of logits is not a model's; the sampler says so.
+            // A row of logits that is too short cannot come from a model; the sampler reports it.
             if let Some(score) = self.scores.get_mut(id as usize) {
                 let sum = *score + bias;
-                // Large numbers must neither exclude a token nor make it infinitely likely.
+                // Large biases must neither exclude a token nor make it infinitely likely.
                 *score = if score.is_finite() && bias.is_finite() { sum.clamp(f32::MIN, f32::MAX) } else { sum };
             }
         }
@@ -455,7 +456,7 @@ impl Generation {
         Ok(self.sampler.sample_at(index, &self.scores, &self.tokens)?)
     }
 
-    /// Subtracts the penalties of what has been generated from the scores.
+    /// Subtracts the penalties for generated tokens from the scores.
     fn penalise(&mut self) {
         if self.penalties.is_off() {
             return;

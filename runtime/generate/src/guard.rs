@@ -1,4 +1,4 @@
-//! Calls of what callers bring: a panic in there ends the one generation that it belongs to, and nothing else.
+//! Calls code that callers supply: a panic there ends only the generation to which the code belongs.
 
 use std::any::Any;
 use std::ops::ControlFlow;
@@ -12,7 +12,7 @@ use super::{Event, GenerationError};
 /// # Errors
 /// [`GenerationError::Panicked`].
 pub(super) fn guarded<T>(what: &str, call: impl FnOnce() -> T) -> Result<T, GenerationError> {
-    // What a panic has left half changed is not used again: the generation that it belongs to ends.
+    // Data that a panic has left half changed are not used again, because their generation ends.
     catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
         let what = match message(&*panic) {
             Some(message) => format!("{what} ({message})"),
@@ -27,7 +27,7 @@ fn message(panic: &(dyn Any + Send)) -> Option<&str> {
     panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied())
 }
 
-/// Tells an owner of an event. One that panics is not called again, and counts as one that breaks.
+/// Tells an owner of an event. An owner that panics is not called again, and counts as one that returns `Break`.
 pub(super) fn tell(owner: &mut Owner, event: Event) -> ControlFlow<()> {
     match guarded("the owner", || owner(event)) {
         Ok(flow) => flow,
@@ -38,10 +38,10 @@ pub(super) fn tell(owner: &mut Owner, event: Event) -> ControlFlow<()> {
     }
 }
 
-/// Drops what a caller has brought.
+/// Drops something that a caller supplied.
 pub(super) fn discard<T>(value: T) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(move || drop(value))) {
-        // What a panic carries could panic in turn when it is dropped. Nobody does that but to see what happens.
+        // The payload of a panic could itself panic when it is dropped. Only code that provokes this has such payloads.
         std::mem::forget(panic);
     }
 }

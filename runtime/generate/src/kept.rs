@@ -1,21 +1,21 @@
-//! Sequences of generations that have ended. A later request that begins with the same tokens goes on from one of them instead of
+//! Sequences of generations that have ended. A later request that begins with the same tokens continues from one of them instead of
 //! reading its prompt from the beginning.
 //!
-//! They only have pages that nobody needs. When pages are needed, the least useful sequence loses its last tokens, or all of them
-//! where it cannot go back; what it shares with others stays with them.
+//! They hold only pages that nothing else needs. When pages are needed, the least useful sequence loses its last tokens, or all of
+//! them if it cannot go back; pages that it shares stay with the other sequences.
 
 use sluice_model::{PAGE_TOKENS, PageKind, PagesFull, Sequence};
 
-/// Fewer tokens than this are computed again: that takes less time than to look after one more sequence.
+/// Fewer tokens than this are computed again, which takes less time than managing one more sequence.
 pub(super) const FEWEST: usize = 16;
 
-/// One use makes a sequence as useful as one that was used this much later, up to [`MOST_USES`] times.
+/// Each use makes a sequence as useful as one that was used this much later, up to [`MOST_USES`] times.
 const USE: u64 = 4;
 const MOST_USES: u64 = 16;
 
 struct Entry {
     sequence: Sequence,
-    /// When it was used last, counted in uses of all sequences.
+    /// The time of its last use, counted in uses of all sequences.
     used: u64,
     uses: u64,
 }
@@ -47,7 +47,7 @@ impl Kept {
         self.entries.is_empty()
     }
 
-    /// Tokens of all of them.
+    /// Tokens of all sequences.
     pub(super) fn tokens(&self) -> usize {
         self.sequences().map(Sequence::position).sum()
     }
@@ -56,23 +56,23 @@ impl Kept {
         self.entries.iter().map(|entry| &entry.sequence)
     }
 
-    /// Gives all of them up.
+    /// Gives up all sequences.
     pub(super) fn clear(&mut self) {
         self.entries.clear();
     }
 
-    /// Gives up those whose tokens are such.
+    /// Gives up the sequences whose tokens satisfy `is_such`.
     pub(super) fn forget(&mut self, is_such: impl Fn(&[u32]) -> bool) {
         self.entries.retain(|entry| !is_such(entry.sequence.tokens()));
     }
 
-    /// The one that can go on as a sequence of `tokens` with the most tokens seen already, and how many these are.
+    /// The sequence that can continue as a sequence of `tokens` with the most tokens already seen, and the number of these tokens.
     pub(super) fn best(&self, tokens: &[u32]) -> Option<(usize, usize)> {
         let each = self.sequences().enumerate().map(|(number, sequence)| (number, reach(sequence, tokens)));
         each.filter(|best| best.1 >= FEWEST).max_by_key(|best| best.1)
     }
 
-    /// A sequence that goes on from one of them, at a position that it reaches.
+    /// A sequence that continues from one of them, at a position that it can reach.
     pub(super) fn fork(&mut self, number: usize, position: usize) -> Sequence {
         self.clock += 1;
         let entry = &mut self.entries[number];
@@ -80,7 +80,7 @@ impl Kept {
         fork_at(&entry.sequence, position)
     }
 
-    /// Keeps a sequence. Of two that begin with the same tokens, one is enough if it can go back to where the other is.
+    /// Keeps a sequence. If two begin with the same tokens, one of them is enough if it can go back to the end of the other.
     pub(super) fn insert(&mut self, sequence: Sequence) {
         if self.most == 0 || sequence.position() < FEWEST {
             return;
@@ -102,13 +102,13 @@ impl Kept {
         self.entries.push(Entry { sequence, used: self.clock, uses });
     }
 
-    /// Whether giving one of them up makes pages free.
+    /// Whether giving up one of them frees pages.
     pub(super) fn has_pages(&self) -> bool {
         self.sequences().any(|sequence| sequence.own_pages() > 0)
     }
 
-    /// Too few pages are free: the least useful sequence gives up what is missing, or all that it has. Of those that share all that
-    /// they have with others, one is given up only if there are no others. False if there is none left.
+    /// Frees pages: the least useful sequence gives up as many as are missing, or all that it has. A sequence that shares all of
+    /// its pages is given up only if there are no others. False if no sequence is left.
     pub(super) fn shed(&mut self, full: &PagesFull) -> bool {
         let own: Vec<usize> = self.sequences().map(Sequence::own_pages).collect();
         let least = (0..own.len()).min_by_key(|&number| (own[number] == 0, self.entries[number].worth()));
@@ -119,7 +119,7 @@ impl Kept {
         let left = sequence.position().div_ceil(tokens).saturating_sub(cut) * tokens;
         let reached = match full.kind {
             PageKind::Rows | PageKind::Entries(_) => sequence.reachable(left).unwrap_or(0),
-            // What layers with windows and states remember does not become less with fewer tokens.
+            // Pages of layers with windows and states do not become fewer with fewer tokens.
             PageKind::Window(_) | PageKind::State => 0,
         };
         let goes = own[least] == 0 || reached < PAGE_TOKENS || sequence.rewind_to(reached).is_err();
@@ -131,12 +131,13 @@ impl Kept {
     }
 }
 
-/// How many of `tokens` a sequence that goes on from this one has seen already. At least one is left, because its logits are needed.
+/// How many of `tokens` a sequence that continues from this one has already seen. At least one is left, because its logits are
+/// needed.
 pub(super) fn reach(sequence: &Sequence, tokens: &[u32]) -> usize {
     sequence.reachable(shared(sequence.tokens(), tokens)).unwrap_or(0)
 }
 
-/// Tokens that two sequences begin with, without the last of `wanted`.
+/// Number of tokens with which both begin, excluding the last of `wanted`.
 pub(super) fn shared(tokens: &[u32], wanted: &[u32]) -> usize {
     const BLOCK: usize = 64;
     let equal = tokens.chunks_exact(BLOCK).zip(wanted.chunks_exact(BLOCK)).take_while(|(a, b)| a == b).count() * BLOCK;
@@ -144,10 +145,10 @@ pub(super) fn shared(tokens: &[u32], wanted: &[u32]) -> usize {
     (equal + rest).min(wanted.len().saturating_sub(1))
 }
 
-/// A sequence of the first `position` tokens that this one can go back to.
+/// A sequence of the first `position` tokens, to which this one can go back.
 pub(super) fn fork_at(sequence: &Sequence, position: usize) -> Sequence {
     let mut fork = sequence.fork();
-    // It goes nowhere if it has fewer tokens. Then there is nothing to go back from.
+    // This does nothing if the sequence has fewer tokens; then it need not go back.
     let _ = fork.rewind_to(position.min(sequence.position()));
     fork
 }

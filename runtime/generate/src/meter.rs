@@ -1,15 +1,15 @@
-//! How fast tokens have come lately.
+//! The recent speed of tokens.
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// Turns that are looked back at.
+/// Turns over which the speed is measured.
 const TURNS: usize = 64;
 
 /// Tokens of the latest turns.
 #[derive(Debug)]
 pub(super) struct Meter {
-    /// When a turn ended, and how many tokens it has read of prompts and generated.
+    /// When a turn ended, and how many tokens of prompts it read, and how many it generated.
     turns: VecDeque<(Instant, u64, u64)>,
 }
 
@@ -18,7 +18,7 @@ impl Meter {
         Meter { turns: VecDeque::with_capacity(TURNS + 1) }
     }
 
-    /// A turn begins. If the scheduler was idle before, that time is not counted.
+    /// A turn begins. If the scheduler was idle before, the idle time is not counted.
     pub(super) fn resume(&mut self, idle: bool) {
         if idle || self.turns.is_empty() {
             self.turns.clear();
@@ -34,7 +34,7 @@ impl Meter {
         self.turns.push_back((Instant::now(), read, generated));
     }
 
-    /// Tokens per second: of prompts, and generated.
+    /// Tokens per second: tokens of prompts, and generated tokens.
     pub(super) fn rates(&self) -> (f64, f64) {
         let (Some(first), Some(last)) = (self.turns.front(), self.turns.back()) else { return (0.0, 0.0) };
         let seconds = last.0.duration_since(first.0).as_secs_f64();

@@ -1,4 +1,4 @@
-//! The front door: an opened model with a thread of its own, for callers on any thread.
+//! The front door: an opened model with its own thread, for callers on any thread.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -21,16 +21,16 @@ use super::{
 
 /// Tokens that are generated unless a request says otherwise.
 const USUAL_TOKENS: usize = 256;
-/// Largest of a model's own files that [`Model::metadata`] keeps. Configurations and templates are smaller; tokenizers can be larger, and
-/// have been read already.
+/// Largest of a model's own files that [`Model::metadata`] keeps. Configurations and templates are smaller. Tokenizers can be
+/// larger, but have already been read.
 const LARGEST_FILE: usize = 4 << 20;
 
 /// The result of a generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// The tokens, an end token included.
+    /// The tokens, including an end token.
     pub ids: Vec<u32>,
-    /// Their text, without stop string and end token; empty for a model without a tokenizer.
+    /// Their text, without stop string and end token; empty if the model has no tokenizer.
     pub text: String,
     /// Why it ended.
     pub finish: Finish,
@@ -38,24 +38,24 @@ pub struct Completion {
     pub usage: Usage,
 }
 
-/// An opened model that continues prompts, conversations and batches. Any number of threads can use it; their generations share
-/// its engine and are admitted in order of arrival. Dropping it cancels all generations that are left.
+/// An opened model that continues prompts, conversations and batches. Any number of threads can use it; their generations share its
+/// engine and are admitted in order of arrival. Dropping it cancels all remaining generations.
 pub struct Model {
     submitter: Submitter,
     tokenizer: Option<Tokenizer>,
     template: Option<ChatTemplate>,
-    /// What the model's authors recommend.
+    /// Settings that the model's authors recommend.
     sampling: SamplerConfig,
     stop: StopCondition,
     /// The least budget that the engine can have while it is open.
     least_budget: u64,
     about: About,
     thread: Option<JoinHandle<()>>,
-    /// Says when the thread has ended.
+    /// Gets a message when the thread has ended.
     ended: Mutex<Receiver<()>>,
 }
 
-/// What is known of a model while its engine is on another thread.
+/// Data about a model, for use while its engine is on another thread.
 struct About {
     vocab_size: usize,
     layers: usize,
@@ -82,31 +82,31 @@ impl About {
 /// How a model is closed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drain {
-    /// How long generations that have begun may go on. Those that are left then are cancelled.
+    /// How long running generations may continue. Those that remain afterwards are cancelled.
     pub within: Duration,
 }
 
 impl Model {
-    /// Opens a model file; reads its dense parts, which for a large model takes seconds. Memory is planned for `options.sequences`
-    /// generations of `options.context` tokens; more run at a time while they are shorter.
+    /// Opens a model file and reads its dense parts, which takes seconds for a large model. Memory is planned for
+    /// `options.sequences` generations of `options.context` tokens; more can run at the same time while they are shorter.
     ///
     /// # Errors
-    /// All that [`Engine::open`] says, and what is wrong with the model's text files.
+    /// All errors of [`Engine::open`], and errors in the model's text files.
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, GenerationError> {
         let engine = Engine::open(path, options)?;
         Self::new(engine, SchedulerOptions::default(), !options.forget)
     }
 
-    /// A model of an engine. `learn`: whether to keep what is learned about the experts for the next start.
+    /// A model on top of an engine. `learn`: whether to save what is learned about the experts for the next start.
     ///
     /// # Errors
-    /// What is wrong with the model's text files, or that the system gives no thread.
+    /// If the model's text files are invalid, or the system refuses to start a thread.
     pub fn new(mut engine: Engine, options: SchedulerOptions, learn: bool) -> Result<Self, GenerationError> {
         let tokenizer = Tokenizer::of(engine.file().metadata())?;
         let template = ChatTemplate::find(|name| engine.file().metadata().get(name))?;
         let defaults = GenerationDefaults::of(engine.file().metadata())?;
         let sampling = recommended(&defaults);
-        // Fine-tuned models often name a new end token in the tokenizer's files only.
+        // Fine-tuned models often name a new end token only in the tokenizer's files.
         let own_end = tokenizer.as_ref().and_then(Tokenizer::end_token);
         let stop = StopCondition::new(defaults.eos.into_iter().chain(own_end), Vec::new())?;
         let (rest_after, least_budget) = (options.rest_after, engine.memory().least());
@@ -119,7 +119,7 @@ impl Model {
         let run = move || {
             let _closing = closing;
             loop {
-                // At rest, nothing but work changes anything.
+                // At rest, only work changes anything.
                 match scheduler.wait_for(rest_after.filter(|_| !engine.is_at_rest())) {
                     Work::Ready => _ = scheduler.turn(&mut engine, &mut Watch::default()),
                     Work::Idle => {
@@ -132,7 +132,7 @@ impl Model {
             }
             scheduler.settle();
             if learn {
-                // A convenience: a folder that cannot be written is no reason to complain.
+                // Saving is a convenience, so a folder that cannot be written is not an error.
                 let _ = engine.save_counts();
             }
         };
@@ -161,51 +161,51 @@ impl Model {
         self.about.vocab_size
     }
 
-    /// How many layers every token goes through.
+    /// Number of layers that every token goes through.
     pub fn layers(&self) -> usize {
         self.about.layers
     }
 
-    /// Most tokens of a generation, prompt included.
+    /// Most tokens of a generation, including the prompt.
     pub fn context(&self) -> usize {
         self.about.context
     }
 
-    /// What the source calls this kind of model, such as `deepseek_v3`.
+    /// The source's name for this kind of model, such as `deepseek_v3`.
     pub fn family(&self) -> &str {
         &self.about.family
     }
 
-    /// What the numbers of a sequence depend on besides its tokens: weights, specification and tokenizer, type of keys and values,
+    /// What the numbers of a sequence depend on, besides its tokens: weights, specification and tokenizer, type of keys and values,
     /// precision.
     pub fn binding(&self) -> Binding {
         self.about.binding
     }
 
-    /// The state id of the model file, in hexadecimal digits. Two files with the same one continue a text in the same way.
+    /// The state id of the model file, in hexadecimal digits. Two files with the same state id continue a text in the same way.
     pub fn state_id(&self) -> String {
         self.about.binding.state_id.to_string()
     }
 
-    /// One of the files that the model file carries from its source, such as `config.json`. `None` if it is not there, or larger than
-    /// 4 MiB, as tokenizers can be.
+    /// One of the files that the model file carries from its source, such as `config.json`. `None` if there is no such file, or if
+    /// it is larger than 4 MiB, as tokenizers can be.
     pub fn metadata(&self, name: &str) -> Option<&[u8]> {
         self.about.files.iter().find(|file| file.0 == name).map(|file| file.1.as_slice())
     }
 
-    /// Closes the model: nothing is accepted any more, generations that wait in the queue are cancelled, and those that have begun may go
-    /// on for as long as `drain` says. Returns when the model's thread has ended; at once, if called on that thread.
+    /// Closes the model: it accepts no more requests, generations that wait in the queue are cancelled, and running ones may
+    /// continue for as long as `drain` says. Returns when the model's thread has ended; immediately, if called on that thread.
     pub fn close(self, drain: Drain) {
         self.submitter.drain();
         if self.thread.as_ref().is_some_and(is_another) {
-            // Whether the thread has ended or the time is over, the rest is the same.
+            // The rest is the same, whether the thread has ended or the time is over.
             let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
             let _ = ended.recv_timeout(drain.within);
         }
     }
 
-    /// A request to continue these tokens with the end tokens and sampling settings that the model's authors recommend, by 256
-    /// tokens at most.
+    /// A request to continue these tokens, with the end tokens and sampling settings that the model's authors recommend, by at most
+    /// 256 tokens.
     pub fn tokens(&self, prompt: Vec<u32>) -> Request {
         let stop = self.stop.clone();
         Request { sampling: self.sampling, stop, ..Request::new(prompt, USUAL_TOKENS) }
@@ -214,7 +214,7 @@ impl Model {
     /// A request to continue a text.
     ///
     /// # Errors
-    /// When the model has no tokenizer, or it refuses the text.
+    /// If the model has no tokenizer, or the tokenizer refuses the text.
     pub fn text(&self, text: &str) -> Result<Request, GenerationError> {
         let tokenizer = self.tokenizer.as_ref().ok_or(GenerationError::NoTokenizer)?;
         Ok(self.tokens(tokenizer.encode(text, true)?))
@@ -224,7 +224,7 @@ impl Model {
     /// control token.
     ///
     /// # Errors
-    /// When the model has no tokenizer or no template, or the template refuses the conversation.
+    /// If the model has no tokenizer or no template, or the template refuses the conversation.
     pub fn chat(&self, messages: &[Message]) -> Result<Request, GenerationError> {
         let tokenizer = self.tokenizer.as_ref().ok_or(GenerationError::NoTokenizer)?;
         let template = self.template.as_ref().ok_or(GenerationError::NoChatTemplate)?;
@@ -237,7 +237,7 @@ impl Model {
     /// cancels the generation.
     ///
     /// # Errors
-    /// What is wrong with the request.
+    /// If the request is invalid.
     pub fn submit(
         &self,
         request: Request,
@@ -246,23 +246,24 @@ impl Model {
         self.submitter.submit(request, owner)
     }
 
-    /// Generates, and waits for the end.
+    /// Generates, and waits for the result.
     ///
     /// # Errors
-    /// What is wrong with the request, or went wrong on the way.
+    /// If the request is invalid, or the generation fails.
     pub fn complete(&self, request: Request) -> Result<Completion, GenerationError> {
         collect(self.start(request)?)
     }
 
-    /// Generates all of these, as many at a time as there are pages for, and waits for the last. The results have the order of the
-    /// requests.
+    /// Runs all of these requests, as many at a time as there are pages for, and waits for the last. The results have the order of
+    /// the requests.
     pub fn batch(&self, requests: Vec<Request>) -> Vec<Result<Completion, GenerationError>> {
         let started: Vec<_> = requests.into_iter().map(|request| self.start(request)).collect();
         started.into_iter().map(|events| collect(events?)).collect()
     }
 
-    /// Changes the budget from the next step on: the model gives memory back to the system, or takes memory again, up to what it was
-    /// opened with. Returns the least budget possible while the model is open; a lower one is raised to that.
+    /// Changes the budget from the next step on: the model returns memory to the system, or takes memory again, up to the budget
+    /// with which it was opened. Returns the least budget that is possible while the model is open; a lower budget is raised to
+    /// that.
     pub fn set_budget(&self, bytes: u64) -> u64 {
         self.submitter.set_budget(bytes);
         self.least_budget
@@ -273,22 +274,22 @@ impl Model {
         self.least_budget
     }
 
-    /// What it is doing.
+    /// What the model is doing.
     pub fn status(&self) -> Status {
         self.submitter.status()
     }
 
-    /// How far its running step is ([`Submitter::progress`]).
+    /// The progress of its running step ([`Submitter::progress`]).
     pub fn progress(&self) -> Option<Progress> {
         self.submitter.progress()
     }
 
-    /// What it has done since it was opened ([`Submitter::stats`]).
+    /// Statistics since it was opened ([`Submitter::stats`]).
     pub fn stats(&self) -> Stats {
         self.submitter.stats()
     }
 
-    /// What goes on inside it ([`Submitter::report`]).
+    /// A report on its inner state ([`Submitter::report`]).
     pub fn report(&self) -> Option<Arc<Report>> {
         self.submitter.report()
     }
@@ -307,12 +308,12 @@ impl Model {
 impl Drop for Model {
     fn drop(&mut self) {
         self.submitter.close();
-        // A panic over there has been reported, and must not become an abort here.
+        // A panic of that thread has been reported already, and must not become an abort here.
         let _ = self.thread.take().filter(is_another).map(JoinHandle::join);
     }
 }
 
-/// An owner may have the last of the model: its thread cannot wait for itself, and ends by itself.
+/// An owner may drop the model last, on the model's own thread. That thread cannot wait for itself, and ends without this.
 fn is_another(thread: &JoinHandle<()>) -> bool {
     thread.thread().id() != std::thread::current().id()
 }
@@ -323,7 +324,7 @@ impl fmt::Debug for Model {
     }
 }
 
-/// The sampling settings of the model's authors; where there are none, neutral values.
+/// The sampling settings of the model's authors; neutral values for those that they do not give.
 fn recommended(own: &GenerationDefaults) -> SamplerConfig {
     let neutral = SamplerConfig::default();
     SamplerConfig {
@@ -336,20 +337,20 @@ fn recommended(own: &GenerationDefaults) -> SamplerConfig {
     }
 }
 
-/// Closes the queue when the thread ends, also by a panic, so that no caller waits for it forever, and says that it has ended.
+/// Closes the queue when the thread ends, even by a panic, so that no caller waits for it forever, and reports the end.
 struct Closing(Submitter, Sender<()>);
 
 impl Drop for Closing {
     fn drop(&mut self) {
         self.0.close();
-        // This drops the owners, and with them the channels on which callers wait. It happens outside the lock, because an
-        // owner may take that lock while it is dropped.
+        // This drops the owners, and with them the channels on which callers wait. It happens outside the lock, because an owner
+        // may take that lock while it is dropped.
         let mut state = self.0.0.lock();
         let queue = std::mem::take(&mut state.queue);
         state.places.clear();
         drop(state);
         drop(queue);
-        // Nobody may be listening.
+        // There may be no receiver.
         let _ = self.1.send(());
     }
 }

@@ -1,30 +1,30 @@
 //! Proposals of the model's own prediction layer.
 //!
-//! The layer computes with what the head sees of a token and with the token behind it, and remembers both for all tokens before. It need not
-//! have seen the whole text: what it proposes is checked in any case, and the latest tokens tell it most. So it begins with the last tokens
-//! of a prompt, and begins anew wherever something is missing.
+//! The layer computes with the head's input of a token and with the token after it, and remembers both for all tokens before. It
+//! need not have seen the whole text: its proposals are always checked, and the latest tokens matter most to it. So it starts with
+//! the last tokens of a prompt, and restarts wherever something is missing.
 
 use sluice_model::engine::RuntimeError;
 use sluice_model::{Control, Engine, ModelError, Phase, PredictionSequence, PredictionSpan, Want};
 
-/// Most tokens whose head inputs wait to be given to the layer: bounds their memory, and what reading a prompt costs.
+/// Most tokens whose head inputs wait for the layer. This bounds their memory, and the additional cost of reading a prompt.
 const WAITING: usize = 64;
 
 /// What the prediction layer remembers of one generation.
 #[derive(Debug)]
 pub(super) struct Predicted {
     sequence: PredictionSequence,
-    /// Position of the first token whose head input it has had.
+    /// Position of the first token whose head input the layer got.
     origin: usize,
     /// Tokens of the decoder's sequence whose head inputs have been taken.
     seen: usize,
-    /// Head inputs of the last of these, which the layer has not been given yet: `[waiting, hidden]`.
+    /// Head inputs of the last of these tokens, which the layer has not got yet: `[waiting, hidden]`.
     inputs: Vec<f32>,
     hidden: usize,
 }
 
 impl Predicted {
-    /// Nothing yet; `None` if the prediction layer is not open.
+    /// An empty memory; `None` if the prediction layer is not open.
     pub(super) fn new(engine: &Engine) -> Option<Self> {
         let sequence = engine.new_prediction_sequence().ok()?;
         Some(Predicted { sequence, origin: 0, seen: 0, inputs: Vec::new(), hidden: engine.spec().hidden_size })
@@ -34,14 +34,14 @@ impl Predicted {
         self.inputs.len() / self.hidden
     }
 
-    /// Begins anew at a position.
+    /// Restarts at a position.
     fn restart(&mut self, position: usize) {
         self.sequence.clear();
         self.inputs.clear();
         (self.origin, self.seen) = (position, position);
     }
 
-    /// Takes what the head has seen of the last tokens before `position`, `[tokens, hidden]`.
+    /// Takes the head's inputs of the last tokens before `position`, `[tokens, hidden]`.
     pub(super) fn take_behind(&mut self, position: usize, inputs: &[f32]) {
         let first = position - inputs.len() / self.hidden;
         if first != self.seen {
@@ -57,7 +57,7 @@ impl Predicted {
         }
     }
 
-    /// The decoder's sequence has gone back to `position`.
+    /// Follows the decoder's sequence back to `position`.
     pub(super) fn go_back(&mut self, position: usize) {
         let gone = self.seen.saturating_sub(position);
         match self.waiting().checked_sub(gone) {
@@ -69,7 +69,7 @@ impl Predicted {
         }
     }
 
-    /// Whether it can propose what follows a text of so many tokens.
+    /// Whether it can propose what follows a text of this many tokens.
     pub(super) fn is_ready(&self, tokens: usize) -> bool {
         self.seen + 1 == tokens
             && !self.inputs.is_empty()
@@ -77,24 +77,24 @@ impl Predicted {
     }
 }
 
-/// The rows of a step whose head inputs are wanted: of each span the last ones.
+/// The rows of a step whose head inputs are kept: the last ones of each span.
 pub(super) struct Wanted {
-    /// Rows of each span, and where those begin that are kept.
+    /// For each span, the number of its rows, and the first row that is kept.
     spans: Vec<(usize, usize)>,
     at: (usize, usize),
     hidden: usize,
-    /// What is kept, span by span.
+    /// The inputs that are kept, span by span.
     pub(super) kept: Vec<Vec<f32>>,
 }
 
 impl Wanted {
-    /// Of spans with so many tokens each.
+    /// For spans with these numbers of tokens.
     pub(super) fn new(tokens: impl Iterator<Item = usize>, hidden: usize) -> Self {
         let spans: Vec<_> = tokens.map(|count| (count, count.saturating_sub(WAITING))).collect();
         Wanted { kept: vec![Vec::new(); spans.len()], spans, at: (0, 0), hidden }
     }
 
-    /// Sees the next rows `[rows, hidden]` of the step.
+    /// Takes the next rows `[rows, hidden]` of the step.
     pub(super) fn see(&mut self, rows: &[f32]) {
         for row in rows.chunks_exact(self.hidden) {
             let (span, token) = self.at;
@@ -107,8 +107,8 @@ impl Wanted {
     }
 }
 
-/// One of the generations that want proposals: what the layer remembers, the tokens of its text, how many proposals at most, and
-/// where they go.
+/// One of the generations that want proposals: what the layer remembers of it, the tokens of its text, the most proposals, and the
+/// place for them.
 pub(super) struct Asked<'a> {
     pub(super) predicted: &'a mut Predicted,
     pub(super) tokens: &'a [u32],
@@ -116,13 +116,13 @@ pub(super) struct Asked<'a> {
     pub(super) proposals: Vec<u32>,
 }
 
-/// Proposes to all of them, each step of the layer for all that are left. The proposals are the likeliest tokens.
+/// Makes proposals for all of them; each step of the layer serves all that still want one. The proposals are the likeliest tokens.
 ///
 /// # Errors
-/// As of [`Engine::predict`]. If pages are short, there are fewer proposals, which is no error.
+/// Like [`Engine::predict`]. If pages are short, there are fewer proposals, which is no error.
 pub(super) fn propose(engine: &mut Engine, asked: &mut [Asked<'_>]) -> Result<(), RuntimeError> {
     let deepest = asked.iter().map(|asked| asked.most).max().unwrap_or(0);
-    // What the head of the layer has seen of its own last token, by generation.
+    // The head inputs of the layer's own last token, for each generation.
     let mut states: Vec<Vec<f32>> = vec![Vec::new(); asked.len()];
     let mut outcome = Ok(());
     for depth in 0..deepest {
@@ -133,7 +133,7 @@ pub(super) fn propose(engine: &mut Engine, asked: &mut [Asked<'_>]) -> Result<()
     }
     for asked in asked {
         let predicted = &mut *asked.predicted;
-        // What it has made of its own proposals is made again of what the decoder says of them.
+        // Results from its own proposals are replaced once the decoder's results are known.
         let known = predicted.seen - predicted.waiting() - predicted.origin;
         let goes_back = known <= predicted.sequence.position();
         if outcome.is_err() || !goes_back || predicted.sequence.rewind_to(known) != Ok(known) {
@@ -146,7 +146,7 @@ pub(super) fn propose(engine: &mut Engine, asked: &mut [Asked<'_>]) -> Result<()
     }
 }
 
-/// One proposal for each that wants so many.
+/// One proposal for each generation that wants this many.
 fn propose_once(
     engine: &mut Engine,
     asked: &mut [Asked<'_>],
@@ -208,7 +208,7 @@ mod tests {
     fn of_each_span_the_last_rows_are_kept() {
         let mut wanted = Wanted::new([3, WAITING + 2, 1].into_iter(), 2);
         let rows: Vec<f32> = (0..2 * (WAITING + 6)).map(|i| i as f32).collect();
-        // They come in pieces that know nothing of spans.
+        // They come in pieces that do not follow the spans.
         rows.chunks(2 * 5).for_each(|piece| wanted.see(piece));
         assert_eq!(wanted.kept[0], rows[..6]);
         assert_eq!(wanted.kept[1], rows[2 * 5..2 * (WAITING + 5)]);

@@ -1,7 +1,8 @@
-//! Proposals to generations that bring no draft of their own: who makes them, and how many.
+//! Proposals to generations without a draft of their own: their source and their number.
 //!
-//! What the text itself proposes costs nothing, so it is compared with what comes in any case, and is known to be right or not before any
-//! of it has been checked. What the prediction layer proposes takes time, and is only made where it is expected to pay ([`Worth`]).
+//! Proposals from the text itself cost nothing. So they are always compared with the next tokens, and are known to be right or
+//! wrong before any has been checked in a step. Proposals of the prediction layer take time, and are made only if they are expected
+//! to pay ([`Worth`]).
 
 use std::time::Instant;
 
@@ -13,18 +14,18 @@ use super::scheduler::{Running, Scheduler};
 use super::worth::{DEEPEST, Offer, Source, Worth};
 use super::{Draft, PromptLookup};
 
-/// Who proposes tokens, which a step checks together, to generations that have no draft of their own. Whoever does, the text is the
-/// same.
+/// The source of proposed tokens, which a step checks together, for generations that have no draft of their own. The text is the
+/// same for every source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Drafts {
-    /// Nobody.
+    /// No proposals.
     #[default]
     Off,
-    /// The text itself, where its latest tokens occur earlier ([`PromptLookup`]).
+    /// The text itself, if its latest tokens occur earlier ([`PromptLookup`]).
     Lookup,
     /// The model's layer for multi-token prediction, if it is open ([`EngineOptions::prediction`](sluice_model::EngineOptions)).
     Prediction,
-    /// The text where it can, else the layer.
+    /// The text if possible, otherwise the layer.
     Auto,
 }
 
@@ -37,43 +38,43 @@ impl Drafts {
         matches!(self, Drafts::Prediction | Drafts::Auto)
     }
 
-    /// Whether a model is to be opened with its prediction layer; `has_layer`: whether it has one.
+    /// Whether to open a model with its prediction layer; `has_layer`: whether it has one.
     pub fn opens_prediction(self, has_layer: bool) -> bool {
         self == Drafts::Prediction || (self == Drafts::Auto && has_layer)
     }
 }
 
-/// What has been proposed to one generation.
+/// The proposals to one generation.
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
     /// What the prediction layer remembers of it.
     predicted: Option<Predicted>,
-    /// What was proposed last, whether it was checked or not, and by whom.
+    /// The last proposals, whether they were checked or not, and their source.
     proposals: Vec<u32>,
     source: Option<Source>,
-    /// Tokens that its text had then.
+    /// Tokens that its text had at that time.
     tokens: usize,
 }
 
 impl Ahead {
-    /// The sequence has gone back to `position`.
+    /// Follows the sequence back to `position`.
     pub(super) fn go_back(&mut self, position: usize) {
         self.predicted.iter_mut().for_each(|predicted| predicted.go_back(position));
     }
 }
 
-/// Makes the proposals of a scheduler.
+/// Makes the proposals for a scheduler.
 #[derive(Debug)]
 pub(super) struct Proposer {
     drafts: Drafts,
-    /// As many as this, whether they pay or not.
+    /// A fixed number of proposals, whether they pay or not.
     fixed: Option<usize>,
     worth: Worth,
-    /// Whether what the next step takes says something about proposals.
+    /// Whether the time of the next step says something about proposals.
     measures: bool,
-    /// Seconds that went into proposals for the next step.
+    /// Seconds that proposals for the next step took.
     seconds: f64,
-    /// What went wrong with the prediction layer, which is not asked again.
+    /// The error of the prediction layer, which is not used again.
     failed: Option<String>,
 }
 
@@ -92,17 +93,17 @@ impl Proposer {
         self.drafts.predicts() && self.failed.is_none()
     }
 
-    /// Why the prediction layer proposes no more, if it has failed.
+    /// Why the prediction layer makes no more proposals, if it has failed.
     pub(super) fn failure(&self) -> Option<&str> {
         self.failed.as_deref()
     }
 
-    /// What the prediction layer wants to see of a step whose spans have so many tokens.
+    /// The head inputs that the prediction layer needs of a step whose spans have these numbers of tokens.
     pub(super) fn wanted(&self, tokens: &[usize], engine: &Engine) -> Option<Wanted> {
         self.predicts().then(|| Wanted::new(tokens.iter().copied(), engine.spec().hidden_size))
     }
 
-    /// The next step says nothing about proposals.
+    /// Ignores the next step, because it says nothing about proposals.
     pub(super) fn pause(&mut self) {
         self.measures = false;
     }
@@ -121,8 +122,8 @@ impl Proposer {
 }
 
 impl Scheduler {
-    /// Proposes tokens to the generations that take part in the next step, `most` to each at most. While a prompt is read, to none: such a
-    /// step takes long anyway, and would say nothing of what proposals cost.
+    /// Proposes tokens to the generations that take part in the next step, at most `most` to each. While a prompt is being read
+    /// there are no proposals: such a step takes long anyway, and would say nothing about their cost.
     pub(super) fn propose(&mut self, engine: &mut Engine, most: usize) {
         let Scheduler { running, proposer, .. } = self;
         if proposer.predicts() {
@@ -174,13 +175,13 @@ impl Scheduler {
             *ahead = proposals;
         }
         if let Err(error) = outcome {
-            // What it proposes changes no text, so nobody's generation has to end for it.
+            // Its proposals change no text, so no generation has to end because of this error.
             proposer.failed = Some(error.to_string());
         }
     }
 
-    /// Learns from a step that took so many `seconds`: of each generation `rows`, and `generated` tokens in all. `seen`: what the prediction
-    /// layer wanted of it.
+    /// Learns from a step that took this many `seconds`, with `rows` of each generation and `generated` tokens in total. `seen`:
+    /// the head inputs of the step that the prediction layer needs.
     pub(super) fn learn(&mut self, rows: &[usize], seen: Option<Wanted>, seconds: f64, generated: u64) {
         let Scheduler { running, proposer, .. } = self;
         let taken = running.iter_mut().zip(rows).filter(|(_, rows)| **rows > 0).map(|(running, _)| running);
@@ -191,7 +192,7 @@ impl Scheduler {
                 predicted.take_behind(sequence.position(), &inputs);
             }
             let Some(source) = ahead.source.take() else { continue };
-            // Fewer if tokens were dropped because the context is full.
+            // There are fewer if tokens were dropped because the context is full.
             let new = generation.tokens().get(ahead.tokens..).unwrap_or_default();
             let right = new.iter().zip(&ahead.proposals).take_while(|(new, proposed)| new == proposed).count();
             proposer.worth.judge(source, right, new.len().min(ahead.proposals.len()));
@@ -205,7 +206,7 @@ impl Scheduler {
 }
 
 impl Running {
-    /// What could be proposed to it.
+    /// The proposals that could be made to it.
     fn offer(&mut self, proposer: &Proposer, most: usize) -> Option<Offer> {
         let Running { generation, sequence, ahead, .. } = self;
         let most = generation.most_proposals(sequence.position(), most).min(proposer.deepest());

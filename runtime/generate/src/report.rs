@@ -1,7 +1,7 @@
-//! What goes on inside a model, for pages and metrics that watch it: where the time goes, and what is in memory.
+//! Reports on a model's inner state, for pages and metrics: where the time goes, and what is in memory.
 //!
-//! The thread that runs the model publishes a report after a turn, but only while somebody asks for reports: a turn that nobody
-//! watches costs a look at a clock.
+//! The thread that runs the model publishes a report after a turn, but only while something reads reports. A turn that is not
+//! watched costs only one look at a clock.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -15,12 +15,12 @@ use sluice_model::memory::MemoryPlan;
 
 /// The least time between two reports while there is work.
 const EVERY: Duration = Duration::from_millis(250);
-/// Who has asked within this time is still watching.
+/// A reader that has asked within this time is still watching.
 const WATCHING: Duration = Duration::from_secs(5);
-/// How far back a window reaches.
+/// Length of a window.
 const WINDOW: Duration = Duration::from_secs(5);
 
-/// What goes on inside a model.
+/// The inner state of a model.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Name of the model file, without folder and extension.
@@ -33,11 +33,11 @@ pub struct Report {
     pub read_path: String,
     /// Name of the instruction set that the kernels use.
     pub isa: &'static str,
-    /// Threads that compute.
+    /// Worker threads.
     pub threads: usize,
-    /// Since the model was opened.
+    /// Totals since the model was opened.
     pub total: Stats,
-    /// Over the latest seconds of work that somebody has watched; `None` before there were any.
+    /// Figures for the latest seconds of work during which reports were read; `None` before the first.
     pub window: Option<Window>,
     /// How the budget is spent.
     pub memory: MemoryPlan,
@@ -47,16 +47,16 @@ pub struct Report {
     pub experts: Vec<LayerExperts>,
 }
 
-/// What happened in some seconds of work.
+/// Figures for some seconds of work.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Window {
-    /// Seconds by the clock, the time between steps included.
+    /// Seconds by the clock, including the time between steps.
     pub seconds: f64,
-    /// What the steps have added to the totals. Tokens are those that went through the layers, of prompts as well as generated.
+    /// What the steps have added to the totals. Tokens are those that went through the layers, both of prompts and generated.
     pub stats: Stats,
     /// Those tokens per second.
     pub tokens_per_second: f64,
-    /// Experts found in memory, of those that were needed; `None` if none were needed.
+    /// Share of the needed experts that were found in memory; `None` if none were needed.
     pub hit_rate: Option<f64>,
     /// Bytes per second from the drive: experts, dense parts and embedding.
     pub drive_bytes_per_second: f64,
@@ -65,18 +65,18 @@ pub struct Window {
 /// Pages of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Pages {
-    /// What a page holds, in words.
+    /// Contents of a page, in words.
     pub kind: String,
-    /// Bytes of one.
+    /// Bytes of one page.
     pub bytes: u64,
-    /// In all.
+    /// Number of pages.
     pub total: usize,
-    /// Of which free.
+    /// Number of free pages.
     pub free: usize,
 }
 
 impl Window {
-    /// What happened between two looks at the totals; `None` if no token went through the layers.
+    /// The figures between two samples of the totals; `None` if no token went through the layers.
     fn between(earlier: &Stats, later: &Stats, elapsed: Duration) -> Option<Self> {
         let (stats, seconds) = (difference(earlier, later), elapsed.as_secs_f64());
         if stats.tokens == 0 || seconds <= 0.0 {
@@ -114,15 +114,15 @@ fn difference(earlier: &Stats, later: &Stats) -> Stats {
     }
 }
 
-/// Where reports are put up, and who looks.
+/// The board where reports are published and read.
 #[derive(Debug)]
 pub(super) struct Board {
     start: Instant,
-    /// Milliseconds after `start` of the latest look, plus one; 0 before the first.
+    /// Milliseconds from `start` to the latest reading, plus one; 0 before the first.
     looked: AtomicU64,
-    /// Something has changed since the last report.
+    /// Whether something has changed since the last report.
     stale: AtomicBool,
-    /// Somebody waits for a report, though there is nothing to do.
+    /// Whether a reader waits for a report although there is no work.
     wanted: AtomicBool,
     latest: Mutex<Option<Arc<Report>>>,
 }
@@ -152,7 +152,7 @@ impl Board {
         self.wanted.load(Relaxed)
     }
 
-    /// What the model remembers or has in memory is no longer what the last report says.
+    /// Records that the last report no longer describes the model's memory.
     pub(super) fn outdate(&self) {
         self.stale.store(true, Relaxed);
     }
@@ -180,13 +180,13 @@ impl Board {
 /// Makes the reports, on the thread that runs the model.
 #[derive(Debug, Default)]
 pub(super) struct Reporter {
-    /// The totals at earlier times of the work that goes on, oldest first.
+    /// Earlier totals during the present work, oldest first.
     samples: VecDeque<(Instant, Stats)>,
     window: Option<Window>,
 }
 
 impl Reporter {
-    /// A turn begins; before it, the scheduler may have been idle.
+    /// A turn begins; the scheduler may have been idle before it.
     pub(super) fn begin(&mut self, board: &Board, engine: &Engine, idle: bool) {
         let now = Instant::now();
         if !board.is_watched(now) {
@@ -197,7 +197,7 @@ impl Reporter {
         }
     }
 
-    /// A turn has ended, and the scheduler may be idle from now on.
+    /// A turn has ended, and the scheduler may now become idle.
     pub(super) fn end(&mut self, board: &Board, engine: &Engine, idle: bool) {
         let now = Instant::now();
         let newest = self.samples.back().map(|sample| sample.0);
@@ -213,7 +213,7 @@ impl Reporter {
 
     fn report(&mut self, engine: &Engine, now: Instant) -> Report {
         let total = engine.stats();
-        // The window begins at the oldest sample that is young enough, or at the one before: turns can take long.
+        // The window begins at the oldest sample that is recent enough, or at the one before it, because turns can take long.
         while self.samples.get(1).is_some_and(|next| now.duration_since(next.0) >= WINDOW) {
             self.samples.pop_front();
         }

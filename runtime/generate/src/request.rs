@@ -1,4 +1,4 @@
-//! What a caller asks for.
+//! Requests of callers.
 
 use std::fmt;
 
@@ -7,19 +7,19 @@ use sluice_text::{Special, StopCondition, Tokenizer};
 
 use super::{Draft, GenerationError, Logprob};
 
-/// Says which tokens may come next: a grammar, a schema, a list of answers.
+/// Decides which tokens may come next: a grammar, a schema, a list of answers.
 ///
 /// It belongs to one generation and is told that generation's tokens in order.
 pub trait Constraint: Send + fmt::Debug {
-    /// Sets the logits of tokens that must not come next to minus infinity. End tokens are tokens like all others: a grammar lets
-    /// them through where the text may end. If none is left, the generation fails.
+    /// Sets the logits of tokens that must not come next to minus infinity. End tokens are treated like all others: a grammar
+    /// allows them where the text may end. If no token is left, the generation fails.
     fn mask(&mut self, logits: &mut [f32]);
 
     /// The generation has taken this token.
     fn accept(&mut self, id: u32);
 
-    /// Why the constraint cannot go on, if it cannot: a limit of its own, for instance. It lets no token through then, and the generation
-    /// fails with this.
+    /// Why the constraint cannot continue, if it cannot: a limit of its own, for instance. It then allows no token, and the
+    /// generation fails with this message.
     fn failure(&self) -> Option<String> {
         None
     }
@@ -36,21 +36,22 @@ pub enum WhenFull {
     /// It ends ([`Finish::Context`](super::Finish)).
     #[default]
     Stop,
-    /// It goes on with a shorter text: the first `keep` tokens and the newer half of the others. The part behind the first `keep`
-    /// tokens is read again, so the result is exactly what the shorter text would give as a prompt, and costs as much as reading it.
+    /// It continues with a shorter text: the first `keep` tokens and the newer half of the others. The part after the first `keep`
+    /// tokens is read again. So the result is exactly what the shorter text would give as a prompt, and costs as much as reading
+    /// it.
     DropOldest {
-        /// Tokens at the beginning that are never dropped, such as a prompt's instructions. Fewer than the context has.
+        /// Tokens at the beginning that are never dropped, such as a prompt's instructions. Must be fewer than the context has.
         keep: usize,
     },
 }
 
-/// What is subtracted from the logits of tokens that a generation has generated; the prompt does not count. As OpenAI defines it:
-/// <https://platform.openai.com/docs/api-reference/chat/create>.
+/// Numbers that are subtracted from the logits of tokens that a generation has generated; the prompt does not count. OpenAI defines
+/// them: <https://platform.openai.com/docs/api-reference/chat/create>.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Penalties {
     /// Once for each token that has occurred.
     pub presence: f32,
-    /// As often as the token has occurred.
+    /// Each time that the token has occurred.
     pub frequency: f32,
 }
 
@@ -61,24 +62,25 @@ impl Penalties {
     }
 }
 
-/// A token that was sampled, and what was said of it ([`Event::Token`](super::Event)).
+/// A sampled token, with the details of its event ([`Event::Token`](super::Event)).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampled {
     /// The token.
     pub id: u32,
-    /// Natural logarithm of its probability, if that was asked for.
+    /// Natural logarithm of its probability, if it was requested.
     pub logprob: Option<f32>,
-    /// The likeliest tokens, as many as were asked for.
+    /// The likeliest tokens, as many as were requested.
     pub top: Vec<Logprob>,
 }
 
-/// Whose turn it is when not all can be served at a time.
+/// Which generations come first when not all can be served at the same time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Priority {
-    /// Somebody waits for it.
+    /// Somebody is waiting for it.
     #[default]
     Usual,
-    /// Nobody waits for it: it begins once nothing of usual priority is in the queue, and gives its place and its pages to what is.
+    /// Nobody is waiting for it: it begins once the queue has nothing of usual priority, and it gives up its place and its pages to
+    /// generations that have it.
     Background,
 }
 
@@ -87,12 +89,12 @@ pub enum Priority {
 pub struct Request {
     /// Tokens to continue, at least one.
     pub prompt: Vec<u32>,
-    /// Tokens that were sampled behind the prompt already, in an earlier run of the program. The owner hears of them again, and the
-    /// generation goes on behind them exactly as if it had sampled them now: they count for `max_tokens`, stop strings, penalties and
-    /// the constraint, and randomness goes on with the index of the next one. They are read together with the prompt. Not together
-    /// with `prompt_logprobs`.
+    /// Tokens that an earlier run of the program already sampled after the prompt. The owner gets their events again, and the
+    /// generation continues after them exactly as if it had sampled them now: they count for `max_tokens`, stop strings, penalties
+    /// and the constraint, and randomness continues with the index of the next one. They are read together with the prompt. They
+    /// cannot be combined with `prompt_logprobs`.
     pub sampled: Vec<Sampled>,
-    /// Most tokens to generate; with 0 the prompt is read and nothing more.
+    /// Most tokens to generate; with 0, only the prompt is read.
     pub max_tokens: usize,
     /// How tokens are chosen.
     pub sampling: SamplerConfig,
@@ -105,28 +107,29 @@ pub struct Request {
     /// `Some(n)`: report the log probability of each token, and the `n` likeliest tokens with theirs. These are the model's own
     /// probabilities, before bias, constraint and sampling settings.
     pub logprobs: Option<usize>,
-    /// `Some(n)`: report how probable each token of the prompt is to the model, and the `n` likeliest tokens there. The whole prompt is
-    /// read for that, whatever is kept of it.
+    /// `Some(n)`: report the log probability of each token of the prompt, and the `n` likeliest tokens at its place. The whole
+    /// prompt is read for this, whatever is kept of it.
     pub prompt_logprobs: Option<usize>,
     /// Makes tokens that this generation has generated less likely.
     pub penalties: Penalties,
     /// Which tokens may come next.
     pub constraint: Option<Box<dyn Constraint>>,
-    /// What to do when the context is full. A prompt that does not fit is refused in any case.
+    /// What to do when the context is full. A prompt that does not fit is always refused.
     pub when_full: WhenFull,
-    /// Proposes next tokens, so that a step can check several. Never changes the text.
+    /// Proposes next tokens, so that a step can check several. It never changes the text.
     pub draft: Option<Box<dyn Draft>>,
-    /// Positions in the prompt, ascending and from 1 to its length, that later prompts may part from: ends of messages, for instance.
-    /// In a model with windows or recurrent states, the sequence is marked there, and a later request that begins with the same tokens
-    /// goes on from the last mark that it reaches. Such a model needs [`EngineOptions::marks`](sluice_model::EngineOptions); of more
-    /// positions than that, the last ones count. Other models can go on from any token and ignore this.
+    /// Positions in the prompt, ascending and from 1 to its length, where later prompts may diverge: ends of messages, for
+    /// instance. In a model with windows or recurrent states, the sequence is marked there, and a later request that begins with
+    /// the same tokens continues from the last mark that it reaches. Such a model needs
+    /// [`EngineOptions::marks`](sluice_model::EngineOptions); if there are more positions than marks, the last positions are used.
+    /// Other models can continue from any token and ignore this.
     pub marks: Vec<usize>,
-    /// Whether later requests may go on from what the model remembers of this one. Nothing of a request that is not kept is left once
+    /// Whether later requests may continue from what the model remembers of this one. If not, nothing of this request is left once
     /// it has ended.
     pub keep: bool,
-    /// What the sequence is called in the list of those on the drive.
+    /// The sequence's title in the list of those on the drive.
     pub title: Option<String>,
-    /// Whose turn it is.
+    /// Whether it comes before other requests.
     pub priority: Priority,
 }
 
@@ -154,7 +157,7 @@ impl Request {
         }
     }
 
-    /// Checks everything that can be wrong with a request.
+    /// Checks the whole request.
     pub(super) fn check(&self, shape: &Shape) -> Result<(), GenerationError> {
         self.sampling.validate()?;
         if self.prompt.is_empty() {
@@ -204,13 +207,13 @@ impl Request {
     }
 }
 
-/// What a generation has to know of the model.
+/// What a generation has to know about the model.
 #[derive(Clone, Debug)]
 pub struct Shape {
     /// Number of logits.
     pub vocab: usize,
     /// Tokens that a sequence can hold.
     pub context: usize,
-    /// Turns tokens into text; without it there is no text.
+    /// Turns tokens into text; without a tokenizer there is no text.
     pub tokenizer: Option<Tokenizer>,
 }

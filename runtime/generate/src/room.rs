@@ -1,11 +1,13 @@
-//! Who gets pages: admission, and saving the youngest when they run out.
+//! Distribution of pages: admission, and saving the youngest generations when pages run out.
 //!
-//! Generations are admitted in order of arrival, once there are pages for the prompt, for what the others have yet to read, and
-//! for some more tokens of each. Tokens beyond that can exhaust the pages. Then the youngest is saved: its tokens and its sampler
-//! stay in memory, and its sequence is written to a file or dropped. It is admitted again before everyone in the queue. The oldest
-//! is never saved, so one always goes on; and each that is admitted has room for some tokens, so all of them do.
+//! Generations are admitted in order of arrival, once there are pages for the prompt, for what the others have yet to read, and for
+//! some more tokens of each. Tokens beyond that can exhaust the pages. Then the youngest generation is saved: its tokens and its
+//! sampler stay in memory, and its sequence is written to a file or dropped. It is admitted again before everything in the queue.
+//! The oldest is never saved, so one always continues; and each admitted generation has room for some tokens, so all of them make
+//! progress.
 //!
-//! Generations in the background count as younger than all others, and one that somebody waits for takes the place of the youngest of them.
+//! Generations in the background count as younger than all others, and a generation that somebody is waiting for replaces the
+//! youngest of them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,8 +24,8 @@ use super::scheduler::{Running, Scheduler};
 use super::shared::{Arrival, Owner, Place, is_background};
 use super::start::Start;
 
-/// For how many more tokens of each generation there must be pages when another one is admitted. With fewer, generations would be
-/// saved and restored more often than is worth it.
+/// Number of additional tokens for which each generation must have pages when another one is admitted. With fewer, generations
+/// would be saved and restored too often to be worth it.
 const AHEAD: usize = 64;
 
 /// A generation that has been saved and has no sequence until it is admitted again.
@@ -38,13 +40,13 @@ pub(super) struct Saved {
 /// A sequence in a file of its own. Dropping this deletes the file.
 struct SavedSequence {
     path: PathBuf,
-    /// The tokens that it holds. Two programs in different containers can have the same process id and share the folder, so a
-    /// file is only used if these agree.
+    /// The tokens that it holds. Two programs in different containers can have the same process id and share the folder, so a file
+    /// is used only if these agree.
     tokens: Vec<u32>,
 }
 
 impl SavedSequence {
-    /// `None` if it cannot be saved; its tokens are then read again.
+    /// `None` if it cannot be saved; then its tokens are read again.
     fn new(sequence: &Sequence, folder: &Path) -> Option<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -53,7 +55,7 @@ impl SavedSequence {
         sequence.save_file(&saved.path).is_ok().then_some(saved)
     }
 
-    /// `None` where it cannot be read, or is another one by now: the tokens are there to be read again.
+    /// `None` if the file cannot be read, or has become another one; then the tokens are read again.
     fn restore(&self, engine: &Engine) -> Option<Sequence> {
         engine.restore_file(&self.path).ok().filter(|sequence| sequence.tokens() == self.tokens)
     }
@@ -69,15 +71,15 @@ pub(super) fn pages_full(error: &RuntimeError) -> Option<PagesFull> {
     if let RuntimeError::Model(ModelError::PagesFull(full)) = error { Some(*full) } else { None }
 }
 
-/// The generation that is to be admitted next.
+/// The generation that will be admitted next.
 struct Next {
     id: u64,
     tokens: Arc<[u32]>,
-    /// Tokens besides these that it must have room for.
+    /// Additional tokens that it must have room for.
     ahead: usize,
-    /// It begins with an empty sequence: its own is in a file, or it wants to see the whole prompt.
+    /// Whether it starts with an empty sequence: its own is in a file, or the whole prompt has to be computed.
     anew: bool,
-    /// It was saved, and is not in the queue.
+    /// Whether it was saved, and is not in the queue.
     saved: bool,
 }
 
@@ -98,15 +100,16 @@ impl Scheduler {
                 Start::Behind(follows) => (engine.new_sequence(), Some(follows), None),
                 Start::Stored(found) => (engine.new_sequence(), None, Some(found)),
             };
-            // The page in the middle of which two part is copied.
+            // The page within which the two diverge is copied.
             let more = if follows.is_some() { PAGE_TOKENS } else { 0 };
             let position = follows.map_or(sequence.position(), |follows| follows.position);
             let tokens = next.tokens.len() - position + next.ahead + more;
-            // With nothing else running, waiting would not help: it starts with the pages there are, and fails if those are too few.
+            // With nothing else running, waiting would not help: it starts with the pages that there are, and fails if those are
+            // too few.
             if !self.make_room(engine, &sequence, tokens) && !self.running.is_empty() {
                 match sequence.position() {
                     0 => self.spare = Some(sequence),
-                    // What it goes on from may have given up the rest meanwhile.
+                    // The sequence from which it continues may have given up the rest meanwhile.
                     _ => self.kept.insert(sequence),
                 }
                 match self.yields_to(next.id) {
@@ -128,11 +131,11 @@ impl Scheduler {
         }
     }
 
-    /// The one that is to be admitted next.
+    /// The generation that will be admitted next.
     fn next(&mut self) -> Option<Next> {
         let of = |id, generation: &Generation, tokens: Arc<[u32]>, in_file, saved| {
             let anew = in_file || generation.scores_prompt();
-            // One that has ended with what it sampled in an earlier run needs no pages.
+            // One that already ended with what an earlier run sampled needs no pages.
             let (tokens, ahead) = match generation.finish() {
                 Some(_) => (Arc::default(), 0),
                 None => (tokens, generation.remaining().min(AHEAD)),
@@ -141,7 +144,7 @@ impl Scheduler {
         };
         let state = self.shared.lock();
         let queued = state.queue.front().map(|arrival| arrival.id);
-        // What was saved has arrived earlier than what is in the queue, unless it is in the background.
+        // Saved generations arrived earlier than queued ones, except those in the background.
         if let Some(saved) = self.saved.first().filter(|saved| queued.is_none_or(|queued| saved.id < queued)) {
             return of(saved.id, &saved.generation, saved.generation.tokens().into(), saved.file.is_some(), true);
         }
@@ -153,8 +156,8 @@ impl Scheduler {
         of(*id, generation, Arc::clone(&self.next.as_ref()?.1), false, false)
     }
 
-    /// Whether there are pages for another generation that wants `tokens` tokens more than `sequence` has, besides what the running
-    /// ones have yet to take. Kept sequences give up what they have for that.
+    /// Whether there are pages for another generation that wants `tokens` more tokens than `sequence` has, besides the pages that
+    /// running generations have yet to take. Kept sequences give up pages for that.
     fn make_room(&mut self, engine: &Engine, sequence: &Sequence, tokens: usize) -> bool {
         let limit = |sequence: &Sequence, n: usize| n.min(sequence.capacity() - sequence.position());
         loop {
@@ -168,8 +171,8 @@ impl Scheduler {
         }
     }
 
-    /// A step has not found its pages, or would not: kept sequences give theirs up, then proposals are left out, then marks go. False if
-    /// there is nothing of these left.
+    /// Frees pages for a step that lacks them: first kept sequences give theirs up, then proposals are left out, then marks are
+    /// given up. False if none of these are left.
     pub(super) fn find_pages(&mut self, full: &PagesFull) -> bool {
         if self.shed(full, false) || std::mem::take(&mut self.drafts) {
             return true;
@@ -178,7 +181,8 @@ impl Scheduler {
         keeps_marks && self.running.iter_mut().rev().any(Running::unmark)
     }
 
-    /// Admits one from the queue, before which others may have come meanwhile; its place among the running ones.
+    /// Admits one from the queue, where others may have arrived before it meanwhile. Returns its place among the running
+    /// generations.
     fn begin(&mut self, id: u64, sequence: Sequence) -> Option<usize> {
         let mut state = self.shared.lock();
         let at = state.queue.binary_search_by_key(&id, |arrival| arrival.id).ok()?;
@@ -192,7 +196,7 @@ impl Scheduler {
         Some(self.run(running))
     }
 
-    /// Puts a generation among the running ones; its place there.
+    /// Adds a generation to the running ones. Returns its place.
     fn run(&mut self, running: Running) -> usize {
         let place = self.running.partition_point(|other| other.id < running.id);
         self.running.insert(place, running);
@@ -209,7 +213,7 @@ impl Scheduler {
         true
     }
 
-    /// Admits the oldest of the saved generations; its place among the running ones.
+    /// Admits the oldest of the saved generations. Returns its place among the running ones.
     fn resume(&mut self, engine: &Engine, sequence: Sequence) -> Option<usize> {
         let Saved { id, generation, owner, reported, file } = self.saved.remove(0);
         let sequence = file.and_then(|file| file.restore(engine)).unwrap_or(sequence);
@@ -219,8 +223,8 @@ impl Scheduler {
         Some(self.run(running))
     }
 
-    /// A step did not find the pages that it needs: the youngest generation gives its pages back. If only one is left, its context
-    /// is as long as there are pages for.
+    /// Handles a step that did not find its pages: the youngest generation gives its pages back. If only one is left, its context
+    /// is limited to the pages that there are.
     pub(super) fn give_way(&mut self, error: RuntimeError) {
         for over in self.running.iter_mut().filter(|r| r.is_over()) {
             over.sequence.clear();
@@ -233,18 +237,19 @@ impl Scheduler {
             last.fill(error);
             return;
         }
-        // One that waits for another is younger than that, and has no pages. It goes first, so that the order of arrival stays.
+        // A generation that waits for another is younger than that one, and has no pages. It goes first, so that the order of
+        // arrival stays.
         if let Some(youngest) = self.running.iter().rposition(|r| !r.is_over()) {
             self.save(youngest);
         }
     }
 
-    /// A running generation gives its pages back, and waits to be admitted again.
+    /// Takes the pages of a running generation, which then waits to be admitted again.
     fn save(&mut self, at: usize) {
         let Running { id, generation, sequence, mut owner, events, reported, .. } = self.running.remove(at);
         let file = self.options.spill.as_deref().and_then(|folder| SavedSequence::new(&sequence, folder));
         if file.is_none() && generation.keeps().0 {
-            // It gives up no more than the others need.
+            // The copy gives up no more pages than the others need.
             self.kept.insert(sequence.fork());
         }
         drop(sequence);
@@ -262,13 +267,14 @@ impl Scheduler {
 }
 
 impl Running {
-    /// Tokens that it must have room for before another one is admitted.
+    /// Tokens that it must have room for before another generation is admitted.
     fn wants(&self) -> usize {
         let copied = if self.follows.is_some() { PAGE_TOKENS } else { 0 };
         self.generation.len().saturating_sub(self.start()) + self.generation.remaining().min(AHEAD) + copied
     }
 
-    /// The only generation left finds no pages: its context counts as full. If it has generated nothing yet, it fails with `error`.
+    /// The only remaining generation finds no pages: its context counts as full. If it has generated nothing yet, it fails with
+    /// `error`.
     fn fill(&mut self, error: RuntimeError) {
         if self.generation.generated().is_empty() {
             self.fail(error.into());

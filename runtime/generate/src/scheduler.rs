@@ -36,33 +36,33 @@ const DRAFT: usize = 16;
 /// How a scheduler divides the engine.
 #[derive(Clone, Debug)]
 pub struct SchedulerOptions {
-    /// Tokens of prompts in a step in which other generations decode, at least 1. More let prompts be read faster, since every
-    /// step reads the experts that it needs once; fewer let the others' tokens come more steadily. While nobody decodes, a
+    /// Tokens of prompts in a step in which other generations decode, at least 1. With more, prompts are read faster, because every
+    /// step reads the experts that it needs once; with fewer, the others' tokens come more steadily. While no generation decodes, a
     /// step takes as many as memory has rows for.
     pub prompt_rows: usize,
-    /// Most generations that have a sequence at a time; `None`: as many as there are pages for.
+    /// Most generations that have a sequence at the same time; `None`: as many as there are pages for.
     pub running: Option<usize>,
     /// Folder for the sequences of generations that have to wait because the pages have run out. `None`: the sequences are dropped,
-    /// and their tokens are read again later. A file is deleted when its generation goes on or ends; a program that is killed leaves
-    /// its files, and they can be deleted.
+    /// and their tokens are read again later. A file is deleted when its generation continues or ends. A program that is killed
+    /// leaves its files behind; they can be deleted.
     pub spill: Option<PathBuf>,
-    /// A [`Model`](super::Model) that has had nothing to do for this long gives its memory back to the system
-    /// ([`Engine::release_idle`]), that of kept sequences included; `None`: never.
+    /// A [`Model`](super::Model) that has had no work for this long gives its memory back to the system ([`Engine::release_idle`]),
+    /// including that of kept sequences; `None`: never.
     pub rest_after: Option<Duration>,
-    /// Most sequences of generations that have ended to keep in memory, so that a later request that begins with the same tokens need
-    /// not read them again. They only have pages that nobody else needs.
+    /// Most sequences of ended generations to keep in memory, so that a later request that begins with the same tokens need not
+    /// read them again. They hold only pages that nothing else needs.
     pub kept: usize,
     /// Most generations in the queue, without those in the background; `None`: any number.
     pub queue: Option<usize>,
-    /// Sequences on the drive. What a generation leaves behind is written there, and a later request that begins with the same tokens goes
-    /// on from it, also in another run of the program. Several models can share a store.
+    /// Sequences on the drive. The sequence of an ended generation is written there, and a later request that begins with the same
+    /// tokens continues from it, also in another run of the program. Several models can share a store.
     pub store: Option<Arc<Store>>,
-    /// Where there is a store, a generation is saved whenever this many tokens are new, and once a prompt with so many new tokens has
-    /// been read: so that a program that is killed loses little.
+    /// If there is a store, a generation is saved whenever this many tokens are new, and once a prompt with this many new tokens
+    /// has been read, so that little is lost when the program is killed.
     pub save_every: usize,
-    /// Who proposes tokens to generations that have no draft of their own.
+    /// The source of proposals for generations that have no draft of their own.
     pub drafts: Drafts,
-    /// How many tokens are proposed to a generation in a step; `None`: as many as pay, often none, which is learnt while steps are taken.
+    /// How many tokens are proposed to a generation in a step; `None`: as many as pay, often none, which is learned from the steps.
     pub draft_tokens: Option<usize>,
 }
 
@@ -86,7 +86,7 @@ impl Default for SchedulerOptions {
 /// Observers of the steps. The default has none.
 #[derive(Default)]
 pub struct Watch<'a> {
-    /// Hears how far the step is: after every layer.
+    /// Is told the progress of the step after every layer.
     pub progress: Option<&'a mut ProgressObserver<'a>>,
     /// Sees the routing.
     pub routing: Option<&'a mut RoutingObserver<'a>>,
@@ -104,16 +104,16 @@ pub(super) struct Running {
     pub(super) generation: Generation,
     pub(super) sequence: Sequence,
     pub(super) owner: Owner,
-    /// Events that the owner has not been told yet.
+    /// Events that the owner has not got yet.
     pub(super) events: Vec<Event>,
-    /// Tokens of the prompt that the owner has heard of.
+    /// Tokens of the prompt that have been reported to the owner.
     pub(super) reported: usize,
     pub(super) failed: bool,
-    /// It waits for another one to read what they share; its own sequence is empty until then.
+    /// The generation that reads what both share, if this one waits for it; its own sequence is empty until then.
     pub(super) follows: Option<Follows>,
     /// Tokens that have been saved.
     pub(super) saved: usize,
-    /// What has been proposed to it.
+    /// The proposals to it.
     pub(super) ahead: Ahead,
 }
 
@@ -146,7 +146,7 @@ impl Running {
     }
 }
 
-/// What a step gives to one of its generations, beside its sequence.
+/// What one of the generations in a step needs, besides its sequence.
 struct Taker<'a> {
     generation: &'a mut Generation,
     events: &'a mut Vec<Event>,
@@ -185,18 +185,18 @@ impl Taker<'_> {
     }
 }
 
-/// Runs many generations on one engine, turn by turn: one step each, in which all generations that decode take part, and a
-/// bounded number of rows of the prompts that are being read.
+/// Runs many generations on one engine, turn by turn. A turn is one step, with all generations that decode, and with a bounded
+/// number of rows of the prompts that are being read.
 ///
 /// Generations are admitted in order of arrival, while there are pages for them. When the pages run out, the youngest generation is
-/// saved, and it goes on where it was once there are pages again. Prompts share the rows equally; rows that a short prompt does not
-/// need go to the next. The text of a generation does not depend on the others.
+/// saved, and it continues where it was once there are pages again. Prompts share the rows equally; rows that a short prompt does
+/// not need go to the next. The text of a generation does not depend on the others.
 pub struct Scheduler {
     pub(super) shared: Arc<Shared>,
     pub(super) options: SchedulerOptions,
     /// In order of arrival.
     pub(super) running: Vec<Running>,
-    /// Generations that gave their pages up, in order of arrival. They are admitted before the queue.
+    /// Generations that gave up their pages, in order of arrival. They are admitted before the queue.
     pub(super) saved: Vec<Saved>,
     /// How often a generation has been saved.
     pub(super) preemptions: u64,
@@ -206,9 +206,9 @@ pub struct Scheduler {
     pub(super) next: Option<(u64, Arc<[u32]>)>,
     pub(super) kept: Kept,
     pub(super) drive: Option<Drive>,
-    /// Whether this turn has waited for the drive, to get pages back.
+    /// Whether this turn has waited for the drive, to free pages.
     waited: bool,
-    /// Whether there are layers with windows or states, so that a sequence cannot go back to any place.
+    /// Whether there are layers with windows or states, so that a sequence cannot go back to every position.
     pub(super) forgets: bool,
     /// Marks that a sequence can keep in such a model.
     pub(super) marks: usize,
@@ -218,7 +218,7 @@ pub struct Scheduler {
     /// Tokens that were read as parts of prompts, and that were generated, in the current turn.
     read: u64,
     generated: u64,
-    /// Whether drafts are checked in this turn: not once there were too few pages for them.
+    /// Whether drafts are checked in this turn; not once there were too few pages for them.
     pub(super) drafts: bool,
     /// Tokens that drafts have proposed since the start, and those that came true.
     proposals: (u64, u64),
@@ -229,19 +229,19 @@ pub struct Scheduler {
     idle: bool,
 }
 
-/// What there is to do.
+/// The work that there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     /// A turn.
     Ready,
-    /// Nothing, for as long as was asked.
+    /// None, for as long as requested.
     Idle,
-    /// Nothing any more: the scheduler has been closed and nothing is left.
+    /// None any more: the scheduler has been closed and no generation is left.
     Closed,
 }
 
 impl Scheduler {
-    /// A scheduler for `engine`, which its turns have to be given. Without a tokenizer there is no text.
+    /// A scheduler for `engine`; each turn must be given this engine. Without a tokenizer there is no text.
     pub fn new(engine: &Engine, tokenizer: Option<Tokenizer>, options: SchedulerOptions) -> Self {
         let shape = Shape { vocab: engine.spec().vocab_size, context: engine.memory().context, tokenizer };
         let forgets = engine.pages().iter().any(|pages| pages.kind.forgets());
@@ -276,10 +276,10 @@ impl Scheduler {
         Submitter(Arc::clone(&self.shared))
     }
 
-    /// As [`Submitter::submit`].
+    /// Like [`Submitter::submit`].
     ///
     /// # Errors
-    /// As there.
+    /// Like [`Submitter::submit`].
     pub fn submit(
         &self,
         request: Request,
@@ -288,22 +288,23 @@ impl Scheduler {
         self.submitter().submit(request, owner)
     }
 
-    /// What it is doing.
+    /// What the scheduler is doing.
     pub fn status(&self) -> Status {
         self.submitter().status()
     }
 
-    /// Why the model's prediction layer proposes no tokens any more, if it has failed: a part of it that cannot be read, for instance.
+    /// Why the model's prediction layer proposes no more tokens, if it has failed: because a part of it cannot be read, for
+    /// instance.
     pub fn draft_failure(&self) -> Option<&str> {
         self.proposer.failure()
     }
 
-    /// Waits until there is something to do; false once the scheduler has been closed and nothing is left.
+    /// Waits until there is work; false once the scheduler has been closed and no generation is left.
     pub fn wait(&self) -> bool {
         self.wait_for(None) == Work::Ready
     }
 
-    /// As [`wait`](Self::wait), but for so long at most.
+    /// Like [`wait`](Self::wait), for at most this long.
     pub fn wait_for(&self, most: Option<Duration>) -> Work {
         let mut state = self.shared.lock();
         let nothing =
@@ -328,15 +329,15 @@ impl Scheduler {
         Work::Ready
     }
 
-    /// The engine has given its memory back, so that reports of it are out of date.
+    /// Marks reports as outdated, after the engine has given its memory back.
     pub(super) fn outdate_report(&self) {
         self.shared.board.outdate();
     }
 
     /// Takes one step with every generation that has something to append, and delivers the events to the owners. False if there was
-    /// nothing to do.
+    /// no work.
     ///
-    /// A step that fails ends those generations that cannot take it alone, with the error; the others go on.
+    /// A step that fails ends those generations that cannot take it alone, with the error; the others continue.
     pub fn turn(&mut self, engine: &mut Engine, watch: &mut Watch<'_>) -> bool {
         self.meter.resume(self.idle);
         self.reporter.begin(&self.shared.board, engine, self.idle);
@@ -378,12 +379,12 @@ impl Scheduler {
         worked
     }
 
-    /// Applies a budget that was asked for, and follows what the system says of its memory.
+    /// Applies a budget that was requested, and follows the system's reports on its memory.
     fn follow_budget(&mut self, engine: &mut Engine) {
-        // The lock is released first: giving memory back to the system takes time.
+        // The lock is released first, because returning memory to the system takes time.
         let budget = self.shared.lock().budget.take();
         if let Some(bytes) = budget {
-            // Less than the least was raised to it; what the system did not give shows in the engine's memory plan.
+            // A budget below the least was raised to it; memory that the system did not give shows in the engine's memory plan.
             let _ = engine.set_budget(bytes.max(engine.memory().least()));
         }
         engine.heed_pressure();
@@ -417,7 +418,8 @@ impl Scheduler {
         }
     }
 
-    /// Takes sequences back to where their generations say, and asks for drafts. `all`: whether all generations take part in the step.
+    /// Takes sequences back to the positions that their generations need, and asks for drafts. `all`: whether all generations take
+    /// part in the step.
     fn prepare(&mut self, engine: &mut Engine, all: bool) {
         let rows = engine.memory().rows;
         let most = if self.drafts { (rows / self.running.len().max(1)).clamp(1, DRAFT + 1) } else { 1 };
@@ -435,7 +437,7 @@ impl Scheduler {
         }
     }
 
-    /// Keeps what a generation that has ended leaves behind.
+    /// Keeps the sequence of a generation that has ended.
     fn keep(&mut self, generation: &mut Generation, mut sequence: Sequence) {
         if generation.keeps().0 {
             go_back(generation, &mut sequence);
@@ -447,8 +449,8 @@ impl Scheduler {
         }
     }
 
-    /// There are too few pages: kept sequences give theirs up. While sequences that are being written have the pages, there is no use in
-    /// that: it waits for them, once in a turn, but not while `others` could go on. False if that does not help.
+    /// Frees pages: kept sequences give theirs up. That is useless while the pages belong to sequences that are being written. Then
+    /// it waits for those, once per turn, but not while `others` could continue. False if no pages were freed.
     pub(super) fn shed(&mut self, full: &PagesFull, others: bool) -> bool {
         if !self.kept.has_pages() && !self.waited && self.is_writing() {
             if !others {
@@ -460,7 +462,7 @@ impl Scheduler {
         self.kept.shed(full)
     }
 
-    /// One step: of all, or of one of them `only`.
+    /// One step: of all generations, or of one of them, `only`.
     fn step(
         &mut self,
         engine: &mut Engine,
@@ -522,7 +524,8 @@ impl Scheduler {
         outcome
     }
 
-    /// What a step has brought since `before`; `read`: rows of prompts, if it was completed. Returns the tokens that were generated.
+    /// Counts the results of a step since `before`. `read`: rows of prompts, if the step was completed. Returns the number of
+    /// generated tokens.
     fn account(&mut self, before: (u64, u64, u64), read: Option<usize>) -> u64 {
         let after = said(&self.running);
         self.generated += after.0 - before.0;
@@ -532,7 +535,7 @@ impl Scheduler {
         self.totals.steps += u64::from(read.is_some());
         for running in &mut self.running {
             running.report(running.sequence.position());
-            // A step that finds no pages has brought nobody further, and takes no marks.
+            // A step without pages has made no progress, and sets no marks.
             if read.is_some() {
                 running.mark();
             }
@@ -540,7 +543,8 @@ impl Scheduler {
         after.0 - before.0
     }
 
-    /// Kept sequences give up the pages that a step needs. The engine would do without automatic marks first, and those are worth more.
+    /// Kept sequences give up the pages that a step needs. Otherwise the engine would first give up automatic marks, which are
+    /// worth more.
     fn room_for_step(&mut self, engine: &Engine, rows: &[usize]) {
         while !self.kept.is_empty() {
             let parts = self.running.iter().zip(rows).filter(|(_, rows)| **rows > 0);
@@ -567,7 +571,7 @@ impl Scheduler {
         let decoded: usize = decoding.iter().sum();
         let rows = if decoded > 0 { self.options.prompt_rows } else { most };
         let rows = rows.min(most.saturating_sub(decoded)).max(1);
-        // What is in the background reads with the rows that the others leave.
+        // Generations in the background read with the rows that the others leave.
         let wanted = wanted(true);
         let of = |background: bool, rows| {
             let each = self.running.iter().zip(&wanted);
@@ -580,8 +584,8 @@ impl Scheduler {
         reading.zip(decoding).map(|(a, b)| a + b).collect()
     }
 
-    /// Repeats a failed step for each generation alone, and ends those whose step fails again. False if cancelling interrupted
-    /// that.
+    /// Repeats a failed step for each generation alone, and ends those whose step fails again. False if this was interrupted by a
+    /// cancellation.
     fn blame(&mut self, engine: &mut Engine, watch: &mut Watch<'_>, error: RuntimeError, cancellable: bool) -> bool {
         let ids = self.running.iter().filter(|r| !r.is_over() && r.follows.is_none()).map(|r| r.id);
         let ids: Vec<u64> = ids.collect();
@@ -594,7 +598,7 @@ impl Scheduler {
         for id in ids {
             match self.step(engine, watch, Some(id), cancellable) {
                 Ok(()) => {}
-                // This is not its fault: it takes part in the next turn.
+                // This generation did not cause it: it takes part in the next turn.
                 Err(error) if pages_full(&error).is_some() => {}
                 Err(error) if is_cancelled(&error) => return false,
                 Err(error) => {
@@ -637,11 +641,11 @@ impl Scheduler {
         state.kept = (self.kept.len(), self.kept.tokens());
         state.totals = self.totals;
         drop(state);
-        // Owners go outside the lock: with one may go a handle that cancels others, or the model.
+        // Owners are dropped outside the lock, because an owner may drop a handle that cancels others, or the model.
         owners.into_iter().for_each(discard);
     }
 
-    /// A generation has ended: its sequence is kept, and the rest is returned, to be dropped.
+    /// A generation has ended: its sequence is kept, and the rest is returned to be dropped.
     fn retire(&mut self, running: Running) -> (Generation, Owner) {
         let Running { mut generation, sequence, owner, .. } = running;
         self.keep(&mut generation, sequence);
@@ -658,7 +662,7 @@ impl fmt::Debug for Scheduler {
     }
 }
 
-/// Takes a step with these spans, each of which has its taker. `wanted`: sees what the head sees.
+/// Takes a step with these spans, each of which has its taker. `wanted`: takes the head's inputs.
 fn take_step(
     engine: &mut Engine,
     shared: &Shared,
@@ -684,8 +688,8 @@ fn take_step(
     if let Some(observer) = &mut on_head_inputs {
         control.head_inputs = Some(observer);
     }
-    // A generation takes its logits at once: keeping a row of the vocabulary for each would take memory that no plan has.
-    // If the step fails afterwards, the sequence lacks one token more, and the next offer has it.
+    // A generation takes its logits at once: keeping a row of the vocabulary for each would take memory that no plan counts. If the
+    // step fails afterwards, the sequence lacks one more token, which the next offer has.
     engine.step(spans, &mut control, &mut |span, token, logits| takers[span].accept(token, logits))
 }
 
@@ -699,15 +703,15 @@ fn end(mut generation: Generation, mut owner: Owner, mut events: Vec<Event>) {
     discard((generation, owner));
 }
 
-/// Takes a sequence back to where its generation says.
+/// Takes a sequence back to the position that its generation needs.
 fn go_back(generation: &mut Generation, sequence: &mut Sequence) {
     if let Some(position) = generation.take_back_to() {
-        // A sequence that cannot go there goes further back, and reads more again.
+        // A sequence that cannot go there goes further back, and more tokens are read again.
         let _ = sequence.rewind_to(position.min(sequence.position()));
     }
 }
 
-/// Tokens that these have generated, tokens that their drafts have proposed, and how many of the latter came true.
+/// Tokens that these have generated, tokens that their drafts have proposed, and how many of those have come true.
 fn said(running: &[Running]) -> (u64, u64, u64) {
     running.iter().fold((0, 0, 0), |(generated, proposed, came_true), r| {
         let proposals = r.generation.proposals();

@@ -1,4 +1,4 @@
-//! What a scheduler shares with callers that submit, watch and cancel generations, on any thread.
+//! The data that a scheduler shares with callers that submit, watch and cancel generations, on any thread.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
@@ -13,18 +13,18 @@ use sluice_model::engine::Stats;
 use super::report::{Board, Report};
 use super::{Event, Generation, GenerationError, Priority, Request, Shape};
 
-/// The numbers of generations in the background begin here. All orders go by number, so these come behind all others.
+/// First number of generations in the background. All orders go by number, so these come after all others.
 const BACKGROUND: u64 = 1 << 63;
 
-/// Whether this is the number of a generation in the background.
+/// Whether this number belongs to a generation in the background.
 pub(super) fn is_background(id: u64) -> bool {
     id >= BACKGROUND
 }
 
-/// Is given a generation's events, between steps; `Break` cancels the generation.
+/// Receives a generation's events, between steps; `Break` cancels the generation.
 pub(super) type Owner = Box<dyn FnMut(Event) -> ControlFlow<()> + Send>;
 
-/// Where a generation is.
+/// State of a generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Place {
@@ -40,12 +40,12 @@ pub enum Place {
         /// Tokens of the prompt.
         prompt: usize,
     },
-    /// It generates.
+    /// It is generating.
     Decoding {
         /// Tokens generated so far.
         generated: usize,
     },
-    /// It was saved because older generations needed its pages. It goes on before everyone in the queue.
+    /// It was saved because older generations needed its pages. It continues before everything in the queue.
     Saved {
         /// Tokens generated so far.
         generated: usize,
@@ -59,15 +59,15 @@ pub struct Status {
     pub queued: usize,
     /// Generations whose prompt is being read.
     pub reading: usize,
-    /// Generations that generate.
+    /// Generations that are generating.
     pub decoding: usize,
-    /// Generations that were saved because older ones needed their pages, and will go on.
+    /// Generations that were saved because older ones needed their pages, and that will continue.
     pub saved: usize,
     /// How often a generation was saved since the start.
     pub preemptions: u64,
     /// Tokens that drafts have proposed since the start.
     pub proposed: u64,
-    /// Of these, the ones that came true.
+    /// Proposed tokens that came true.
     pub came_true: u64,
     /// Whether the model's prediction layer proposes no tokens any more, because a part of it cannot be read.
     pub drafts_failed: bool,
@@ -77,7 +77,7 @@ pub struct Status {
     pub tokens_per_second: f64,
     /// Sequences of generations that have ended, which are kept in memory for later requests.
     pub kept: usize,
-    /// Tokens that these have seen; what several of them share counts for each.
+    /// Tokens that these sequences have seen; tokens that several share count for each.
     pub kept_tokens: usize,
     /// Totals since the start.
     pub totals: Totals,
@@ -88,9 +88,9 @@ pub struct Status {
 pub struct Totals {
     /// Tokens of the prompts of generations that have begun.
     pub prompt_tokens: u64,
-    /// Of these, the ones that were not computed, because a sequence that began with them was there.
+    /// Tokens of prompts that were not computed, because a stored sequence began with them.
     pub cached_tokens: u64,
-    /// Of the latter, the ones that were read from the drive.
+    /// Cached tokens that were read from the drive.
     pub restored_tokens: u64,
     /// Tokens that were generated.
     pub generated_tokens: u64,
@@ -105,28 +105,28 @@ pub(super) struct Arrival {
     pub(super) owner: Owner,
 }
 
-/// Everything behind the lock. No owner is called or dropped while it is held.
+/// The data behind the lock. No owner is called or dropped while it is held.
 #[derive(Default)]
 pub(super) struct State {
     next: u64,
     pub(super) queue: VecDeque<Arrival>,
-    /// Generations that are to end; each of them is queued, saved or running.
+    /// Generations that will be ended; each of them is queued, saved or running.
     pub(super) cancelled: BTreeSet<u64>,
     /// The switch that ends the running step.
     step: Cancel,
     /// The generations in the running step: cancelling one of them ends it.
     in_step: Vec<u64>,
-    /// How far the running step is; `None` between steps.
+    /// The progress of the running step; `None` between steps.
     progress: Option<Progress>,
-    /// What the engine had done when the last step ended.
+    /// The engine's statistics at the end of the last step.
     stats: Stats,
-    /// Where the generations are that have been admitted.
+    /// Places of the generations that have been admitted.
     pub(super) places: BTreeMap<u64, Place>,
     pub(super) rates: (f64, f64),
     pub(super) preemptions: u64,
     pub(super) proposals: (u64, u64),
     pub(super) drafts_failed: bool,
-    /// Sequences that are kept, and their tokens.
+    /// Number of kept sequences, and of their tokens.
     pub(super) kept: (usize, usize),
     pub(super) totals: Totals,
     /// A budget to apply at the next turn.
@@ -139,7 +139,7 @@ impl State {
         self.places.contains_key(&id) || self.ahead_of(id).is_some()
     }
 
-    /// How many come before this one in the queue; `None` if it is not there.
+    /// How many come before this one in the queue; `None` if it is not in the queue.
     fn ahead_of(&self, id: u64) -> Option<usize> {
         // Numbers ascend in the queue.
         self.queue.binary_search_by_key(&id, |arrival| arrival.id).ok()
@@ -159,7 +159,7 @@ impl State {
         all.into_iter().for_each(|id| self.cancel(id));
     }
 
-    /// Nothing comes any more, and what has not begun is cancelled.
+    /// Accepts no more generations, and cancels those that have not begun.
     fn drain(&mut self) {
         self.closed = true;
         let queued: Vec<u64> = self.queue.iter().map(|arrival| arrival.id).collect();
@@ -169,7 +169,7 @@ impl State {
 
 pub(super) struct Shared {
     state: Mutex<State>,
-    /// There is something to do, or the end has come.
+    /// Signals that there is work, or that the end has come.
     pub(super) work: Condvar,
     pub(super) shape: Shape,
     /// Reports of the engine.
@@ -188,7 +188,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A step of these generations begins. Returns the switch that ends it; `None` if one of them has been cancelled already.
+    /// A step of these generations begins. Returns the switch that ends it; `None` if one of them has already been cancelled.
     pub(super) fn begin_step(&self, ids: impl Iterator<Item = u64>) -> Option<Cancel> {
         let mut state = self.lock();
         state.in_step.clear();
@@ -203,12 +203,12 @@ impl Shared {
         Some(state.step.clone())
     }
 
-    /// The running step has gone through another layer.
+    /// The running step has completed another layer.
     pub(super) fn progress(&self, progress: Progress) {
         self.lock().progress = Some(progress);
     }
 
-    /// The step is over, and the engine has done so much since it was opened.
+    /// The step is over, and these are the engine's statistics since it was opened.
     pub(super) fn end_step(&self, stats: Stats) {
         let mut state = self.lock();
         state.in_step.clear();
@@ -244,11 +244,11 @@ impl Shared {
 pub struct Submitter(pub(super) Arc<Shared>);
 
 impl Submitter {
-    /// Puts a generation at the end of the queue, or of the part of it that has its priority. `owner` is called with its events on the scheduler's thread, between steps, and
-    /// should return quickly; `Break` cancels the generation.
+    /// Puts a generation at the end of the queue, or of the part of the queue with its priority. `owner` is called with its events
+    /// on the scheduler's thread, between steps, and should return quickly; `Break` cancels the generation.
     ///
     /// # Errors
-    /// What is wrong with the request, that the queue is full, or that the scheduler has been closed.
+    /// If the request is invalid, the queue is full, or the scheduler has been closed.
     pub fn submit(
         &self,
         request: Request,
@@ -278,37 +278,37 @@ impl Submitter {
         self.0.status()
     }
 
-    /// How far the running step is through the layers; `None` between steps. A step that reads a prompt can take minutes.
+    /// The progress of the running step through the layers; `None` between steps. A step that reads a prompt can take minutes.
     pub fn progress(&self) -> Option<Progress> {
         self.0.lock().progress
     }
 
-    /// What the engine had done when its last step ended, since it was opened. When the owner of a generation hears of its tokens or of
-    /// its end, the steps that it took part in are included.
+    /// The engine's statistics at the end of its last step, since it was opened. When an owner gets a generation's tokens or its
+    /// end, the steps of that generation are included.
     pub fn stats(&self) -> Stats {
         self.0.lock().stats.clone()
     }
 
-    /// What goes on in the engine, as of the latest report; `None` for a moment after the start. As long as somebody calls this every few
-    /// seconds, there is a new report up to four times a second while there is work, and one when the work is done.
+    /// The latest report on the engine's inner state; `None` for a moment after the start. If this is called every few seconds,
+    /// there is a new report up to four times a second during work, and one when the work is done.
     pub fn report(&self) -> Option<Arc<Report>> {
         let (report, stale) = self.0.board.look();
         if stale {
-            // Whoever is about to wait for work holds the lock until it waits.
+            // A thread that is about to wait for work holds the lock until it waits.
             drop(self.0.lock());
             self.0.work.notify_all();
         }
         report
     }
 
-    /// Changes the engine's budget before its next step ([`Engine::set_budget`](sluice_model::Engine::set_budget)). A budget below the
-    /// least possible is raised to it.
+    /// Changes the engine's budget before its next step ([`Engine::set_budget`](sluice_model::Engine::set_budget)). A budget below
+    /// the least possible one is raised to it.
     pub fn set_budget(&self, bytes: u64) {
         self.0.lock().budget = Some(bytes);
         self.0.work.notify_all();
     }
 
-    /// Closes the queue, and cancels the generations that wait in it. Those that have begun go on.
+    /// Closes the queue, and cancels the generations that wait in it. Running generations continue.
     pub fn drain(&self) {
         self.0.lock().drain();
         self.0.work.notify_all();
@@ -338,19 +338,19 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Its number: they ascend in order of arrival, and those in the background come behind all others.
+    /// Its number: numbers ascend in order of arrival, and those in the background come after all others.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// Ends the generation. If it takes part in the running step, it ends that as well. Its last event is a finish by
+    /// Ends the generation. If it takes part in the running step, this ends the step as well. Its last event is a finish with
     /// [`Cancelled`](super::Finish::Cancelled). Does nothing if the generation has ended.
     pub fn cancel(&self) {
         self.shared.lock().cancel(self.id);
         self.shared.work.notify_all();
     }
 
-    /// Where it is; `None` once it has ended.
+    /// Its state; `None` once it has ended.
     pub fn place(&self) -> Option<Place> {
         let state = self.shared.lock();
         let ahead = state.ahead_of(self.id);

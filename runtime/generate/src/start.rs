@@ -1,10 +1,10 @@
-//! Where a generation begins: behind the tokens that a sequence has seen already.
+//! The start of a generation: after the tokens that a sequence has already seen.
 //!
-//! Any sequence will do that begins with the same tokens, whether it is kept or its generation still runs: a fork of it shares the
-//! pages and reads only the rest. If an older generation is about to read what a new one needs, the new one waits until that has been
-//! read. It loses nothing by waiting, because it would have to read the same tokens in the same steps. A generation only waits for
-//! older ones, so the oldest never waits, and they never wait in a circle. If the one that it waits for ends or has to give its pages
-//! up, it looks again.
+//! Any sequence that begins with the same tokens will do, whether it is kept or its generation is still running: a fork of it
+//! shares the pages and reads only the rest. If an older generation is about to read what a new one needs, the new one waits until
+//! that has been read. It loses nothing by waiting, because it would have to read the same tokens in the same steps. A generation
+//! waits only for older ones, so the oldest never waits, and they never wait in a circle. If the one that it waits for ends or
+//! gives up its pages, it searches again.
 
 use sluice_model::{Engine, PAGE_TOKENS, Sequence};
 use sluice_sessions::Found;
@@ -12,27 +12,27 @@ use sluice_sessions::Found;
 use super::kept::{FEWEST, fork_at, reach, shared};
 use super::scheduler::{Running, Scheduler};
 
-/// A generation waits until an older one has read what both have in common.
+/// A generation that waits until an older one has read what both share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Follows {
-    /// The number of the older one.
+    /// Number of the older one.
     leader: u64,
-    /// Where this one will begin.
+    /// Position at which this one will begin.
     pub(super) position: usize,
 }
 
 /// How a generation begins.
 pub(super) enum Start {
-    /// With a sequence that has seen the first tokens, or none.
+    /// From a sequence that has seen the first tokens, or from an empty one.
     With(Sequence),
-    /// Behind an older one.
+    /// After an older generation.
     Behind(Follows),
-    /// With a sequence from the drive.
+    /// From a sequence on the drive.
     Stored(Found),
 }
 
 impl Scheduler {
-    /// How generation `id` with these tokens best begins; `drive`: whether the drive counts.
+    /// The best start for generation `id` with these tokens; `drive`: whether sequences on the drive may be used.
     pub(super) fn start(&mut self, engine: &Engine, id: u64, tokens: &[u32], drive: bool) -> Start {
         self.forget_deleted();
         let kept = self.kept.best(tokens);
@@ -59,7 +59,7 @@ impl Scheduler {
     fn leader(&self, id: u64, tokens: &[u32], reached: usize) -> Option<Follows> {
         let older = self.running.iter().filter(|r| r.id < id && !r.is_over() && r.start() < r.generation.to_read());
         let ahead = older.map(|r| (r, shared(&r.generation.tokens()[..r.generation.to_read()], tokens)));
-        // The oldest of equals.
+        // The oldest among equals.
         let ahead = ahead.filter(|(r, position)| *position > r.start()).rev().max_by_key(|ahead| ahead.1);
         let (leader, position) = ahead?;
         let gain = position.saturating_sub(reached);
@@ -68,7 +68,7 @@ impl Scheduler {
         worth.then_some(Follows { leader: leader.id, position })
     }
 
-    /// Lets those begin that have waited for others to read what they share.
+    /// Starts the generations that have waited for others to read what they share.
     pub(super) fn follow_up(&mut self, engine: &Engine) {
         for at in 0..self.running.len() {
             let Running { id, follows: Some(follows), .. } = self.running[at] else { continue };
@@ -78,7 +78,7 @@ impl Scheduler {
             let tokens = self.running[at].generation.tokens().to_vec();
             match self.start(engine, id, &tokens, false) {
                 Start::Behind(follows) => self.running[at].follows = Some(follows),
-                // The drive was not asked.
+                // The drive was not searched.
                 Start::Stored(_) => {}
                 Start::With(sequence) => {
                     let running = &mut self.running[at];
@@ -89,7 +89,7 @@ impl Scheduler {
         }
     }
 
-    /// Reads what a generation begins with from the drive. If that fails, it begins with what memory has.
+    /// Reads the sequence from which a generation starts from the drive. If that fails, it starts from what memory has.
     pub(super) fn restore(&mut self, engine: &Engine, at: usize, found: &Found, tokens: &[u32]) {
         let drive = self.drive.as_ref();
         if let Some(sequence) = drive.and_then(|drive| drive.restore(engine, found, tokens)) {
@@ -101,12 +101,12 @@ impl Scheduler {
         match self.start(engine, id, tokens, false) {
             Start::With(sequence) => self.running[at].sequence = sequence,
             Start::Behind(follows) => self.running[at].follows = Some(follows),
-            // The drive was not asked.
+            // The drive was not searched.
             Start::Stored(_) => {}
         }
     }
 
-    /// A generation has got the sequence that it begins with.
+    /// A generation has received the sequence from which it starts.
     pub(super) fn begun(&mut self, at: usize) {
         let running = &mut self.running[at];
         if running.follows.is_some() {
@@ -123,8 +123,8 @@ impl Scheduler {
         self.touch_stored(&self.running[at]);
     }
 
-    /// Rows that a generation can take before it has to stop on the way: to be marked, or to be forked by one that waits for it. A
-    /// sequence whose layers all see everything can go back to any place later, and need not stop.
+    /// Rows that a generation can take before it has to stop: to be marked, or to be forked by one that waits for it. A sequence
+    /// whose layers all see everything can go back to any position later, and need not stop.
     pub(super) fn rows_to_stop(&self, running: &Running) -> usize {
         if !self.forgets {
             return usize::MAX;
@@ -137,20 +137,20 @@ impl Scheduler {
 }
 
 impl Running {
-    /// Where its sequence is or will begin.
+    /// Position at which its sequence is, or will begin.
     pub(super) fn start(&self) -> usize {
         self.follows.map_or(self.sequence.position(), |follows| follows.position)
     }
 
-    /// Marks the sequence, if it is where the request has a mark.
+    /// Marks the sequence, if the request has a mark at this position.
     pub(super) fn mark(&mut self) {
         if self.generation.is_mark(self.sequence.position()) {
-            // Where the plan has no room for marks, there are none.
+            // If the memory plan has no room for marks, there are none.
             let _ = self.sequence.mark();
         }
     }
 
-    /// Gives the marks up. False if there are none.
+    /// Gives up the marks. False if there are none.
     pub(super) fn unmark(&mut self) -> bool {
         let marks: Vec<_> = self.sequence.marks().collect();
         marks.iter().for_each(|&mark| self.sequence.unmark(mark));

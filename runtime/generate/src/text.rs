@@ -1,4 +1,4 @@
-//! Tokens to text, up to a stop string.
+//! Turns tokens into text, up to a stop string.
 
 use sluice_text::{Detokenizer, Emit, Special, StopCondition, StopMatcher, TextError, Tokenizer};
 
@@ -52,7 +52,7 @@ impl TextStream {
         }
     }
 
-    /// Ends the text: returns what was held back, and whether a stop string was found, now or earlier.
+    /// Ends the text: returns the text that was held back, and whether a stop string was found, now or earlier.
     pub(super) fn finish(&mut self) -> Result<Emit, TextError> {
         if self.stopped {
             return Ok(Emit { text: String::new(), stopped: true });

@@ -1,44 +1,44 @@
-//! Whether proposals are worth their time: learnt from the time of steps, and from how often proposals come true.
+//! Whether proposals are worth their time: learned from the time of steps, and from how often proposals come true.
 //!
-//! A step with proposals takes longer than one without, and gives more tokens if they come true. How much longer depends on model, drive,
-//! cache and cores, so it is measured, for each number of rows. A step has proposals only if the tokens that are expected of it come faster
-//! with them. What was tried and did not pay is paid out of a credit, a small part of the time of all steps: so whatever the text and
-//! the machine do, proposals cannot cost more than that part.
+//! A step with proposals takes longer than one without, and gives more tokens if they come true. How much longer depends on model,
+//! drive, cache and cores, so it is measured for each number of rows. A step has proposals only if tokens are expected to come
+//! faster with them. Attempts that do not pay are charged to a credit, which is a small part of the time of all steps. So, whatever
+//! the text and the machine do, proposals cannot cost more than that part.
 
 use std::collections::BTreeMap;
 
 /// Most proposals for one sequence in a step.
 pub(super) const DEEPEST: usize = 4;
-/// Part of the time of steps that may be lost by proposals that do not pay.
+/// Part of the time of steps that may be lost to proposals that do not pay.
 const CREDIT: f64 = 0.005;
-/// The credit is never more than so many steps take: what has been gained is not there to be lost.
+/// The credit is never more than the time of this many steps, so that earlier gains cannot be lost again.
 const CREDIT_STEPS: f64 = 4.0;
-/// How much faster tokens must be expected to come.
+/// How much faster tokens must be expected to come for proposals to be made.
 const MARGIN: f64 = 1.03;
-/// What a row more is believed to take, of a step with one row for each sequence, before it was measured. Half of what two rows need from
-/// the drive in the worst case, so that it is tried.
+/// The assumed time of one more row, as a part of a step with one row for each sequence, before it has been measured. It is half of
+/// what two rows need from the drive in the worst case, so that it is tried.
 const ROW: f64 = 0.4;
-/// Steps after which half of what was measured of a width is forgotten: caches fill, and texts change.
+/// Steps after which half of the measurements of a width are forgotten, because caches fill and texts change.
 const HALF_LIFE: f64 = 256.0;
-/// A step in so many is one without proposals, to measure what these are compared with.
+/// One step in this many has no proposals, to measure what the others are compared with.
 const PLAIN_EVERY: u64 = 32;
-/// Observations that an average remembers.
+/// Number of observations that an average remembers.
 const MEMORY: f64 = 24.0;
 
-/// Who proposes.
+/// The source of proposals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Source {
-    /// The text itself, where the latest tokens occur earlier.
+    /// The text itself, if its latest tokens occur earlier.
     Lookup,
     /// The model's prediction layer.
     Prediction,
 }
 
-/// What could be proposed to one sequence that takes part in a step.
+/// The proposals that could be made to one sequence that takes part in a step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Offer {
     pub(super) source: Source,
-    /// Most proposals that there are, or that there is room for.
+    /// Most proposals that there are, or for which there is room.
     pub(super) most: usize,
 }
 
@@ -47,7 +47,7 @@ pub(super) struct Offer {
 struct Average {
     value: f64,
     count: f64,
-    /// The step of the latest one.
+    /// The step of the latest observation.
     step: u64,
 }
 
@@ -56,7 +56,7 @@ impl Average {
         Average { value, count: 1.0, step }
     }
 
-    /// What is believed before anything was observed, as if so many observations had said it.
+    /// An assumption before anything was observed; it weighs as much as `count` observations.
     const fn belief(value: f64, count: f64) -> Self {
         Average { value, count, step: 0 }
     }
@@ -68,18 +68,18 @@ impl Average {
     }
 }
 
-/// What has been learnt.
+/// What has been learned.
 #[derive(Debug)]
 pub(super) struct Worth {
-    /// Seconds of a step, by sequences and rows.
+    /// Seconds of a step, by number of sequences and of rows.
     steps: BTreeMap<(usize, usize), Average>,
     /// How often a proposal comes true if those before it do, by source and place.
     comes_true: [[Average; DEEPEST]; 2],
-    /// Seconds that the prediction layer takes for a proposal to each of the sequences, of the time of a step without proposals.
+    /// Time that the prediction layer takes for one proposal to each sequence, as a part of the time of a step without proposals.
     predicting: Average,
     /// Seconds that may be lost.
     credit: f64,
-    /// Steps so far, and those since the last one without proposals.
+    /// Number of steps so far, and since the last one without proposals.
     step: u64,
     since_plain: u64,
 }
@@ -97,7 +97,7 @@ impl Worth {
         }
     }
 
-    /// How many proposals the sequences of the next step should have at most; those with `None` have none in any case.
+    /// The most proposals that each sequence of the next step should have; those with `None` have none in any case.
     pub(super) fn depth(&self, offers: &[Option<Offer>]) -> usize {
         let plain = self.seconds(offers.len(), offers.len());
         let (Some(plain), true) = (plain, self.credit >= 0.0 && self.since_plain < PLAIN_EVERY) else { return 0 };
@@ -114,8 +114,8 @@ impl Worth {
         best.filter(|best| best.1 > MARGIN * rate(0)).map_or(0, |best| best.0)
     }
 
-    /// A step of so many sequences took so long. `rows`: theirs together; `proposing`: seconds that went into proposals before it; `gained`:
-    /// tokens more than one for each sequence.
+    /// Records a step of this many sequences and its time. `rows`: the rows of all of them; `proposing`: seconds that proposals
+    /// took before it; `gained`: tokens in addition to one for each sequence.
     pub(super) fn record(&mut self, sequences: usize, rows: usize, seconds: f64, proposing: f64, gained: usize) {
         self.step += 1;
         let plain = self.seconds(sequences, sequences);
@@ -132,21 +132,21 @@ impl Worth {
         self.credit = self.credit.min(CREDIT_STEPS * plain);
     }
 
-    /// The prediction layer took so long for `proposals` proposals to each of `sequences`.
+    /// Records the time of the prediction layer for `proposals` proposals to each of `sequences`.
     pub(super) fn record_predicting(&mut self, sequences: usize, proposals: usize, seconds: f64) {
         if let Some(plain) = self.seconds(sequences, sequences).filter(|_| proposals > 0) {
             self.predicting.add(seconds / proposals as f64 / plain, self.step);
         }
     }
 
-    /// Of `known` proposals whose places are taken by now, the first `right` came true.
+    /// Records that the first `right` of `known` proposals came true; the tokens at their places are known.
     pub(super) fn judge(&mut self, source: Source, right: usize, known: usize) {
         for (place, average) in self.comes_true[source as usize].iter_mut().enumerate().take(known.min(right + 1)) {
             average.add(f64::from(u8::from(place < right)), self.step);
         }
     }
 
-    /// Tokens that are expected to come of an offer beyond the first.
+    /// Tokens that are expected from an offer, beyond the first.
     fn expected(&self, offer: Offer, depth: usize) -> f64 {
         let places = self.comes_true[offer.source as usize].iter().take(offer.most.min(depth));
         let both = places.scan(1.0, |all, place| {
@@ -156,8 +156,8 @@ impl Worth {
         both.sum()
     }
 
-    /// What a step takes; `None` until one without proposals has been measured. Rows beyond what was measured are believed to take as much as
-    /// those before them, and what is known of a width fades to what fewer rows make believe.
+    /// The time of a step; `None` until one without proposals has been measured. Rows beyond those that were measured are assumed
+    /// to take as long as those before them, and the measurements of a width fade towards what smaller widths suggest.
     fn seconds(&self, sequences: usize, rows: usize) -> Option<f64> {
         let plain = self.steps.get(&(sequences, sequences))?.value;
         let (mut seconds, mut row) = (plain, ROW * plain / sequences as f64);
@@ -179,8 +179,8 @@ mod tests {
 
     const LOOKUP: Option<Offer> = Some(Offer { source: Source::Lookup, most: DEEPEST });
 
-    /// Steps of one sequence on a machine where `time` says what a step of so many rows takes; each proposal comes true with the chance
-    /// that a fixed sequence of numbers gives it. Returns seconds per token.
+    /// Steps of one sequence on a machine where `time` gives the time of a step with this many rows; each proposal comes true with
+    /// the given chance, according to a fixed sequence of numbers. Returns seconds per token.
     fn run(worth: &mut Worth, tokens: usize, chance: f64, time: impl Fn(usize) -> f64) -> f64 {
         let (mut seconds, mut done, mut number) = (0.0, 0, 0u32);
         while done < tokens {
@@ -192,7 +192,8 @@ mod tests {
                 })
                 .count();
             let gained = comes_true.min(depth);
-            // Proposals are judged whether they were checked or not, as soon as the token in their place is there: look-up costs nothing.
+            // Proposals are judged whether they were checked or not, as soon as the token at their place is known: look-up costs
+            // nothing.
             let known = (1 + gained).min(DEEPEST);
             worth.judge(Source::Lookup, comes_true.min(known), known);
             worth.record(1, 1 + depth, time(1 + depth), 0.0, gained);
@@ -205,7 +206,7 @@ mod tests {
     #[test]
     fn nothing_is_lost_where_rows_are_dear() {
         for chance in [0.0, 0.3, 0.6, 0.9] {
-            // From the drive, rows share few experts.
+            // When they are read from the drive, rows share few experts.
             let per_token = run(&mut Worth::new(), 20_000, chance, |rows| rows as f64);
             assert!(per_token < 1.006, "{chance}: {per_token}");
         }
@@ -228,7 +229,7 @@ mod tests {
         let time = |rows: usize| 1.0 + 0.2 * (rows - 1) as f64;
         for _ in 0..3 {
             assert!(run(&mut worth, 2_000, 0.95, time) < 0.6);
-            // What was gained before is not there to be lost.
+            // Earlier gains cannot be lost again.
             let prose = run(&mut worth, 2_000, 0.0, time);
             assert!(prose < 1.01, "{prose}");
         }

@@ -7,7 +7,7 @@ use super::SamplerError;
 pub struct SamplerConfig {
     /// Divides all logits: below 1 sharpens, above 1 flattens. 0 takes the likeliest token.
     pub temperature: f32,
-    /// Keeps this many of the likeliest tokens, and those level with the last of them; 0 for all.
+    /// Keeps this many of the likeliest tokens, and those equal to the last of them; 0 for all.
     pub top_k: u32,
     /// Keeps the likeliest tokens until their probabilities add up to this; 1 for all.
     pub top_p: f32,
@@ -15,7 +15,7 @@ pub struct SamplerConfig {
     pub min_p: f32,
     /// Makes tokens that have occurred less likely (above 1) or likelier (below 1).
     pub repetition_penalty: f32,
-    /// Where the random numbers start: the same seed makes the same choices.
+    /// Start of the random numbers: the same seed makes the same choices.
     pub seed: u64,
 }
 
@@ -29,7 +29,7 @@ impl SamplerConfig {
     /// Checks every value.
     ///
     /// # Errors
-    /// Names the first value that makes no sense.
+    /// Names the first invalid value.
     pub fn validate(&self) -> Result<(), SamplerError> {
         let checks = [
             ("temperature", self.temperature, "0 (the likeliest token) or more", self.temperature >= 0.0),

@@ -1,7 +1,7 @@
 //! The exponential function, in additions and multiplications only.
 //!
-//! The standard library's `exp` is the platform's, and platforms disagree in the last bit. That is
-//! enough to tip a draw. IEEE 754 additions and multiplications are the same everywhere.
+//! The standard library's `exp` comes from the platform, and platforms differ in the last bit, which is enough to change a draw.
+//! IEEE 754 additions and multiplications are the same everywhere.
 
 /// 1/n! for n from 0 to 13.
 const TAYLOR: [f64; 14] = {

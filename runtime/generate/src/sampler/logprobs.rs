@@ -1,4 +1,4 @@
-//! How probable the model itself holds a token.
+//! The model's own probability of a token.
 
 use super::exp::exp_nonpositive;
 
@@ -11,12 +11,12 @@ pub struct Logprob {
     pub logprob: f32,
 }
 
-/// The logarithm of the probability of `id`, and the `top` likeliest tokens with theirs, the likeliest first and of equals the
-/// lower id. Probabilities are the softmax of `logits` as they are: at temperature 1, before anything that narrows the choice.
+/// The logarithm of the probability of `id`, and the `top` likeliest tokens with theirs: the likeliest first, and the lower id
+/// first among equals. Probabilities are the softmax of `logits` as they are, at temperature 1, before anything narrows the choice.
 ///
-/// Exponentials and their sum are the same on every platform; the one logarithm is the platform's, so the last digit of
-/// the result may differ between platforms. `logits` must be those of a token that could be sampled (numbers or minus infinity,
-/// not all excluded), and `id` one of them.
+/// Exponentials and their sum are the same on every platform; the one logarithm comes from the platform, so the last digit of the
+/// result may differ between platforms. `logits` must be those of a token that could be sampled (numbers or minus infinity, not all
+/// excluded), and `id` one of them.
 pub fn logprobs(logits: &[f32], id: u32, top: usize) -> (f32, Vec<Logprob>) {
     let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let total: f64 = logits.iter().map(|&logit| exp_nonpositive(f64::from(logit) - largest)).sum();

@@ -1,13 +1,12 @@
 //! From logits to the next token.
 //!
-//! The order of operations is Hugging Face's: repetition penalty, temperature, top-k, top-p,
-//! min-p, softmax, draw. Two things are done more carefully than there:
+//! The order of operations is that of Hugging Face: repetition penalty, temperature, top-k, top-p, min-p, softmax, draw. Two things
+//! are done more carefully than there:
 //!
-//! * Temperature does not change which token is likelier, so selection works on the logits as
-//!   they are, and the temperature enters with the exponential: `exp((logit - largest) / T)`.
-//!   Nothing can overflow, however small the temperature.
-//! * Exponentials, their sums and the draw are f64, in a fixed order, with an exponential that is
-//!   the same on every platform. Equal logits and equal seed give equal tokens everywhere.
+//! * Temperature does not change which token is likelier, so selection works on the unscaled logits, and the temperature is applied
+//!   in the exponential: `exp((logit - largest) / T)`. Nothing can overflow, however small the temperature.
+//! * Exponentials, their sums and the draw are f64, in a fixed order, with an exponential that is the same on every platform. Equal
+//!   logits and equal seeds give equal tokens everywhere.
 
 mod config;
 mod exp;
@@ -29,7 +28,7 @@ use exp::exp_nonpositive;
 /// Why no token can be chosen.
 #[derive(Debug, Clone, PartialEq, Error)]
 pub enum SamplerError {
-    /// A setting that makes no sense.
+    /// A setting is invalid.
     #[error("{field} is {value}, but must be {expected}; change the setting")]
     Config {
         /// Which setting.
@@ -39,16 +38,16 @@ pub enum SamplerError {
         /// What it must be.
         expected: &'static str,
     },
-    /// A state that no generator can be in.
+    /// No generator can have this state.
     #[error("the saved state of the random numbers is all zeros; start over from a seed")]
     BadState,
-    /// No logits, or more than there can be tokens.
+    /// There are no logits, or more than there can be tokens.
     #[error("the model produced {count} logits; verify the model file")]
     BadLength {
         /// How many.
         count: usize,
     },
-    /// The computation went wrong earlier: this is not a matter of sampling.
+    /// A logit is not a number: the computation went wrong before sampling.
     #[error(
         "the model's output for token {id} is {value}, which is no usable number; verify the model \
          file, and report the model if it is intact"
@@ -62,7 +61,7 @@ pub enum SamplerError {
     /// All tokens are excluded.
     #[error("every token is excluded (all logits are minus infinity); relax the constraints")]
     NothingLeft,
-    /// A token in the history that the model does not have.
+    /// The history has a token that the model does not have.
     #[error("the history holds token {id}, but the model has only {vocab}; is it another model's?")]
     HistoryOutOfRange {
         /// The token.
@@ -81,20 +80,20 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// Likelier first; of equals, the lower id first. A total order, since logits are finite.
+    /// Likelier first; the lower id first among equals. A total order, because logits are finite.
     fn rank(&self, other: &Self) -> Ordering {
         other.logit.total_cmp(&self.logit).then(self.id.cmp(&other.id))
     }
 }
 
-/// Chooses tokens. One per generation: it holds the position in the random numbers.
+/// Chooses tokens. Each generation has one, because it holds the position in the random numbers.
 ///
-/// Buffers grow to the size of the vocabulary once; after that, choosing allocates nothing.
+/// Buffers grow to the size of the vocabulary once; afterwards, choosing allocates nothing.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     config: SamplerConfig,
     rng: Rng,
-    /// How many of the seed's numbers are behind `rng`, where that is known.
+    /// How many of the seed's numbers `rng` has drawn, if known.
     drawn: Option<u64>,
     /// Logits after the repetition penalty.
     scores: Vec<f32>,
@@ -105,7 +104,7 @@ impl Sampler {
     /// A sampler at the beginning of its seed's random numbers.
     ///
     /// # Errors
-    /// When a setting makes no sense.
+    /// If a setting is invalid.
     pub fn new(config: SamplerConfig) -> Result<Self, SamplerError> {
         config.validate()?;
         Ok(Self {
@@ -117,10 +116,10 @@ impl Sampler {
         })
     }
 
-    /// A sampler that goes on where another one's [`state`](Self::state) was taken.
+    /// A sampler that continues from another one's [`state`](Self::state).
     ///
     /// # Errors
-    /// When a setting makes no sense, or the state is none.
+    /// If a setting or the state is invalid.
     pub fn from_state(config: SamplerConfig, state: [u64; 4]) -> Result<Self, SamplerError> {
         let mut sampler = Self::new(config)?;
         sampler.rng = Rng::from_state(state).ok_or(SamplerError::BadState)?;
@@ -128,7 +127,7 @@ impl Sampler {
         Ok(sampler)
     }
 
-    /// The position in the random numbers. With the configuration, it is all there is to save.
+    /// The position in the random numbers. It and the configuration are all that has to be saved.
     pub fn state(&self) -> [u64; 4] {
         self.rng.state()
     }
@@ -138,12 +137,12 @@ impl Sampler {
         &self.config
     }
 
-    /// As [`sample`](Self::sample), with the random number that belongs to token `index` of a generation, counted from 0,
-    /// whatever this sampler has done before: the choice depends on logits, history, settings, seed and index alone. In order,
-    /// it is what `sample` gives.
+    /// Like [`sample`](Self::sample), with the random number that belongs to token `index` of a generation, counted from 0,
+    /// whatever this sampler did before: the choice depends only on logits, history, settings, seed and index. Called in order, it
+    /// gives the same results as `sample`.
     ///
     /// # Errors
-    /// As [`sample`](Self::sample).
+    /// Like [`sample`](Self::sample).
     pub fn sample_at(&mut self, index: u64, logits: &[f32], history: &[u32]) -> Result<u32, SamplerError> {
         if self.config.temperature != 0.0 && self.drawn != Some(index) {
             self.rng = Rng::at(self.config.seed, index);
@@ -152,14 +151,14 @@ impl Sampler {
         self.sample(logits, history)
     }
 
-    /// Chooses a token. `history` is what the repetition penalty looks at: the prompt and all
-    /// tokens so far; its order and repetitions do not matter.
+    /// Chooses a token. `history` is used by the repetition penalty: the prompt and all tokens so far; its order and repetitions do
+    /// not matter.
     ///
-    /// A logit of minus infinity excludes its token. Greedy choice (temperature 0) takes the lowest
-    /// id of equals and uses no random number; otherwise each call uses exactly one.
+    /// A logit of minus infinity excludes its token. The greedy choice (temperature 0) takes the lowest id among equals and uses no
+    /// random number; otherwise each call uses exactly one.
     ///
     /// # Errors
-    /// When the logits are not all numbers, or exclude everything. No random number is used then.
+    /// If some logits are not numbers, or all tokens are excluded. No random number is used then.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32, SamplerError> {
         if logits.is_empty() || u32::try_from(logits.len()).is_err() {
             return Err(SamplerError::BadLength { count: logits.len() });
@@ -191,7 +190,7 @@ impl Sampler {
             return Ok(());
         }
         for &id in history {
-            // From the original logit: a token that occurred twice is penalised once.
+            // Starts from the original logit, so a token that occurred twice is penalised once.
             let Some(&logit) = logits.get(id as usize) else {
                 return Err(SamplerError::HistoryOutOfRange { id, vocab: logits.len() });
             };
@@ -208,7 +207,7 @@ impl Sampler {
         Ok(())
     }
 
-    /// The token of the largest score; the lowest id of equals.
+    /// The token with the largest score; the lowest id among equals.
     fn likeliest(&self) -> Result<u32, SamplerError> {
         let mut best = (f32::NEG_INFINITY, None);
         for (id, &score) in self.scores.iter().enumerate() {
@@ -221,7 +220,7 @@ impl Sampler {
 
     fn collect(&mut self) {
         self.candidates.clear();
-        // In one step, so that no later growth depends on what the logits happen to exclude.
+        // Reserved at once, so that no later growth depends on which tokens the logits exclude.
         self.candidates.reserve(self.scores.len());
         let scores = self.scores.iter().enumerate();
         self.candidates.extend(scores.filter(|(_, score)| **score > f32::NEG_INFINITY).map(|(id, &logit)| Candidate {
@@ -231,19 +230,19 @@ impl Sampler {
         }));
     }
 
-    /// Keeps what is at least as likely as the k-th. Like Hugging Face, and unlike a cut after
-    /// exactly k, this does not let the numbering of the vocabulary decide between equals.
+    /// Keeps the tokens that are at least as likely as the k-th. Like Hugging Face, and unlike a cut after exactly k, this does not
+    /// let the numbering of the vocabulary decide between equals.
     fn keep_top_k(&mut self) {
         let k = self.config.top_k as usize;
         if k == 0 || k >= self.candidates.len() {
             return;
         }
-        // Selection in linear time: sorting 160 000 tokens to keep 20 would be a waste.
+        // Selection takes linear time: sorting 160 000 tokens to keep 20 would be a waste.
         let (_, kth, _) = self.candidates.select_nth_unstable_by(k - 1, Candidate::rank);
         let least = kth.logit;
         self.candidates.retain(|c| c.logit >= least);
-        // Selection leaves an order that depends on the standard library's version, and the
-        // draw must not. With few candidates, sorting is free.
+        // Selection leaves an order that depends on the version of the standard library, and the draw must not. Sorting few
+        // candidates costs nothing.
         self.candidates.sort_unstable_by_key(|c| c.id);
     }
 
@@ -254,7 +253,7 @@ impl Sampler {
         }
     }
 
-    /// Keeps the likeliest tokens, until those before a token already reach the share `top_p`.
+    /// Keeps the likeliest tokens, until the tokens before the next one reach the share `top_p`.
     fn keep_top_p(&mut self) {
         if self.config.top_p >= 1.0 {
             return;
@@ -263,8 +262,7 @@ impl Sampler {
         let wanted = f64::from(self.config.top_p) * total;
         let mut reached = 0.0;
         let mut sorted = 0;
-        // A handful of tokens mostly holds nearly all probability, so put only the likeliest
-        // ones in order, and more of them only if needed.
+        // A few tokens usually hold nearly all probability, so only the likeliest are sorted, and more of them only if needed.
         let mut step = 64;
         while sorted < self.candidates.len() {
             let rest = &mut self.candidates[sorted..];
@@ -285,7 +283,7 @@ impl Sampler {
         }
     }
 
-    /// Keeps tokens that are probable enough relative to the likeliest, whose weight is 1.
+    /// Keeps tokens that are probable enough relative to the likeliest one, whose weight is 1.
     fn keep_min_p(&mut self) {
         let least = f64::from(self.config.min_p);
         if least > 0.0 {
@@ -293,8 +291,7 @@ impl Sampler {
         }
     }
 
-    /// Draws in proportion to the weights. There is always a candidate: the likeliest one passes
-    /// every filter.
+    /// Draws in proportion to the weights. There is always a candidate, because the likeliest one passes every filter.
     fn draw(&mut self) -> u32 {
         let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
         let point = self.rng.next_f64() * total;
@@ -302,8 +299,7 @@ impl Sampler {
         let mut reached = 0.0;
         let mut chosen = 0;
         for c in &self.candidates {
-            // A weight that vanished cannot be drawn, not even when rounding leaves `point` at
-            // the very end.
+            // A weight of zero cannot be drawn, not even when rounding leaves `point` at the very end.
             if c.weight > 0.0 {
                 chosen = c.id;
             }

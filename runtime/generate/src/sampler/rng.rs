@@ -1,9 +1,8 @@
 //! The random numbers of sampling: xoshiro256**, seeded by splitmix64.
 //!
-//! Our own, because a seed is part of what users note down: the same seed must give the same
-//! draws on every platform and after every update of a dependency. Both algorithms are by David
-//! Blackman and Sebastiano Vigna, in the public domain: <https://prng.di.unimi.it/>
-//! (`xoshiro256starstar.c`, `splitmix64.c`).
+//! This is our own code, because users note down seeds: the same seed must give the same draws on every platform and after every
+//! update of a dependency. Both algorithms are by David Blackman and Sebastiano Vigna, in the public domain:
+//! <https://prng.di.unimi.it/> (`xoshiro256starstar.c`, `splitmix64.c`).
 
 /// A stream of random numbers, fully described by four words.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,7 +16,7 @@ impl Rng {
         Self { state: std::array::from_fn(|_| splitmix64(&mut seed)) }
     }
 
-    /// The stream of a seed behind its first `skipped` numbers. Takes about a nanosecond for each of them.
+    /// The stream of a seed after its first `skipped` numbers. Takes about a nanosecond for each of them.
     pub fn at(seed: u64, skipped: u64) -> Self {
         let mut rng = Self::from_seed(seed);
         for _ in 0..skipped {
@@ -31,7 +30,7 @@ impl Rng {
         (state != [0; 4]).then_some(Self { state })
     }
 
-    /// Where the stream is: everything needed to continue it later.
+    /// The position in the stream: everything that is needed to continue it later.
     pub fn state(&self) -> [u64; 4] {
         self.state
     }

@@ -12,7 +12,7 @@ fn sampler(config: SamplerConfig) -> Sampler {
     Sampler::new(config).unwrap()
 }
 
-/// Probabilities by the book: each step on full, sorted vectors, as Hugging Face writes them.
+/// Probabilities by the textbook: each step on full, sorted vectors, as Hugging Face writes them.
 fn naive(config: &SamplerConfig, logits: &[f32], history: &[u32]) -> Vec<f64> {
     let mut scores: Vec<f64> = logits.iter().map(|&x| f64::from(x)).collect();
     let penalty = config.repetition_penalty;
@@ -92,9 +92,9 @@ fn repetition_is_penalised_once_per_token() {
     assert_eq!(penalty(1.0).sample(&[3.0, 2.5], &[0, 99]), Ok(0));
     // Negative logits move away from 0 as well.
     assert_eq!(penalty(2.0).sample(&[-1.0, -1.5], &[0]), Ok(1));
-    // Below 1, occurring helps.
+    // Below 1, occurring makes a token likelier.
     assert_eq!(penalty(0.5).sample(&[2.0, 1.5], &[1]), Ok(1));
-    // Extremes neither exclude nor blow up.
+    // Extreme values neither exclude a token nor overflow.
     assert_eq!(penalty(1e-38).sample(&[1e38, 2e38], &[0, 1]), Ok(0));
     assert_eq!(penalty(1e38).sample(&[-1e38, f32::NEG_INFINITY], &[0, 1]), Ok(0));
     assert_eq!(penalty(1.1).sample(&[1.0], &[1]), Err(SamplerError::HistoryOutOfRange { id: 1, vocab: 1 }));
@@ -166,7 +166,7 @@ fn frequencies_follow_the_probabilities() {
         counts[sampler.sample(&logits, &[]).unwrap() as usize] += 1;
     }
     assert_eq!(counts[4], 0);
-    // Pearson's statistic with 4 degrees of freedom: 18.5 is passed once in a thousand seeds.
+    // Pearson's statistic with 4 degrees of freedom: one seed in a thousand exceeds 18.5.
     let chi2: f64 = (0..6)
         .filter(|&i| want[i] > 0.0)
         .map(|i| {
@@ -177,7 +177,7 @@ fn frequencies_follow_the_probabilities() {
     assert!(chi2 < 18.5, "{chi2}: {counts:?}");
 }
 
-/// Pinned: these tokens must never change, on any platform and in any version.
+/// Pinned: these tokens must never change, on any platform or in any version.
 #[test]
 fn a_seed_means_the_same_for_ever() {
     let mut sampler = sampler(SamplerConfig {
@@ -280,7 +280,7 @@ proptest! {
     fn the_seed_decides_alone(config in any_config(), logits in any_logits()) {
         let mut first = sampler(config);
         let mut second = sampler(config);
-        // A used sampler's buffers hold other things, which must not matter.
+        // The buffers of a used sampler hold other data, which must not matter.
         second.sample(&[1.0, 2.0], &[]).unwrap();
         second.rng = Rng::from_seed(config.seed);
         for _ in 0..4 {
@@ -311,7 +311,7 @@ fn the_draw_of_a_token_depends_on_seed_and_index_alone() {
     for index in [0, 1, 2, 39, 7, 7, 8, 0, 20] {
         assert_eq!(any.sample_at(index, &logits, &[]), Ok(in_order[index as usize]), "{index}");
     }
-    // One whose position is unknown finds it.
+    // A sampler whose position is unknown finds it.
     let mut resumed = Sampler::from_state(settings, any.state()).unwrap();
     assert_eq!(resumed.sample_at(5, &logits, &[]), Ok(in_order[5]));
     // A call that fails draws nothing.
@@ -328,7 +328,7 @@ fn logarithms_of_probabilities_agree_with_the_book() {
     assert!((own - book(4)).abs() < 1e-6, "{own}");
     assert_eq!(top.iter().map(|t| t.id).collect::<Vec<_>>(), [1, 3, 0], "of equals the lower id first");
     assert!(top.iter().all(|t| (t.logprob - book(t.id as usize)).abs() < 1e-6));
-    // More than there are: all, the excluded one last.
+    // More than there are: all tokens, the excluded one last.
     let (excluded, all) = logprobs(&logits, 2, 100);
     assert_eq!((excluded, all.len(), all[4].id), (f32::NEG_INFINITY, 5, 2));
     assert_eq!(logprobs(&logits, 0, 0).1, []);
