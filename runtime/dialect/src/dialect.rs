@@ -1,4 +1,4 @@
-//! Which family a model is of.
+//! The family of a model.
 
 use serde_json::{Map, Value};
 use sluice_text::Message;
@@ -10,30 +10,31 @@ use crate::syntax::{self, Calls, Syntax};
 use crate::tools::{ToolChoice, Tools};
 use crate::{grammar, templates};
 
-/// How a model's family writes, as far as its own files tell. Cheap to clone, usable from many threads.
+/// How a model's family writes, as far as its own files show. Cheap to clone, usable from many threads.
 #[derive(Debug, Clone)]
 pub struct Dialect {
     syntax: &'static Syntax,
     wants: Wants,
     /// Markers that are special tokens, and their ids.
     special: Vec<(&'static str, u32)>,
-    /// Whether the template knows how hard to think.
+    /// Whether the template has a variable for how hard to think.
     knows_effort: bool,
 }
 
 impl Dialect {
-    /// Looks at the source of the chat template, at `model_type` of config.json, and at the vocabulary. The template counts most: it
-    /// says what the model was trained to write. A model of which nothing is known is taken to write as Hermes and Qwen3
-    /// do, since most do.
+    /// Examines the source of the chat template, `model_type` of config.json, and the vocabulary. The template counts most, because
+    /// it shows what the model was trained to write. A model about which nothing is known is assumed to write like Hermes and
+    /// Qwen3, because most do.
     ///
-    /// Renders a few conversations with the template, to see what it takes and what it leaves out: some milliseconds.
+    /// Renders a few conversations with the template, to find out what it accepts and what it leaves out, which takes some
+    /// milliseconds.
     pub fn detect(model_type: Option<&str>, template: Option<&str>, has_token: &dyn Fn(&str) -> bool) -> Self {
         let syntax = detect(model_type.unwrap_or_default(), template, has_token);
         let knows_effort = template.is_none_or(|template| template.contains("reasoning_effort"));
         Self { syntax, wants: Wants::of(syntax, template), special: Vec::new(), knows_effort }
     }
 
-    /// Says which markers are special tokens, by their ids. Grammars have to name such tokens by id, because no text matches them.
+    /// Sets which markers are special tokens, by their ids. Grammars have to name such tokens by id, because no text matches them.
     #[must_use]
     pub fn with_special_tokens(mut self, id: &dyn Fn(&str) -> Option<u32>) -> Self {
         let markers = grammar::markers(self.syntax).into_iter();
@@ -52,30 +53,30 @@ impl Dialect {
         AnswerParser::new(self.syntax, prompt_tail, tools)
     }
 
-    /// Messages in the form of OpenAI's chat completions, as the template of this family wants them.
+    /// Messages in the form of OpenAI's chat completions, converted to the form that the template of this family takes.
     ///
     /// * Lists of text parts become one text, joined by line breaks.
-    /// * `arguments` of calls become objects where templates go through them. What is not a JSON object becomes
+    /// * `arguments` of calls become objects if templates iterate over them. Anything that is not a JSON object becomes
     ///   `{"arguments": …}`, as in DeepSeek's own encoder.
-    /// * `developer` is `system`, but for gpt-oss. Where templates take one system message, all become one; where they take
-    ///   none, it becomes the beginning of the first message of the user; where they want users and the model
-    ///   to take turns, messages of a user in a row become one.
-    /// * Where templates take one call per message, each call becomes a message, followed by its result. Results are
-    ///   always in the order of their calls.
-    /// * Where templates want results in the message of their calls (`tool_responses`), they come there, and the answer that follows
-    ///   with them: the model goes on in the same turn.
-    /// * Where templates leave out the text of messages with calls, it becomes a message of its own. If they do not
-    ///   take that either, it becomes the beginning of the model's next text; until there is one, it is left out.
-    /// * Ids of calls take the form that the family writes (Kimi, Mistral).
+    /// * `developer` becomes `system`, except for gpt-oss. If templates take one system message, all become one. If they take none,
+    ///   it becomes the beginning of the first message of the user. If users and the model must take turns, consecutive messages of
+    ///   a user become one.
+    /// * If templates take one call per message, each call becomes a message, followed by its result. Results are always in the
+    ///   order of their calls.
+    /// * If templates take results in the message of their calls (`tool_responses`), they are moved there, together with the answer
+    ///   that follows: the model continues in the same turn.
+    /// * If templates leave out the text of messages with calls, it becomes a message of its own. If they do not take that either,
+    ///   it becomes the beginning of the model's next text, and it is left out until there is one.
+    /// * Ids of calls get the form that the family writes (Kimi, Mistral).
     ///
     /// # Errors
-    /// When a message is malformed, is not text, or cannot be expressed.
+    /// If a message is malformed, is not text, or cannot be expressed.
     pub fn messages(&self, messages: Vec<Message>) -> Result<Vec<Message>, DialectError> {
         messages::convert(self.syntax, self.wants, messages)
     }
 
-    /// Variables for the template: whether to think, and how hard (`none`, `minimal`, `low`, `medium`, `high`, `xhigh`, `max`). An effort
-    /// also says whether to think, if `thinking` does not; any other effort is as good as no effort.
+    /// Variables for the template: whether to think, and how hard (`none`, `minimal`, `low`, `medium`, `high`, `xhigh`, `max`). An
+    /// effort also decides whether to think if `thinking` does not; any other effort has no effect.
     pub fn template_options(&self, thinking: Option<bool>, effort: Option<&str>) -> Map<String, Value> {
         let effort = effort.filter(|effort| EFFORTS.contains(effort));
         let thinking = thinking.or_else(|| Some(!matches!(effort?, "none")));
@@ -100,7 +101,7 @@ impl Dialect {
         let is_hunyuan = matches!(self.syntax.name, "hunyuan-3" | "hunyuan-3-plain");
         let effort = match (effort, thinking) {
             _ if !self.knows_effort => None,
-            // It knows three.
+            // This family knows three values.
             (_, Some(false)) if is_hunyuan => Some("no_think"),
             (Some("minimal" | "low"), Some(true)) if is_hunyuan => Some("low"),
             (_, Some(true)) if is_hunyuan => Some("high"),
@@ -113,8 +114,8 @@ impl Dialect {
         options
     }
 
-    /// A grammar in llguidance's dialect of Lark that lets the model answer only as `choice` allows, thinking before calls
-    /// included. `None` if nothing needs to be constrained: the model decides, and no tool is strict.
+    /// A grammar in llguidance's dialect of Lark that lets the model answer only as `choice` allows; it includes thinking before
+    /// calls. `None` if nothing needs to be constrained: the model decides, and no tool is strict.
     ///
     /// Markers that are special tokens are written as their ids ([`with_special_tokens`](Self::with_special_tokens)), all others as
     /// text.
@@ -128,8 +129,8 @@ impl Dialect {
         grammar::tool_grammar(self.syntax, &self.special, tools, (choice, parallel), prompt_tail)
     }
 
-    /// What the model writes before the text of its answer, if the prompt makes it think first or the family marks answers. A form
-    /// that is asked for begins after it.
+    /// What the model writes before the text of its answer, if the prompt makes it think first or the family marks answers. A
+    /// requested form begins after it.
     pub fn before_answer(&self, prompt_tail: &str) -> Option<&'static str> {
         match self.syntax.calls {
             Calls::Harmony => Some("<|channel|>final<|message|>"),
@@ -141,7 +142,7 @@ impl Dialect {
         }
     }
 
-    /// A template for models whose published checkpoint has none: what its published encoder writes, as Jinja for
+    /// A template for models whose published checkpoint has none: it writes what the published encoder writes, as Jinja for
     /// [`sluice_text::ChatTemplate`].
     pub fn own_template(model_type: Option<&str>, has_token: &dyn Fn(&str) -> bool) -> Option<&'static str> {
         templates::own(detect(model_type.unwrap_or_default(), None, has_token))
@@ -159,7 +160,7 @@ fn detect(model_type: &str, template: Option<&str>, has_token: &dyn Fn(&str) -> 
         .unwrap_or(&syntax::HERMES)
 }
 
-/// What the template writes itself, or tells the model to write.
+/// The family according to what the template writes itself, or tells the model to write.
 fn by_template(source: &str, has_token: &dyn Fn(&str) -> bool) -> Option<&'static Syntax> {
     let has = |text: &str| source.contains(text);
     let family = match () {
@@ -173,7 +174,7 @@ fn by_template(source: &str, has_token: &dyn Fn(&str) -> bool) -> Option<&'stati
         () if has("<｜tool▁calls▁begin｜>") && has("```json") => &syntax::DEEPSEEK_V3,
         () if has("<｜tool▁calls▁begin｜>") => &syntax::DEEPSEEK_V31,
         () if has("<|tool_calls_section_begin|>") => &syntax::KIMI_K2,
-        // It makes its markers of a suffix: `'<tool_sep{}>'.format(HYTK)`.
+        // It makes its markers from a suffix: `'<tool_sep{}>'.format(HYTK)`.
         () if has("<tool_sep") && has(":opensource") => &syntax::HUNYUAN_3,
         () if has("<tool_sep") => &syntax::HUNYUAN_3_PLAIN,
         () if has("<arg_key>") && (has("'\\n<tool_call>'") || has("{function-name}\n")) => &syntax::GLM_45,
@@ -192,7 +193,7 @@ fn by_template(source: &str, has_token: &dyn Fn(&str) -> bool) -> Option<&'stati
     Some(family)
 }
 
-/// What config.json calls the model, for those without a template.
+/// The family according to config.json, for models without a template.
 fn by_type(model_type: &str) -> Option<&'static Syntax> {
     let family = match model_type {
         "gpt_oss" => &syntax::HARMONY,
@@ -216,7 +217,7 @@ fn by_type(model_type: &str) -> Option<&'static Syntax> {
     Some(family)
 }
 
-/// What the vocabulary has tokens for.
+/// The family according to the tokens in the vocabulary.
 fn by_tokens(has: &dyn Fn(&str) -> bool) -> Option<&'static Syntax> {
     let family = match () {
         () if has("<|channel|>") && has("<|message|>") && has("<|call|>") => &syntax::HARMONY,

@@ -1,18 +1,18 @@
-//! What can be wrong with tools and messages.
+//! Errors in tools and messages.
 
 use thiserror::Error;
 
-/// Tools or messages that a model cannot be given.
+/// Tools or messages that cannot be given to a model.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum DialectError {
     /// A field has a value that it cannot have.
     #[error("`{field}` must be {expected}, but is {found}")]
     BadField {
-        /// Where it is, such as `messages[2].content`.
+        /// Its place, such as `messages[2].content`.
         field: String,
         /// What it must be.
         expected: &'static str,
-        /// What it is, shortened.
+        /// Its value, shortened.
         found: String,
     },
     /// Two tools have the same name.
@@ -21,12 +21,12 @@ pub enum DialectError {
         /// Their name.
         name: String,
     },
-    /// A kind of content or tool that is not for this program: images, searches of the web.
+    /// A kind of content or tool that this program does not support: images, web searches.
     #[error(
         "`{field}` is of the type {kind:?}, which this server cannot give to a model: send text and functions only"
     )]
     Unsupported {
-        /// Where it is.
+        /// Its place.
         field: String,
         /// Its type, such as `image_url`.
         kind: String,
@@ -34,7 +34,7 @@ pub enum DialectError {
     /// A tool result that belongs to no call.
     #[error("`{field}` is {id:?}, but no tool call before this message has that id")]
     UnknownCall {
-        /// Where it is.
+        /// Its place.
         field: String,
         /// The id.
         id: String,
@@ -42,11 +42,11 @@ pub enum DialectError {
     /// A conversation that the format of this family cannot express.
     #[error("`{field}` cannot be given to a model of the family {family}: {reason}")]
     Inexpressible {
-        /// Where it is.
+        /// Its place.
         field: String,
         /// The family.
         family: &'static str,
-        /// Why not, and what can be done.
+        /// The reason, and what can be done.
         reason: &'static str,
     },
 }
@@ -58,7 +58,7 @@ impl DialectError {
     }
 }
 
-/// At most 80 characters of a text that came from outside.
+/// At most 80 characters of a text that came from a client.
 pub(crate) fn clip(text: &str) -> String {
     const MOST: usize = 80;
     match text.char_indices().nth(MOST) {

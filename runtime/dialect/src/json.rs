@@ -1,6 +1,6 @@
-//! Where JSON values end, without changing a byte of them.
+//! Finds where JSON values end, without changing a byte of them.
 
-/// Where a value is that is being read.
+/// Position inside a value that is being read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Place {
     /// Before its first character.
@@ -8,7 +8,7 @@ enum Place {
     Before,
     /// Between brackets.
     Open,
-    /// In a string, at a depth of brackets.
+    /// In a string, with or without brackets around it.
     String,
     /// In a string, after a backslash.
     Escape,
@@ -18,8 +18,8 @@ enum Place {
     After,
 }
 
-/// Follows one JSON value character by character. It knows strings and brackets and nothing else, so it also finds its way through
-/// most of what is almost JSON.
+/// Follows one JSON value character by character. It knows only strings and brackets, so it can also follow most text that is
+/// almost JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Value {
     place: Place,
@@ -27,8 +27,8 @@ pub(crate) struct Value {
 }
 
 impl Value {
-    /// Goes on by a character. Whether this belongs to the value: not so for the character behind a number, and for white space
-    /// before the value.
+    /// Moves on by a character. Returns whether the character belongs to the value: the character after a number does not, and
+    /// neither does white space before the value.
     pub(crate) fn step(&mut self, c: char) -> bool {
         match (self.place, c) {
             (Place::After, _) => return false,
@@ -73,7 +73,7 @@ impl Value {
         matches!(self.place, Place::String | Place::Escape)
     }
 
-    /// Whether the value as a whole is a string, which has begun and not ended.
+    /// Whether the value as a whole is a string that has begun but not ended.
     pub(crate) fn is_string_only(&self) -> bool {
         self.depth == 0 && self.in_string()
     }
@@ -91,7 +91,7 @@ pub(crate) fn value_length(text: &str) -> Option<usize> {
     None
 }
 
-/// The text as the inside of a JSON string.
+/// The text, as it is written inside a JSON string.
 pub(crate) fn escaped(text: &str) -> String {
     let quoted = serde_json::Value::from(text).to_string();
     quoted[1..quoted.len() - 1].to_owned()

@@ -1,18 +1,18 @@
 //! Dialects: how families of models write thinking and tool calls.
 //!
-//! Models agree on nothing here: Qwen writes calls as JSON in `<tool_call>`, GLM as `<arg_key>` and `<arg_value>`, DeepSeek with control
-//! tokens or in a markup of its own, gpt-oss as messages to recipients. A [`Dialect`] knows how one family does it:
+//! Models agree on nothing here: Qwen writes calls as JSON in `<tool_call>`, GLM as `<arg_key>` and `<arg_value>`, DeepSeek with
+//! control tokens or in its own markup, gpt-oss as messages to recipients. A [`Dialect`] knows the format of one family:
 //!
 //! * [`Dialect::detect`] finds the family from the model's own files,
-//! * [`Dialect::messages`] and [`Dialect::template_options`] give a chat template what it wants,
-//! * [`Dialect::parser`] takes an answer apart while it comes: thinking, text, calls and their arguments,
-//! * [`Dialect::tool_grammar`] lets the model answer with the calls that a request asks for,
-//! * [`Dialect::own_template`] is a template for checkpoints that come without one.
+//! * [`Dialect::messages`] and [`Dialect::template_options`] give a chat template the input that it takes,
+//! * [`Dialect::parser`] takes an answer apart while it arrives: thinking, text, calls and their arguments,
+//! * [`Dialect::tool_grammar`] restricts the model to the calls that a request asks for,
+//! * [`Dialect::own_template`] is a template for checkpoints that have none.
 //!
 //! # Whose text is parsed
 //!
-//! Only what the model itself wrote in this answer. Prompts are never searched for calls; of a prompt, no more counts
-//! than whether it ends with the marker that opens thinking, which is the template's.
+//! Only text that the model itself wrote in this answer is parsed. Prompts are never searched for calls. Only one thing in a prompt
+//! counts: whether it ends with the marker that opens thinking, which the template writes.
 //!
 //! # Families
 //!
@@ -32,17 +32,18 @@
 //!
 //! # Why not one of the parser crates
 //!
-//! Looked at in November 2026: `tool-parser` 1.10 and `reasoning-parser` 1.10 (smg), `openai-harmony` 0.0.8, `dynamo-parsers` 11.0.
+//! These were examined in November 2026: `tool-parser` 1.10 and `reasoning-parser` 1.10 (smg), `openai-harmony` 0.0.8,
+//! `dynamo-parsers` 11.0.
 //!
-//! * `tool-parser` reads arguments with `serde_json` and writes them anew, so clients get bytes that the model did not write: escapes,
-//!   white space and numbers such as `1.0e2` change, and a session that is rendered again does not match the tokens that
-//!   it was sampled as. It gives no arguments of calls in tags before their end, and brings 135 crates (a parser of Python and the types of
-//!   an HTTP API among them).
-//! * `openai-harmony` needs 219 crates, with an HTTP client and decoders of images, and fetches its vocabulary from the network.
-//!   It works on tokens of one vocabulary.
+//! * `tool-parser` reads arguments with `serde_json` and writes them again, so clients get bytes that the model did not write:
+//!   escapes, white space and numbers such as `1.0e2` change, and a session that is rendered again does not match the tokens that
+//!   were sampled. It gives the arguments of calls in tags only at their end, and needs 135 crates (among them a parser of Python
+//!   and the types of an HTTP API).
+//! * `openai-harmony` needs 219 crates, including an HTTP client and decoders of images, and fetches its vocabulary from the
+//!   network. It works on the tokens of one vocabulary.
 //! * `dynamo-parsers` builds on `openai-harmony` (273 crates).
 //!
-//! What is here needs none, does not depend on how text is cut into pieces, and hands arguments on byte for byte.
+//! This crate needs none of them, does not depend on how text is cut into pieces, and passes arguments on byte for byte.
 
 mod dialect;
 mod error;

@@ -1,4 +1,4 @@
-//! Messages as templates want them.
+//! Messages in the form that templates take.
 
 use std::collections::HashMap;
 
@@ -10,10 +10,10 @@ use crate::parser::letters;
 use crate::probe::probe;
 use crate::syntax::{Calls, Ids, Syntax};
 
-/// What a template can do with messages.
+/// The abilities of a template.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Wants {
-    /// Whether it prints the arguments of calls as they are. Otherwise it goes through them.
+    /// Whether it prints the arguments of calls as they are. Otherwise it iterates over them.
     pub(crate) text_arguments: bool,
     /// Whether it takes a system message only at the beginning.
     pub(crate) one_system: bool,
@@ -21,7 +21,7 @@ pub(crate) struct Wants {
     pub(crate) no_system: bool,
     /// Whether it knows the role `developer`.
     pub(crate) developer: bool,
-    /// Whether it insists on users and the model taking turns.
+    /// Whether it requires that users and the model take turns.
     pub(crate) turns: bool,
     /// Whether it takes only one call per message.
     pub(crate) one_call: bool,
@@ -29,14 +29,14 @@ pub(crate) struct Wants {
     pub(crate) calls_without_text: bool,
     /// Whether such a text cannot be a message of its own either.
     pub(crate) text_moves: bool,
-    /// Whether a message with calls must have `null` for a text.
+    /// Whether the text of a message with calls must be `null`.
     pub(crate) null_text: bool,
-    /// Whether it wants results in the message of their calls.
+    /// Whether it takes results in the message of their calls.
     pub(crate) results_inside: bool,
 }
 
 impl Wants {
-    /// What the template of a family wants. Without one, what this crate's own wants.
+    /// The abilities of a family's template. Without one, those of this crate's own template.
     pub(crate) fn of(syntax: &Syntax, template: Option<&str>) -> Self {
         let harmony = matches!(syntax.calls, Calls::Harmony);
         let own = Self { text_arguments: harmony, one_system: harmony, one_call: harmony, ..Self::default() };
@@ -49,7 +49,7 @@ impl Wants {
     }
 }
 
-/// Checks messages and gives them the form that is wanted.
+/// Checks messages and gives them the form that the template takes.
 pub(crate) fn convert(
     syntax: &'static Syntax,
     wants: Wants,
@@ -124,7 +124,7 @@ fn read(field: &str, mut given: Map<String, Value>, wants: Wants) -> Result<Map<
     Ok(message)
 }
 
-/// What only answers of the model have.
+/// Reads the fields that only answers of the model have.
 fn read_answer(
     field: &str,
     given: &mut Map<String, Value>,
@@ -189,7 +189,7 @@ fn read_call(field: &str, call: Value, wants: Wants) -> Result<Value, DialectErr
     Ok(json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}))
 }
 
-/// Arguments as an object. What is none is kept as the text that it is.
+/// Arguments as an object. Anything else is kept as text.
 fn object(arguments: String) -> Value {
     match serde_json::from_str(&arguments) {
         Ok(object @ Value::Object(_)) => object,
@@ -198,7 +198,7 @@ fn object(arguments: String) -> Value {
     }
 }
 
-/// The text of a content, which may be in parts.
+/// The text of a message's content, which may be in parts.
 fn content(field: &str, content: Value) -> Result<Option<String>, DialectError> {
     let parts = match content {
         Value::Null => return Ok(None),
@@ -221,7 +221,7 @@ fn content(field: &str, content: Value) -> Result<Option<String>, DialectError> 
     Ok(Some(texts.join("\n")))
 }
 
-/// Gives calls ids as the family writes them.
+/// Gives calls ids in the form that the family writes.
 fn rename_calls(ids: Ids, messages: &mut [Map<String, Value>]) {
     if ids == Ids::Long {
         return;
@@ -247,7 +247,8 @@ fn rename_calls(ids: Ids, messages: &mut [Map<String, Value>]) {
     }
 }
 
-/// Results in the order of their calls, since many templates tell them apart by that alone. Results of unknown calls come last.
+/// Sorts results in the order of their calls, because many templates distinguish them only by that. Results of unknown calls come
+/// last.
 fn sort_results(messages: &mut [Map<String, Value>]) {
     let mut order: Vec<Value> = Vec::new();
     for group in messages.chunk_by_mut(|a, b| role(a) == "tool" && role(b) == "tool") {
@@ -263,7 +264,7 @@ fn sort_results(messages: &mut [Map<String, Value>]) {
     }
 }
 
-/// `functions.name:0`, counted over the conversation, unless the id is such a one.
+/// The id itself if it has the form `functions.name:0`, otherwise a new one of this form, counted over the conversation.
 fn own_id(old: &str, name: &str, count: usize) -> String {
     let number = old.strip_prefix("functions.").and_then(|rest| rest.strip_prefix(name)?.strip_prefix(':'));
     match number.is_some_and(|number| !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())) {
@@ -272,7 +273,7 @@ fn own_id(old: &str, name: &str, count: usize) -> String {
     }
 }
 
-/// Nine letters and digits that follow from the old id, or, without one, from the number of the call.
+/// Nine letters and digits, derived from the old id, or, without one, from the number of the call.
 fn nine(old: &str, count: usize) -> String {
     if old.len() == 9 && old.bytes().all(|b| b.is_ascii_alphanumeric()) {
         return old.to_owned();
@@ -287,7 +288,7 @@ fn role(message: &Map<String, Value>) -> &str {
     message.get("role").and_then(Value::as_str).unwrap_or_default()
 }
 
-/// All system messages in one, at the beginning. Of messages of two roles, the first one's counts.
+/// Merges all system messages into one, at the beginning. If there are two roles, that of the first message is used.
 fn merge_system(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
     let is_system = |message: &Map<String, Value>| matches!(role(message), "system" | "developer");
     let (system, mut others): (Vec<_>, Vec<_>) = messages.into_iter().partition(is_system);
@@ -297,7 +298,7 @@ fn merge_system(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
     others
 }
 
-/// The system message as the beginning of the first message of a user, or as one if there is none.
+/// Makes the system message the beginning of the first message of a user, or a message of a user if there is none.
 fn fold_system(mut messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
     if messages.first().is_none_or(|first| role(first) != "system") {
         return messages;
@@ -311,8 +312,8 @@ fn fold_system(mut messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>>
     messages
 }
 
-/// The text of messages with calls to the beginning of the model's next text in the same turn. While there is none, the template
-/// leaves it out.
+/// Moves the text of messages with calls to the beginning of the model's next text in the same turn. Until there is one, the
+/// template leaves it out.
 fn move_text(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
     let mut moved: Vec<Map<String, Value>> = Vec::new();
     let mut waiting: Vec<Map<String, Value>> = Vec::new();
@@ -334,7 +335,7 @@ fn move_text(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
     moved
 }
 
-/// Messages of a user in a row as one.
+/// Merges consecutive messages of a user.
 fn merge_turns(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
     let mut merged: Vec<Map<String, Value>> = Vec::new();
     for message in messages {
@@ -354,7 +355,7 @@ fn join(mut first: Map<String, Value>, second: Map<String, Value>) -> Map<String
     first
 }
 
-/// The text of a message with calls as a message of its own, before it.
+/// Makes the text of a message with calls a message of its own, before it.
 fn split_text(mut message: Map<String, Value>, wants: Wants) -> Vec<Map<String, Value>> {
     let has_text = message.get("content").and_then(Value::as_str).is_some_and(|text| !text.trim().is_empty());
     if !wants.calls_without_text || !has_text || !message.contains_key("tool_calls") {
@@ -368,7 +369,7 @@ fn split_text(mut message: Map<String, Value>, wants: Wants) -> Vec<Map<String, 
     vec![before, message]
 }
 
-/// Results into the message of their calls, and behind them the answer that follows: the model goes on in the same turn.
+/// Moves results into the message of their calls, followed by the answer after them: the model continues in the same turn.
 fn move_results(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
     let is_open = |message: &Map<String, Value>| {
         message.contains_key("tool_responses")
@@ -401,11 +402,11 @@ fn move_results(messages: Vec<Map<String, Value>>) -> Vec<Map<String, Value>> {
     moved
 }
 
-/// Each call as a message of its own, followed by its result.
+/// Makes each call a message of its own, followed by its result.
 fn split_calls(messages: Vec<Map<String, Value>>) -> Result<Vec<Map<String, Value>>, DialectError> {
     let mut split: Vec<Map<String, Value>> = Vec::new();
     let mut results = Vec::new();
-    // From the end, so that results are at hand when their calls come.
+    // From the end, so that results are known before their calls are reached.
     for (i, mut message) in messages.into_iter().enumerate().rev() {
         if role(&message) == "tool" {
             results.push((i, message));

@@ -1,7 +1,8 @@
-//! What a chat template can do with messages, found out by rendering some.
+//! The abilities of a chat template with messages, found out by rendering some.
 //!
-//! Templates say nowhere whether they take arguments as text or as objects, one call or several, or print a text beside calls; they fail,
-//! or leave parts out. So each question is a conversation, and the answer is whether all that is in it comes out.
+//! Templates do not state whether they take arguments as text or as objects, whether they take one call or several, or whether they
+//! print a text beside calls; they fail, or leave parts out. So each question is a conversation, and the answer is whether all of
+//! its parts are rendered.
 
 use std::time::{Duration, Instant};
 
@@ -10,10 +11,10 @@ use sluice_text::{ChatTemplate, Message, RenderOptions, SpecialTokens};
 
 use crate::messages::Wants;
 
-/// A template that takes longer for all questions together is not asked any more.
+/// If a template takes longer than this for all questions together, no more questions are asked.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Arguments with two spaces in a row, which only survive where text stays text.
+/// Arguments with two consecutive spaces, which survive only if text stays text.
 const RAW: &str = r#"{"first-key":  "first-value"}"#;
 
 struct Probe {
@@ -21,7 +22,7 @@ struct Probe {
     started: Instant,
 }
 
-/// Asks a template. `None` if it renders not even one message of a user.
+/// Examines a template. `None` if it cannot render even one message of a user.
 pub(crate) fn probe(source: &str) -> Option<Wants> {
     let tokens = SpecialTokens { bos: Some("<s>".into()), eos: Some("</s>".into()), ..SpecialTokens::default() };
     let probe = Probe { template: ChatTemplate::new(source, tokens).ok()?, started: Instant::now() };
@@ -45,7 +46,7 @@ pub(crate) fn probe(source: &str) -> Option<Wants> {
     let knows_calls = empty || null;
     let two = calls(none.clone(), &[first.clone(), second]);
     let one_call = knows_calls && !probe.shows(json!([user("q"), two]), &["first-value", "second-value"]);
-    // Some take a text only without thinking, or only until the answer.
+    // Some templates print a text only without thinking, or only until the answer.
     let mut both = call("a-remark".into());
     both["reasoning_content"] = "r".into();
     let both = json!([user("q"), both, result, said("an-answer"), user("q2")]);
@@ -81,7 +82,7 @@ fn calls(text: Value, arguments: &[Value]) -> Value {
 }
 
 impl Probe {
-    /// Whether a conversation can be rendered, and all of these words come out.
+    /// Whether a conversation can be rendered, and all of these words appear.
     fn shows(&self, conversation: Value, words: &[&str]) -> bool {
         if self.started.elapsed() > PATIENCE {
             return false;

@@ -1,4 +1,4 @@
-//! What the families write, as data.
+//! The formats of the families, as data.
 
 /// A pair of markers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -7,18 +7,18 @@ pub(crate) struct Marks {
     pub(crate) close: &'static str,
 }
 
-/// How a family writes thinking and calls.
+/// How a family marks thinking and calls.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Syntax {
     pub(crate) name: &'static str,
-    /// Around thinking.
+    /// Markers around thinking.
     pub(crate) think: Marks,
-    /// Around the text of an answer.
+    /// Markers around the text of an answer.
     pub(crate) answer: Option<Marks>,
-    /// Around all calls of an answer.
+    /// Markers around all calls of an answer.
     pub(crate) section: Option<Marks>,
     pub(crate) calls: Calls,
-    /// Whether a call also ends thinking: where nothing but a control token begins one.
+    /// Whether a call also ends thinking: only if a control token begins calls.
     pub(crate) calls_end_thinking: bool,
     pub(crate) ids: Ids,
 }
@@ -58,17 +58,17 @@ impl Calls {
 /// Calls that are objects in JSON.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Objects {
-    /// Before an object or a list of them.
+    /// Marker before an object or a list of objects.
     pub(crate) open: &'static str,
-    /// Behind it.
+    /// Marker after it.
     pub(crate) close: Option<&'static str>,
-    /// Whether the family's template writes a list, rather than a call for each object.
+    /// Whether the family's template writes a list, rather than a separate call for each object.
     pub(crate) list: bool,
-    /// Whether an answer that begins with an object is a call as well.
+    /// Whether an answer that begins with an object is also a call.
     pub(crate) bare: bool,
 }
 
-/// Calls of a name and arguments.
+/// Calls that consist of a name and arguments.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Named {
     pub(crate) open: &'static str,
@@ -77,11 +77,11 @@ pub(crate) struct Named {
     pub(crate) close: Option<&'static str>,
 }
 
-/// Calls of a name and fields.
+/// Calls that consist of a name and fields.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Fields {
     pub(crate) open: &'static str,
-    /// Before the name, which ends where the fields begin.
+    /// Marker before the name, which ends where the fields begin.
     pub(crate) name: &'static str,
     pub(crate) close: &'static str,
 }
@@ -89,34 +89,34 @@ pub(crate) struct Fields {
 /// Calls with a tag for each parameter.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Tagged {
-    /// Before the call.
+    /// Marker before the call.
     pub(crate) open: &'static str,
-    /// Before the name, which follows at once.
+    /// Marker directly before the name.
     pub(crate) name: &'static str,
-    /// What ends the name, and whether that belongs to the call rather than to the name.
+    /// Texts that end the name, and whether they belong to the call rather than to the name.
     pub(crate) name_ends: &'static [(&'static str, bool)],
     pub(crate) parameter: Parameter,
-    /// What ends the call.
+    /// Marker that ends the call.
     pub(crate) close: &'static str,
-    /// What may follow, and means nothing.
+    /// Text that may follow, without any meaning.
     pub(crate) trailer: Option<&'static str>,
-    /// Whether a call may begin outside of a section, or with its name's marker.
+    /// Whether a call may begin outside of a section, or with the marker of its name.
     pub(crate) bare: bool,
 }
 
 /// The tags of a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Parameter {
-    /// The name between `open` and `middle`, after it perhaps `value`, then the value until `close`. `lines`: a line break on
+    /// The name between `open` and `middle`, possibly followed by `value`, then the value up to `close`. `lines`: a line break on
     /// each side of the value belongs to the markup.
     Plain { open: &'static str, middle: &'static str, value: &'static str, close: &'static str, lines: bool },
-    /// As `Plain`, with an attribute `string="true|false"` before the `>`.
+    /// Like `Plain`, with an attribute `string="true|false"` before the `>`.
     Typed { open: &'static str, close: &'static str },
     /// The name is the tag: `{0}<name>value{0}</name>`, and objects and lists are nested tags.
     Nested(&'static str),
 }
 
-/// Where the ids of calls come from.
+/// The source of ids for calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ids {
     /// `call_` and 24 characters.
@@ -129,7 +129,7 @@ pub(crate) enum Ids {
 
 const THINK: Marks = Marks { open: "<think>", close: "</think>" };
 
-/// Qwen3, Qwen3-Next, and everything that nothing else is known of: the format of the Hermes models.
+/// Qwen3, Qwen3-Next, and every model about which nothing else is known: the format of the Hermes models.
 pub(crate) static HERMES: Syntax = Syntax {
     name: "hermes",
     think: THINK,
@@ -156,7 +156,7 @@ const fn deepseek(name: &'static str) -> Syntax {
     }
 }
 
-/// DeepSeek V3 and R1: arguments in a fence of Markdown.
+/// DeepSeek V3 and R1, with arguments in a fence of Markdown.
 pub(crate) static DEEPSEEK_V3: Syntax = deepseek("deepseek-v3");
 
 /// DeepSeek V3.1.
@@ -374,7 +374,7 @@ pub(crate) static GRANITE: Syntax = Syntax {
     ids: Ids::Long,
 };
 
-/// Llama 3.x: a bare object, or one behind a token.
+/// Llama 3.x: a bare object, or one after a token.
 pub(crate) static LLAMA_3: Syntax = Syntax {
     name: "llama-3",
     think: THINK,
@@ -396,7 +396,7 @@ pub(crate) static LLAMA_4: Syntax = Syntax {
     ids: Ids::Long,
 };
 
-/// Hunyuan-A13B: a list of objects, and marks around the answer as well as around thinking.
+/// Hunyuan-A13B: a list of objects, and markers around both the answer and thinking.
 pub(crate) static HUNYUAN: Syntax = Syntax {
     name: "hunyuan",
     think: THINK,
@@ -443,8 +443,8 @@ macro_rules! hunyuan_3 {
     };
 }
 
-/// Hunyuan 3 as it was previewed.
+/// The preview of Hunyuan 3.
 pub(crate) static HUNYUAN_3_PLAIN: Syntax = hunyuan_3!("hunyuan-3-plain", "");
 
-/// Hunyuan 3 as it was published.
+/// The published Hunyuan 3.
 pub(crate) static HUNYUAN_3: Syntax = hunyuan_3!("hunyuan-3", ":opensource");

@@ -12,7 +12,7 @@ pub const MAX_TOOLS: usize = 1024;
 /// Longest name of a tool, in bytes.
 pub const MAX_NAME_BYTES: usize = 256;
 
-/// How deep schemas are looked into for the types of a parameter.
+/// How deep schemas are searched for the types of a parameter.
 const MAX_SCHEMA_DEPTH: usize = 16;
 
 /// Tools, in the order of the request.
@@ -21,12 +21,12 @@ pub struct Tools {
     tools: Vec<Tool>,
 }
 
-/// A function that the model can ask for.
+/// A function that the model can call.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tool {
-    /// What the model calls it: no white space, quotes or angle brackets.
+    /// Its name, without white space, quotes or angle brackets.
     pub name: String,
-    /// JSON schema of its arguments; an object without properties where the request has none.
+    /// JSON schema of its arguments; if the request has none, an object without properties.
     pub parameters: Value,
     /// Whether arguments must follow the schema.
     pub strict: bool,
@@ -47,11 +47,11 @@ pub enum ToolChoice {
 }
 
 impl Tools {
-    /// Reads `tools` of OpenAI's chat completions: a list of `{"type": "function", "function": {"name", "parameters", …}}`. The flat
-    /// form of the Responses API (`{"type": "function", "name", "parameters"}`) is read as well, and `null` is no tools.
+    /// Reads `tools` of OpenAI's chat completions: a list of `{"type": "function", "function": {"name", "parameters", …}}`. It also
+    /// reads the flat form of the Responses API (`{"type": "function", "name", "parameters"}`); `null` means no tools.
     ///
     /// # Errors
-    /// When it is something else, names repeat, or a name could not be told from markup.
+    /// If it has another form, names repeat, or a name could be mistaken for markup.
     pub fn from_openai(tools: &Value) -> Result<Self, DialectError> {
         let list = match tools {
             Value::Null => return Ok(Self::default()),
@@ -67,23 +67,23 @@ impl Tools {
         }
     }
 
-    /// Whether there are none. Then nothing in an answer is a call.
+    /// Whether there are none. Then an answer contains no calls.
     pub fn is_empty(&self) -> bool {
         self.tools.is_empty()
     }
 
-    /// All of them.
+    /// All tools.
     pub fn iter(&self) -> impl Iterator<Item = &Tool> {
         self.tools.iter()
     }
 
-    /// Those that a request restricts itself to.
+    /// Only the tools to which a request restricts itself.
     #[must_use]
     pub fn only(&self, allows: impl Fn(&str) -> bool) -> Self {
         Self { tools: self.iter().filter(|tool| allows(&tool.name)).cloned().collect() }
     }
 
-    /// The one with this name.
+    /// The tool with this name.
     pub fn get(&self, name: &str) -> Option<&Tool> {
         self.tools.iter().find(|tool| tool.name == name)
     }
@@ -134,12 +134,12 @@ impl Tool {
     }
 }
 
-/// Characters that no family could mistake for markup.
+/// Whether no family could mistake the character for markup.
 fn is_plain(c: char) -> bool {
     !c.is_whitespace() && !c.is_control() && !matches!(c, '<' | '>' | '"' | '\'' | '{' | '}' | '[' | ']' | '(' | ')')
 }
 
-/// JSON types that a schema admits.
+/// JSON types that a schema allows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Types {
     pub(crate) string: bool,
@@ -158,10 +158,10 @@ impl Types {
         self == Self { string: true, ..Self::default() }
     }
 
-    /// The value that a model means by a parameter's text. Python's spellings of constants count, since models write them.
+    /// The value of a parameter's text. Python's spellings of constants count, because models write them.
     ///
-    /// Text that is JSON of a type that the schema admits is that JSON, byte for byte. Otherwise it is a string, where strings are
-    /// admitted or the text is not JSON at all.
+    /// If the text is JSON of a type that the schema allows, the value is that JSON, byte for byte. Otherwise it is a string, if
+    /// strings are allowed or the text is not JSON at all.
     pub(crate) fn json(self, text: &str) -> String {
         let trimmed = text.trim();
         let constant = match trimmed {
@@ -211,7 +211,7 @@ impl Types {
     }
 }
 
-/// A schema, for references into it.
+/// A schema, to resolve references into it.
 struct Schema<'a> {
     root: &'a Value,
 }

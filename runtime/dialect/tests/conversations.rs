@@ -1,4 +1,4 @@
-//! Conversations through templates and back: the assistant's part of a rendered conversation parses to the calls in it.
+//! Conversations through templates and back: parsing the assistant's part of a rendered conversation gives its calls.
 //!
 //! The templates mimic those of the families (see tests/fixtures/chat/README.md); the last three are this crate's own.
 
@@ -12,7 +12,7 @@ macro_rules! template {
     };
 }
 
-/// A family's name, what config.json calls it, a template, and what ends an answer.
+/// A family's name, its name in config.json, a template, and the markers that end an answer.
 const FAMILIES: [(&str, &str, Option<&str>, &[&str]); 16] = [
     ("hermes", "qwen3_moe", Some(template!("qwen3")), &["<|im_end|>"]),
     ("qwen-xml", "qwen3_moe", Some(template!("qwen3_coder")), &["<|im_end|>"]),
@@ -82,7 +82,7 @@ fn rendered_calls_are_parsed() {
         };
         let prompt = render(asked, true);
         let whole = render(Value::Array(answered), false);
-        // This template opens thinking only behind the last question.
+        // This template opens thinking only after the last question.
         let prompt = if whole.starts_with(&prompt) { prompt } else { prompt.replace("<think>", "</think>") };
         let answer = whole.strip_prefix(&prompt).unwrap_or_else(|| panic!("{name}\n{prompt}\n{whole}"));
         let answer = ends.iter().fold(answer, |answer, end| answer.split(end).next().unwrap());
@@ -130,7 +130,7 @@ fn messages_are_as_the_template_wants_them() {
         {"role": "tool", "content": "d", "tool_call_id": "x"},
         {"role": "assistant", "content": "e"},
     ]);
-    // This template prints arguments that are text as they are.
+    // This template prints arguments as they are if they are text.
     assert_eq!(fields(dialect.messages(messages(given)).unwrap()), want);
 
     let dialect = Dialect::detect(None, Some(template!("glm")), &none);
@@ -140,7 +140,7 @@ fn messages_are_as_the_template_wants_them() {
     assert_eq!(got[0]["tool_calls"][1]["function"]["arguments"], json!({}));
 }
 
-/// Gemma 4 goes on behind the results in the same turn.
+/// Gemma 4 continues after the results in the same turn.
 #[test]
 fn results_stand_with_their_calls_where_templates_want_them() {
     let source = template!("gemma4");
@@ -212,7 +212,7 @@ fn templates_that_take_less_get_no_less() {
     ]);
     let got = fields(dialect.messages(messages(twice)).unwrap());
     assert_eq!(got[0], json!({"role": "user", "content": "a\n\nb"}));
-    // Here, a text beside calls can stand nowhere else.
+    // This template has no other place for a text beside calls.
     assert_eq!(got[3], json!({"role": "assistant", "content": "c\n\nd"}));
     let id = got[1]["tool_calls"][0]["id"].as_str().unwrap();
     assert_eq!((id.len(), got[2]["tool_call_id"].as_str()), (9, Some(id)));
@@ -286,7 +286,7 @@ fn wishes_become_variables_of_the_template() {
     assert_eq!(Value::Object(v4.template_options(None, Some("max"))), want);
 }
 
-/// A form begins where the text of an answer does.
+/// A form begins where the text of an answer begins.
 #[test]
 fn answers_begin_behind_their_marker() {
     let hunyuan = Dialect::detect(Some("hunyuan_v1_moe"), Some(template!("hunyuan")), &none);

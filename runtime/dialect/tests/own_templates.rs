@@ -1,4 +1,4 @@
-//! This crate's own templates against what the published encoders write, and against users who write markers.
+//! Compares this crate's own templates with the published encoders, and tests them against users who write markers.
 
 use serde_json::{Map, Value, json};
 use sluice_dialect::Dialect;
@@ -9,7 +9,7 @@ const FIXTURE: &str = include_str!("../fixtures/prompts.json");
 /// 2026-03-07, as in the fixture.
 const NOW: i64 = 1_772_841_600;
 
-/// A family, what config.json calls it, and whether it has a token that begins every text.
+/// A family, its name in config.json, and whether it has a token that begins every text.
 const FAMILIES: [(&str, &str); 3] =
     [("deepseek-v3.2", "deepseek_v32"), ("deepseek-v4", "deepseek_v4"), ("harmony", "gpt_oss")];
 
@@ -75,7 +75,7 @@ fn tokenizer(markers: &[&str]) -> Tokenizer {
     Tokenizer::from_json(json.to_string().as_bytes()).unwrap()
 }
 
-/// What users, tools and old answers say contains every marker; the prompt has as many control tokens as with harmless words.
+/// Users, tools and old answers write every marker; the prompt has as many control tokens as with harmless words.
 #[test]
 fn users_cannot_forge_markers() {
     let deepseek: &[&str] = &[

@@ -1,4 +1,4 @@
-//! Calls of all families but gpt-oss.
+//! Grammars of calls, for all families except gpt-oss.
 
 use serde_json::{Map, Value};
 
@@ -6,29 +6,29 @@ use super::write::{Writer, schema};
 use crate::syntax::{Calls, Fields, Named, Objects, Parameter, QUOTE, Tagged};
 use crate::tools::Tool;
 
-/// A way to begin calls.
+/// One way in which calls can begin.
 pub(super) struct Entry {
     /// The marker that begins them.
     pub(super) marker: String,
-    /// All that follows it, as part of a rule.
+    /// Everything that follows it, as part of a rule.
     pub(super) behind: String,
 }
 
-/// What stands around calls.
+/// The text around calls.
 struct Frame {
-    /// Before the first call, between two, and behind the last.
+    /// Before the first call, between two calls, and after the last.
     open: String,
     between: String,
     close: String,
 }
 
-/// The ways to begin calls, the usual one first.
+/// The ways in which calls can begin, the usual one first.
 pub(super) fn entries(writer: &mut Writer<'_>, tools: &[&Tool], parallel: bool) -> Vec<Entry> {
     let alternatives: Vec<String> = tools.iter().enumerate().map(|(i, tool)| call(writer, i, tool)).collect();
     writer.rule("call", &alternatives.join(" | "));
     let syntax = writer.syntax;
     let own = frame(&syntax.calls, syntax.name);
-    // Calls that begin without one.
+    // Calls that begin without a marker.
     let bare = matches!(syntax.calls, Calls::Objects(Objects { bare: true, .. }) | Calls::Python);
     let marker = if bare { "" } else { syntax.calls.open() };
     let (section, lines) = match (syntax.section, &syntax.calls) {
@@ -87,7 +87,7 @@ fn frame(calls: &Calls, name: &str) -> Frame {
             let trailer = trailer.map_or(String::new(), |trailer| format!("\n{trailer}"));
             frame(&format!("{open}{line}{name}"), &format!("{close}{trailer}"), "\n")
         }
-        // A call's end is part of its arguments.
+        // The end of a call is part of its arguments.
         Calls::Fields(Fields { open, name, .. }) => frame(&format!("{open}{name}"), "", ""),
         Calls::Harmony => frame("", "", ""),
     }
@@ -102,7 +102,7 @@ fn call(writer: &mut Writer<'_>, i: usize, tool: &Tool) -> String {
         Calls::Fields(Fields { close, .. }) => {
             let (begun, quote) = (writer.literal(&format!("{name}{{")), writer.literal(QUOTE));
             let last = writer.until(&format!("arguments_{i}"), &format!("}}{close}"));
-            // No text contains a special token.
+            // Text never contains a special token.
             if !quote.starts_with("<[") {
                 return format!("{begun} {last}");
             }
@@ -135,7 +135,7 @@ fn tagged(writer: &mut Writer<'_>, syntax: &Tagged, i: usize, tool: &Tool) -> St
         ("glm-4.7", _) | (_, Parameter::Nested(_)) => "",
         _ => "\n",
     };
-    // A name that a line break ends has its line break here.
+    // If a line break ends a name, this name has its line break here.
     let ends = syntax.name_ends.first().map_or("", |(end, _)| end).trim_end();
     let name = writer.literal(&format!("{}{ends}{line}", tool.name));
     let properties = tool.parameters.get("properties").and_then(Value::as_object);
@@ -159,7 +159,7 @@ fn tagged(writer: &mut Writer<'_>, syntax: &Tagged, i: usize, tool: &Tool) -> St
     format!("{name} {parameters}")
 }
 
-/// What a parameter may be.
+/// The values that a parameter can have.
 enum Allowed {
     Text,
     Choices(Vec<String>),
@@ -210,14 +210,14 @@ fn any_parameter(writer: &mut Writer<'_>, syntax: Parameter, i: usize, line: &st
             let is = |what: bool| writer.literal(&format!("\" string=\"{what}\">"));
             (open.to_owned(), format!("( {} | {} )", is(true), is(false)), close.to_owned())
         }
-        // The name would have to come again: an empty object is what this family's grammar can promise.
+        // The closing tag would have to repeat the name, so this family's grammar can guarantee only an empty object.
         Parameter::Nested(_) => return "\"\"".to_owned(),
     };
     let value = writer.until(&format!("value_{i}"), &close);
     format!("{} {KEY} {middle} {value} {}", writer.literal(&open), writer.literal(line))
 }
 
-/// The strings that a value may be, if its schema lists them.
+/// The possible strings of a value, if its schema lists them.
 fn choices(property: &Value) -> Option<Vec<String>> {
     let values = match (property.get("enum"), property.get("const")) {
         (Some(Value::Array(values)), _) => values.clone(),
@@ -232,7 +232,7 @@ fn choices(property: &Value) -> Option<Vec<String>> {
     values.into_iter().map(text).collect()
 }
 
-/// A property's schema with the definitions that it may refer to.
+/// A property's schema with the definitions to which it may refer.
 fn within(root: &Value, property: &Value) -> Value {
     let mut schema = property.clone();
     if let Some(fields) = schema.as_object_mut() {

@@ -1,4 +1,4 @@
-//! Calls of gpt-oss.
+//! Grammars of calls of gpt-oss.
 
 use super::write::{Writer, schema};
 use crate::tools::Tool;
@@ -7,8 +7,8 @@ use crate::tools::Tool;
 pub(super) const MARKERS: [&str; 6] =
     ["<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>", "<|call|>"];
 
-/// The whole answer: thinking, then a call, or text where that is allowed. The token that ends a call ends the answer, and
-/// is not part of the grammar.
+/// The whole answer: thinking, then a call, or text if that is allowed. The token that ends a call ends the answer, and is not part
+/// of the grammar.
 pub(super) fn start(writer: &mut Writer<'_>, tools: &[&Tool], may_speak: bool) -> String {
     let next = writer.literal("<|start|>assistant");
     let thought = writer.until("thought", "<|end|>");

@@ -1,13 +1,12 @@
-//! Grammars that let a model call only what it may.
+//! Grammars that let a model make only allowed calls.
 //!
-//! They are in llguidance's dialect of Lark (<https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>). Its lexer takes the
-//! longest lexeme and never goes back, except for rules marked `lazy`, which end at their first match: text up to a marker
-//! is such a rule. To it, special tokens are not text; they are written as ids (`<[17]>`), and text before them ends with them.
+//! They are in llguidance's dialect of Lark (<https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>). Its lexer takes
+//! the longest lexeme and never backtracks, except for rules marked `lazy`, which end at their first match; text up to a marker is
+//! such a rule. Special tokens are not text for the lexer: they are written as ids (`<[17]>`), and text before them ends with them.
 //!
-//! A strict tool's arguments follow its schema. Where a family writes them as tags, parameters come in the order of the
-//! schema, values that may be strings are bound by `enum` and `const` only, and MiniMax M3's nested values and all of Gemma 4's arguments
-//! are free.
-//! The arguments of other tools are any object.
+//! A strict tool's arguments follow its schema. If a family writes them as tags, parameters come in the order of the schema, values
+//! that may be strings are constrained only by `enum` and `const`, and MiniMax M3's nested values and all of Gemma 4's arguments
+//! are free. The arguments of other tools are any object.
 
 mod calls;
 mod harmony;
@@ -21,7 +20,7 @@ use write::Writer;
 use crate::syntax::{self, Calls, Fields, Named, Objects, Parameter, Syntax, Tagged};
 use crate::tools::{Tool, ToolChoice, Tools};
 
-/// Tokens that may be special ones and occur in what a family writes.
+/// Tokens of a family's format that may be special tokens.
 pub(crate) fn markers(syntax: &Syntax) -> Vec<&'static str> {
     let mut markers = vec![syntax.think.open, syntax.think.close];
     markers.extend(syntax.section.iter().flat_map(|section| [section.open, section.close]));
@@ -41,7 +40,7 @@ pub(crate) fn markers(syntax: &Syntax) -> Vec<&'static str> {
         Calls::Python => {}
         Calls::Harmony => markers.extend(harmony::MARKERS),
     }
-    // Parts of markers that are tokens of their own.
+    // Parts of markers that are separate tokens.
     markers.extend(["｜DSML｜", syntax::M3, "<tool_call>", "</tool_call>"]);
     markers.retain(|marker| !marker.is_empty());
     markers.sort_unstable();
@@ -79,7 +78,7 @@ pub(crate) fn tool_grammar(
     Some(format!("start: {start}\n{}", writer.finish()))
 }
 
-/// The whole answer: thinking, then calls, or text where that is allowed.
+/// The whole answer: thinking, then calls, or text if that is allowed.
 fn start(writer: &mut Writer<'_>, entries: &[Entry], thinks: bool, may_speak: bool) -> String {
     let syntax = writer.syntax;
     let body = body(writer, entries, may_speak);
@@ -103,16 +102,16 @@ fn start(writer: &mut Writer<'_>, entries: &[Entry], thinks: bool, may_speak: bo
     alternatives.join(" | ")
 }
 
-/// What follows thinking.
+/// The part after thinking.
 fn body(writer: &mut Writer<'_>, entries: &[Entry], may_speak: bool) -> String {
     let bare = matches!(writer.syntax.calls, Calls::Objects(Objects { bare: true, .. }) | Calls::Python);
     if !may_speak || bare {
-        // The first is the form that the family's template writes.
+        // The first one is the form that the family's template writes.
         let entry = &entries[0];
         let call = format!("{} {}", writer.literal(&entry.marker), entry.behind);
         writer.rule("LINES", "/\\n{1,4}/");
         return match may_speak {
-            // Text that could not be taken for a call.
+            // Text that cannot be taken for a call.
             true => {
                 writer.rule("TEXT", "/(\\s*[^\\s{\\[](?s:.*))?/");
                 format!("LINES? {call} | TEXT")

@@ -1,4 +1,4 @@
-//! Grammars, tried with llguidance: what they let pass is what the parser finds.
+//! Grammars, tested with llguidance: the answers that they allow are those that the parser understands.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::parser::{AnswerParser, Piece};
 
-/// Every byte is a token. Behind them come the special tokens and the end.
+/// Every byte is a token. After them come the special tokens and the end token.
 fn environment(special: &[(&'static str, u32)]) -> TokEnv {
     let mut words: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
     for (marker, id) in special {
@@ -28,7 +28,7 @@ fn matcher(grammar: &str, special: &[(&'static str, u32)]) -> Matcher {
     Matcher::new(Ok(parser.unwrap_or_else(|e| panic!("{e}\n{grammar}"))))
 }
 
-/// How many bytes of a text the grammar lets pass, and whether the answer may end there.
+/// How many bytes of a text the grammar allows, and whether the answer may end there.
 fn passes(grammar: &str, special: &[(&'static str, u32)], text: &str) -> (usize, bool) {
     let mut matcher = matcher(grammar, special);
     let mut at = 0;
@@ -64,7 +64,7 @@ fn grammar(syntax: &'static Syntax, special: &[(&'static str, u32)], choice: &To
     tool_grammar(syntax, special, &tools(true), (choice, true), tail).unwrap()
 }
 
-/// A family and an answer with a right call and the same with one that the schema forbids.
+/// A family, an answer with a correct call, and the same with a call that the schema forbids.
 fn samples() -> Vec<(&'static Syntax, String, String)> {
     let right = r#"{"city": "a b", "days": 2}"#;
     let wrong = r#"{"city": "a b", "days": "x"}"#;
@@ -155,7 +155,7 @@ fn all_special(syntax: &Syntax) -> Vec<(&'static str, u32)> {
         .filter(|m| !plain.contains(m) && !m.contains("｜DSML｜") || *m == "｜DSML｜");
     // Longer ones contain this one.
     let tokens = tokens.filter(|marker| !marker.contains(syntax::M3) || *marker == syntax::M3);
-    // Here the first word of thinking belongs to the marker.
+    // In this family, the first word of thinking belongs to the marker.
     let tokens = tokens.filter(|marker| *marker != syntax::GEMMA_4.think.open);
     tokens.zip(256..).collect()
 }

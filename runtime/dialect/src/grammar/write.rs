@@ -1,4 +1,4 @@
-//! Writing Lark.
+//! Writes Lark.
 
 use serde_json::{Value, json};
 
@@ -105,7 +105,7 @@ fn regex(text: &str) -> String {
     escaped
 }
 
-/// The schema of a tool's arguments: its own if it is strict, else any object.
+/// The schema of a tool's arguments: its own if it is strict, otherwise that of any object.
 pub(super) fn schema(tool: &Tool) -> Value {
     match tool.strict {
         true => tool.parameters.clone(),

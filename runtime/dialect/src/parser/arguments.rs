@@ -4,23 +4,23 @@ use super::output::Output;
 use super::scan::begins;
 use crate::json::Value;
 
-/// Arguments while they are read.
+/// Arguments while they are being read.
 #[derive(Debug, Clone)]
 pub(super) struct Arguments {
     value: Value,
-    /// The object that has the arguments in it, up to them; what it has behind them is dropped.
+    /// The object that contains the arguments, up to them; the rest of it is dropped.
     envelope: Option<Value>,
-    /// Markers that end the call, wherever they stand outside of strings. None: the call ends with the arguments.
+    /// Markers that end the call, wherever they occur outside of strings. Without any, the call ends with the arguments.
     ends: Vec<&'static str>,
     /// Arguments that are written as a string with JSON in it.
     quoted: Option<String>,
-    /// White space and fences behind the arguments. They are dropped, unless more follows.
+    /// White space and fences after the arguments. They are dropped, unless more follows.
     behind: String,
 }
 
-/// What became of a character.
+/// The effect of a character.
 enum Taken {
-    /// The call goes on.
+    /// The call continues.
     Goes,
     /// The call ends with it.
     Ends,
@@ -34,7 +34,7 @@ impl Arguments {
         Self { value: Value::default(), envelope: None, ends, quoted: None, behind: String::new() }
     }
 
-    /// Arguments within an object, of which `before` stands before them.
+    /// Arguments within an object; `before` is the part of it before them.
     pub(super) fn within(before: &str, ends: Vec<&'static str>) -> Self {
         let mut envelope = Value::default();
         before.chars().for_each(|c| {
@@ -43,7 +43,7 @@ impl Arguments {
         Self { envelope: Some(envelope), ..Self::until(ends) }
     }
 
-    /// Reads on. Gives how many bytes are used up, and whether the call has ended. A marker that ends it is not used up.
+    /// Reads on. Returns how many bytes were consumed, and whether the call has ended. A marker that ends it is not consumed.
     pub(super) fn read(&mut self, text: &str, end: bool, out: &mut Output) -> (usize, bool) {
         let mut delta = String::new();
         let mut used = text.len();
@@ -67,7 +67,7 @@ impl Arguments {
         (used, over)
     }
 
-    /// The answer ends within the call.
+    /// Handles an answer that ends within the call.
     pub(super) fn finish(&mut self, out: &mut Output) {
         out.arguments(&self.quoted.take().unwrap_or_default());
     }
@@ -109,7 +109,7 @@ impl Arguments {
         }
     }
 
-    /// A character of the arguments themselves.
+    /// Takes a character of the arguments themselves.
     fn belongs(&mut self, c: char, delta: &mut String) {
         if c == '"' && self.envelope.is_some() && self.quoted.is_none() && self.value.is_string_only() {
             self.quoted = Some(String::new());

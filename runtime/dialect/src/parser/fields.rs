@@ -1,4 +1,4 @@
-//! Arguments as Gemma 4 writes them: `{name:value,…}`, where texts stand between tokens that no text contains.
+//! Arguments as Gemma 4 writes them: `{name:value,…}`, where texts stand between tokens that never occur in texts.
 
 use super::output::Output;
 use crate::json::escaped;
@@ -7,7 +7,8 @@ use crate::syntax::QUOTE;
 /// How deep lists and objects may be nested.
 const MAX_DEPTH: usize = 64;
 
-/// The arguments of a call that ends with a marker. They are handed on when it has come: what a text is, only its end tells.
+/// The arguments of a call that ends with a marker. They are passed on once it has arrived, because only its end tells what a text
+/// is.
 #[derive(Debug, Clone)]
 pub(super) struct Fields {
     close: &'static str,
@@ -18,7 +19,7 @@ impl Fields {
         Self { close }
     }
 
-    /// Gives how much of the text has been used, and whether the arguments are over.
+    /// Returns how much of the text was consumed, and whether the arguments are complete.
     pub(super) fn read(&mut self, text: &str, end: bool, out: &mut Output) -> (usize, bool) {
         let length = match text.find(self.close) {
             Some(at) => at,
@@ -26,13 +27,13 @@ impl Fields {
             None => return (0, false),
         };
         let written = text[..length].trim();
-        // What is not well formed is handed on.
+        // Malformed arguments are passed on as they are.
         out.arguments(&json(written).unwrap_or_else(|| written.to_owned()));
         (length, true)
     }
 }
 
-/// The arguments in JSON; `None` if they are not of this form.
+/// The arguments in JSON; `None` if they do not have this form.
 fn json(written: &str) -> Option<String> {
     let mut reader = Reader { rest: written };
     let mut json = String::new();
@@ -54,7 +55,7 @@ impl<'a> Reader<'a> {
         self.rest.chars().next()
     }
 
-    /// Goes on behind `part`, if it is next.
+    /// Moves past `part`, if it is next.
     fn take(&mut self, part: &str) -> bool {
         self.rest = self.rest.trim_start();
         let behind = self.rest.strip_prefix(part);
@@ -62,14 +63,14 @@ impl<'a> Reader<'a> {
         behind.is_some()
     }
 
-    /// The text in front of the first of `ends`, without white space around it.
+    /// The text before the first of `ends`, without white space around it.
     fn word(&mut self, ends: &[char]) -> Option<&'a str> {
         let (word, rest) = self.rest.split_at(self.rest.find(ends)?);
         self.rest = rest;
         Some(word.trim())
     }
 
-    /// The text behind a quote, up to the next.
+    /// The text after a quote, up to the next quote.
     fn text(&mut self) -> Option<&'a str> {
         let (text, rest) = self.rest.split_once(QUOTE)?;
         self.rest = rest;
@@ -98,7 +99,7 @@ impl<'a> Reader<'a> {
         Some(())
     }
 
-    /// What stands between brackets, of which the first has been read: with names if they are braces.
+    /// The contents of brackets, the first of which has been read; braces contain names too.
     fn items(&mut self, json: &mut String, [open, close]: [char; 2], depth: usize) -> Option<()> {
         json.push(open);
         let mut first = true;

@@ -1,7 +1,7 @@
 //! Answers in OpenAI's harmony format: messages with channels and recipients.
 //!
-//! <https://github.com/openai/harmony/blob/main/docs/format.md>: `<|channel|>analysis` is thinking, `final` and what is said to nobody
-//! in particular on `commentary` is text, and a message `to=functions.name` is a call.
+//! <https://github.com/openai/harmony/blob/main/docs/format.md>: `<|channel|>analysis` is thinking; `final`, and `commentary`
+//! without a recipient, are text; and a message `to=functions.name` is a call.
 
 use super::Piece;
 use super::output::Output;
@@ -26,7 +26,7 @@ pub(super) struct Harmony {
     has_tools: bool,
     buffer: String,
     state: State,
-    /// Kinds of the messages so far that had any text.
+    /// Kinds of the messages so far that had text.
     thought: bool,
     spoke: bool,
     out: Output,
@@ -36,7 +36,7 @@ pub(super) struct Harmony {
 enum State {
     /// Before or in the header of a message.
     Header,
-    /// In a message. `first`: nothing of it has come.
+    /// In a message. `first`: none of it has arrived yet.
     Thinking {
         first: bool,
     },
@@ -99,7 +99,7 @@ impl Harmony {
         if !end && starts.iter().chain(&ENDS).any(|start| begins(&self.buffer, start)) {
             return false;
         }
-        // The end of a message that had none.
+        // The end of a message that did not begin.
         if let Some(stray) = ENDS[..3].iter().find(|end| self.buffer.starts_with(**end)) {
             self.buffer.drain(..stray.len());
             return true;
@@ -113,7 +113,7 @@ impl Harmony {
                 true
             }
             None if is_header && !end && self.buffer.len() <= MAX_HEADER_BYTES + MESSAGE.len() => false,
-            // No header. Nothing that the model said is lost.
+            // There is no header. Nothing that the model said is lost.
             _ => {
                 let marker = starts[..4].iter().find(|start| self.buffer.starts_with(**start));
                 self.state = State::Text { first: true };
@@ -156,7 +156,7 @@ impl Harmony {
             Scan::Found { at, marker } => {
                 let text: String = self.buffer.drain(..at).collect();
                 self.say(&text);
-                // The next message begins with these two.
+                // These two markers begin the next message.
                 let used = if marker < 3 { ENDS[marker].len() } else { 0 };
                 self.buffer.drain(..used);
                 self.state = State::Header;
@@ -165,7 +165,7 @@ impl Harmony {
         }
     }
 
-    /// More of the message. Messages of a kind are set apart by an empty line.
+    /// Passes on more of the message. An empty line separates messages of a kind.
     fn say(&mut self, text: &str) {
         if text.is_empty() {
             return;

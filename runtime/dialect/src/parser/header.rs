@@ -9,20 +9,20 @@ use crate::json::value_length;
 use crate::syntax::{Calls, Fields, Ids, Marks, Named, Objects, Syntax, Tagged};
 use crate::tools::{MAX_NAME_BYTES, Tools};
 
-/// Within how many bytes the name of a call must be known. A call in JSON may have its arguments first.
+/// The name of a call must be known within this many bytes. A call in JSON may have its arguments first.
 const MAX_HEADER_BYTES: usize = 16 << 10;
 
-/// Most bytes of a name with what is written around it.
+/// Most bytes of a name, including the text written around it.
 const MAX_WRITTEN_BYTES: usize = 2 * MAX_NAME_BYTES;
 
-/// What stands where a call could begin.
+/// The text at a place where a call could begin.
 #[derive(Debug)]
 pub(super) enum Header {
-    /// Too little to tell.
+    /// It is too short to tell.
     Wait,
-    /// No call.
+    /// It is not a call.
     Not,
-    /// A call.
+    /// It is a call.
     Call(Begun),
 }
 
@@ -37,7 +37,7 @@ pub(super) struct Begun {
     pub(super) body: Body,
 }
 
-/// How the arguments of a call follow.
+/// The form in which the arguments of a call follow.
 #[derive(Debug, Clone)]
 pub(super) enum Body {
     Json(Box<Arguments>),
@@ -49,7 +49,7 @@ pub(super) enum Body {
     Whole(String),
 }
 
-/// Reads the beginning of a call at a marker, which `text` begins with.
+/// Reads the beginning of a call at a marker with which `text` begins.
 pub(super) fn header(syntax: &'static Syntax, tools: &Tools, text: &str, end: bool) -> Header {
     let bounded = bounded(text);
     let end = end || bounded.len() < text.len();
@@ -67,7 +67,7 @@ pub(super) fn header(syntax: &'static Syntax, tools: &Tools, text: &str, end: bo
     }
 }
 
-/// As much of a text as is looked at.
+/// The part of a text that is examined.
 fn bounded(text: &str) -> &str {
     let most = text.len().min(MAX_HEADER_BYTES);
     let fits = (0..=most).rev().find(|&at| text.is_char_boundary(at));
@@ -84,7 +84,7 @@ fn marked_object(objects: &Objects, text: &str) -> Header {
     shifted(begun, text.len() - rest.len())
 }
 
-/// An object that begins the answer or follows another one: a call only if it names a tool and has arguments.
+/// An object that begins the answer or follows another one: it is a call only if it names a tool and has arguments.
 pub(super) fn bare_object(text: &str, tools: &Tools) -> Header {
     match object(text, Vec::new()) {
         Header::Call(begun) if tools.get(&begun.name).is_none() || matches!(begun.body, Body::Whole(_)) => Header::Not,
@@ -99,7 +99,7 @@ pub(super) fn shifted(found: Header, by: usize) -> Header {
     }
 }
 
-/// Reads `{"name": …, "arguments": ` as far as the arguments, or the whole object where they come first or are missing.
+/// Reads `{"name": …, "arguments": ` up to the arguments, or the whole object if they come first or are missing.
 pub(super) fn object(text: &str, ends: Vec<&'static str>) -> Header {
     let mut reader = Reader { text, at: 0 };
     match reader.next_char() {
@@ -149,7 +149,7 @@ pub(super) fn object(text: &str, ends: Vec<&'static str>) -> Header {
     }
 }
 
-/// A place in JSON.
+/// A position in JSON.
 struct Reader<'a> {
     text: &'a str,
     at: usize,
@@ -172,7 +172,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Reads a name and the separator behind it.
+/// Reads a name and the separator after it.
 fn named(syntax: &'static Syntax, call: &'static Named, text: &str) -> Header {
     let rest = &text[call.open.len()..];
     // The older form of a marker that has two.
@@ -188,7 +188,7 @@ fn named(syntax: &'static Syntax, call: &'static Named, text: &str) -> Header {
     let Some(at) = rest.find(call.separator) else { return short(rest, call.separator) };
     let mut length = call.open.len() + at + call.separator.len();
     let mut written = rest[..at].trim();
-    // DeepSeek V3 writes a type in the place of the name, then the name on a line, and a fence.
+    // DeepSeek V3 writes a type at the place of the name, then the name on a line, and a fence.
     let behind = text[length..].trim_start();
     if written == "function" && !behind.starts_with('{') {
         const FENCE: &str = "```json";
@@ -223,12 +223,12 @@ fn named(syntax: &'static Syntax, call: &'static Named, text: &str) -> Header {
     Header::Call(Begun { length, name: name.to_owned(), id: id.map(str::to_owned), body })
 }
 
-/// What it means that a name's end is not there: after many bytes, that there is no name.
+/// The meaning of a missing end of a name: after many bytes, there is no name.
 fn short(text: &str, end: &str) -> Header {
     if text.len() > MAX_WRITTEN_BYTES + end.len() { Header::Not } else { Header::Wait }
 }
 
-/// Kimi's ids have the name in them: `functions.name:0`.
+/// Kimi's ids contain the name: `functions.name:0`.
 fn own_id(written: &str) -> (&str, Option<&str>) {
     let name = written.strip_prefix("functions.").unwrap_or(written);
     match name.rsplit_once(':') {
@@ -281,7 +281,7 @@ pub(super) fn is_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= MAX_NAME_BYTES && name.chars().all(plain)
 }
 
-/// Reads the marker of a section and the first call behind it. Without a call, it is no section.
+/// Reads the marker of a section and the first call after it. Without a call, it is not a section.
 pub(super) fn section(syntax: &'static Syntax, marks: Marks, tools: &Tools, text: &str, end: bool) -> Header {
     let rest = text[marks.open.len()..].trim_start();
     let open = syntax.calls.open();

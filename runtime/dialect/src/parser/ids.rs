@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
-/// A seed that no other parser has, and that nobody outside knows.
+/// A seed that no other parser has, and that is unknown outside.
 pub(super) fn fresh_seed() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    // Its keys are random.
+    // The keys of `RandomState` are random.
     RandomState::new().hash_one(NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// `length` letters and digits that follow from the seed and the number of a call.
+/// `length` letters and digits, derived from the seed and the number of a call.
 pub(crate) fn letters(seed: u64, index: usize, length: usize) -> String {
     let mut state = mix(seed ^ mix(index as u64));
     let mut next = || {

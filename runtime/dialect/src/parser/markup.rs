@@ -1,4 +1,4 @@
-//! Answers with markers around thinking and calls: all families but gpt-oss.
+//! Answers with markers around thinking and calls: all families except gpt-oss.
 
 use super::Piece;
 use super::header::{self, Begun, Body, Header, bare_object, object};
@@ -13,20 +13,20 @@ use crate::tools::Tools;
 pub(super) struct Markup {
     syntax: &'static Syntax,
     tools: Tools,
-    /// What has been pushed and not been used up.
+    /// Text that has been pushed but not consumed.
     buffer: String,
     state: State,
-    /// Whether nothing but white space has come, so that thinking may open.
+    /// Whether only white space has arrived, so that thinking may open.
     at_start: bool,
     /// Whether line breaks here belong to a marker before them.
     skips_lines: bool,
     /// Whether a section of calls is open.
     in_section: bool,
-    /// Whether the marker that opens an answer may follow.
+    /// Whether the marker that opens an answer may come next.
     opens_answer: bool,
-    /// Whether it has come, so that the one that closes it counts.
+    /// Whether it has come, so that the marker that closes it counts.
     in_answer: bool,
-    /// Markers that may follow here and mean nothing more.
+    /// Markers that may come next and have no further meaning.
     trailers: Vec<&'static str>,
     out: Output,
 }
@@ -36,26 +36,26 @@ enum State {
     Text,
     Thinking,
     Call(Body),
-    /// Behind a call, where another one of the same list may follow.
+    /// After a call, where another one of the same list may follow.
     Next,
-    /// In thinking, at what may be a call that should have ended it.
+    /// In thinking, at text that may be a call that should have ended it.
     Drafted(Box<Draft>),
 }
 
-/// Calls within thinking. Models forget to end it, so calls that an answer ends with are calls. If other text follows,
-/// the model has only thought of them.
+/// Calls within thinking. Models forget to end it, so calls at the end of an answer are calls. If other text follows, the model has
+/// only thought about them.
 #[derive(Debug, Clone)]
 struct Draft {
     /// Everything from the line breaks before the first marker on.
     text: String,
-    /// How much of it is that marker and what stands before it.
+    /// Length of that marker and the text before it.
     marker: usize,
-    /// Takes it as if thinking had ended.
+    /// Parses it as if thinking had ended.
     parser: Markup,
     pieces: Vec<Piece>,
 }
 
-/// What a marker does in text.
+/// The effect of a marker in text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Effect {
     EndThinking,
@@ -172,7 +172,7 @@ impl Markup {
         }
     }
 
-    /// At the beginning of an answer. `None`: it is ordinary text.
+    /// Handles the beginning of an answer. `None`: it is ordinary text.
     fn step_start(&mut self, end: bool) -> Option<bool> {
         let rest = self.buffer.trim_start();
         let space = self.buffer.len() - rest.len();
@@ -224,7 +224,7 @@ impl Markup {
         }
     }
 
-    /// Markers that count here.
+    /// Markers that count at this place.
     fn markers(&self) -> Vec<(&'static str, Effect)> {
         let mut markers = Vec::new();
         if let (Some(answer), true, State::Text) = (self.syntax.answer, self.in_answer, &self.state) {
@@ -261,7 +261,7 @@ impl Markup {
         markers
     }
 
-    /// Does what a marker says. Gives whether there is more to do.
+    /// Applies the effect of a marker. Returns whether there is more to do.
     fn mark(&mut self, at: usize, marker: &'static str, effect: Effect, end: bool) -> bool {
         if effect == Effect::CloseAnswer {
             return self.close_answer(at, marker, end);
@@ -311,7 +311,7 @@ impl Markup {
         }
     }
 
-    /// At the marker that closes an answer: it does where nothing follows. Elsewhere, the text speaks of it.
+    /// Handles the marker that closes an answer, which it does only if nothing follows. Elsewhere, the text mentions it.
     fn close_answer(&mut self, at: usize, marker: &'static str, end: bool) -> bool {
         if !self.buffer[at + marker.len()..].trim().is_empty() {
             self.emit_before(at + marker.len(), false);
@@ -324,7 +324,7 @@ impl Markup {
         false
     }
 
-    /// Sets aside what may be a call, from the line breaks before it on.
+    /// Sets aside text that may be a call, from the line breaks before it on.
     fn draft(&mut self, at: usize, marker: &'static str) {
         let before = self.buffer.len();
         self.emit_before(at, true);
@@ -358,7 +358,7 @@ impl Markup {
         false
     }
 
-    /// Hands out what stands before a place; with `keeps_lines`, all but line breaks at its end.
+    /// Passes on the text before a place; with `keeps_lines`, all but line breaks at its end.
     fn emit_before(&mut self, at: usize, keeps_lines: bool) {
         let text = &self.buffer[..at];
         let length = if keeps_lines { text.trim_end_matches(['\n', '\r']).len() } else { at };
@@ -424,7 +424,7 @@ impl Markup {
         }
     }
 
-    /// Behind a call of a list: another one, or the end of the list.
+    /// Handles the text after a call of a list: another call, or the end of the list.
     fn step_next(&mut self, end: bool) -> bool {
         let between = |c: char| c.is_whitespace() || matches!(c, ',' | ';' | ']' | '}');
         let kept = self.buffer.trim_start_matches(between).len();

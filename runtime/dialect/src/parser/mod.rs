@@ -2,21 +2,20 @@
 //!
 //! # Rules
 //!
-//! * The result does not depend on how the text was cut into pieces. Held back is only what could become a marker, with the line
-//!   breaks before it, and the beginning of a call until its name is complete.
-//! * Thinking opens where the prompt ends with its opening marker, or where the answer begins with it. A marker of thinking
-//!   later in the answer is text: models mention them.
+//! * The result does not depend on how the text was cut into pieces. The parser holds back only text that could become a marker,
+//!   with the line breaks before it, and the beginning of a call until its name is complete.
+//! * Thinking opens if the prompt ends with its opening marker, or if the answer begins with it. A marker of thinking later in the
+//!   answer is text, because models mention them.
 //! * Line breaks between thinking, text and calls belong to the markup and are dropped. Everything else is kept.
-//! * A marker of a call counts where a complete beginning of a call follows: the family's own form, with a name. Otherwise it is text.
-//!   Fences of Markdown are not looked at: the families do not, either. Within thinking it is thinking, unless
-//!   the answer ends with it: models forget to end their thinking. In the families that begin calls with control tokens
-//!   (DeepSeek, Kimi), which text does not contain, a call ends the thinking in any case.
+//! * A marker of a call counts if a complete beginning of a call follows: the family's own form, with a name. Otherwise it is text.
+//!   Fences of Markdown are ignored, as the families ignore them. Within thinking, a call is thinking, unless the answer ends with
+//!   it, because models forget to end their thinking. In the families that begin calls with control tokens (DeepSeek, Kimi), which
+//!   text does not contain, a call always ends the thinking.
 //! * Without tools, nothing is a call.
-//! * What is not well formed is handed on. A call of an unknown tool is a call, and arguments that are not JSON are the
-//!   arguments. A call that breaks off inside its arguments stays broken, so that clients see it; one
-//!   whose parameters are all complete is closed.
-//! * Arguments in JSON are handed on byte for byte (white space around them excepted). Arguments in tags become JSON: strings where the
-//!   schema says so, escaped, as they come; everything else once it is complete, as the type that schema and text agree on.
+//! * Malformed text is passed on. A call of an unknown tool is a call, and arguments that are not JSON are the arguments. A call
+//!   that breaks off inside its arguments stays broken, so that clients see it; a call whose parameters are all complete is closed.
+//! * Arguments in JSON are passed on byte for byte (except white space around them). Arguments in tags become JSON: strings if the
+//!   schema says so, escaped, as they arrive; everything else once it is complete, with the type on which schema and text agree.
 
 mod arguments;
 mod fields;
@@ -49,21 +48,21 @@ pub enum Piece {
     Call {
         /// Its number in the answer, from 0.
         index: usize,
-        /// Its id: what the family writes itself, or one that is made up.
+        /// Its id: the family's own, or a generated one.
         id: String,
         /// The function's name, as the model wrote it.
         name: String,
     },
-    /// More of the arguments of a call: together the text of a JSON object, if the model made no mistake.
+    /// More of the arguments of a call: together they are the text of a JSON object, if the model made no mistake.
     Arguments {
         /// The number of the call.
         index: usize,
-        /// What is appended.
+        /// The text to append.
         delta: String,
     },
 }
 
-/// Takes the text of one answer in any pieces, and gives what is meant by it.
+/// Takes the text of one answer in any pieces, and returns its parts.
 #[derive(Debug, Clone)]
 pub struct AnswerParser {
     inner: Inner,
@@ -84,7 +83,7 @@ impl AnswerParser {
         Self { inner }
     }
 
-    /// Makes the ids of calls depend on this number alone. Without it they are different in every parser.
+    /// Makes the ids of calls depend only on this number. Without it they differ in every parser.
     #[must_use]
     pub fn with_seed(mut self, seed: u64) -> Self {
         match &mut self.inner {
@@ -94,7 +93,7 @@ impl AnswerParser {
         self
     }
 
-    /// Takes more of the answer's text, with markers spelled as the family spells them. Neighbouring pieces of a kind come as one.
+    /// Takes more of the answer's text, with markers in the family's spelling. Adjacent pieces of a kind are merged.
     pub fn push(&mut self, text: &str) -> Vec<Piece> {
         match &mut self.inner {
             Inner::Markup(parser) => parser.push(text),
@@ -102,7 +101,7 @@ impl AnswerParser {
         }
     }
 
-    /// The answer has ended: gives what was held back. Nothing may be pushed after it.
+    /// Ends the answer: returns the text that was held back. Nothing may be pushed after it.
     pub fn finish(&mut self) -> Vec<Piece> {
         match &mut self.inner {
             Inner::Markup(parser) => parser.finish(),

@@ -1,4 +1,4 @@
-//! Values of MiniMax M3, where objects and lists are nested tags.
+//! Values of MiniMax M3, in which objects and lists are nested tags.
 
 use serde_json::{Map, Value};
 
@@ -19,7 +19,7 @@ pub(super) fn json(text: &str, parameter: &str, tool: Option<&Tool>) -> String {
     }
 }
 
-/// Reads a sequence of tags: a list if they are all items, else an object. `None` if the text is something else.
+/// Reads a sequence of tags: a list if all are items, otherwise an object. `None` if the text is something else.
 fn fields(text: &str, depth: usize) -> Option<Value> {
     let mut rest = text.trim();
     if rest.is_empty() || depth > MAX_DEPTH {
@@ -40,7 +40,7 @@ fn fields(text: &str, depth: usize) -> Option<Value> {
     })
 }
 
-/// The text up to the tag that closes `name`, and what is behind it. Tags of the same name may be nested in it.
+/// The text up to the tag that closes `name`, and the text after it. Tags of the same name may be nested in it.
 fn closed<'a>(name: &str, text: &'a str) -> Option<(&'a str, &'a str)> {
     let (open, close) = (format!("{M3}<{name}>"), format!("{M3}</{name}>"));
     let mut depth = 0;

@@ -1,4 +1,4 @@
-//! Collecting the pieces of an answer.
+//! Collects the pieces of an answer.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use super::Piece;
 use super::ids::{fresh_seed, letters};
 use crate::syntax::Ids;
 
-/// Pieces that wait to be handed out, and the numbers of calls.
+/// Pieces that wait to be passed on, and the numbers of calls.
 #[derive(Debug, Clone)]
 pub(super) struct Output {
     pieces: Vec<Piece>,
@@ -34,7 +34,7 @@ impl Output {
         std::mem::take(&mut self.pieces)
     }
 
-    /// Takes pieces over from an output that began as a copy of this one.
+    /// Takes the pieces of an output that began as a copy of this one.
     pub(super) fn adopt(&mut self, pieces: Vec<Piece>, calls: usize) {
         self.pieces.extend(pieces);
         self.calls = calls;
@@ -56,7 +56,7 @@ impl Output {
         }
     }
 
-    /// Begins a call. An id of the model's own counts if it is the first of its kind.
+    /// Begins a call. The model's own id is used if it has not occurred before.
     pub(super) fn call(&mut self, name: &str, own_id: Option<&str>) {
         let index = self.calls;
         self.calls += 1;
@@ -68,7 +68,7 @@ impl Output {
         self.pieces.push(Piece::Call { index, id, name: name.to_owned() });
     }
 
-    /// More arguments of the call that began last.
+    /// Adds arguments to the call that began last.
     pub(super) fn arguments(&mut self, more: &str) {
         let last = self.calls.saturating_sub(1);
         match self.pieces.last_mut() {

@@ -1,24 +1,24 @@
-//! Calls as Python writes them: `name(parameter=value, …)`.
+//! Calls in the syntax of Python: `name(parameter=value, …)`.
 
 use super::header::{Begun, Body, Header, bare_object, is_name, shifted};
 use super::scan::begins;
 use crate::json::escaped;
 use crate::tools::Tools;
 
-/// Before calls, where the model marks them.
+/// Marker before calls, which the model may write.
 pub(super) const OPEN: &str = "<|python_start|>";
-/// Behind calls.
+/// Marker after calls.
 pub(super) const CLOSE: &str = "<|python_end|>";
 
 /// How deep lists and dictionaries may be nested.
 const MAX_DEPTH: usize = 64;
 
-/// Why something could not be read.
+/// Why a text could not be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stop {
     /// It is not complete.
     Wait,
-    /// It is not of this form.
+    /// It does not have this form.
     Not,
 }
 
@@ -129,7 +129,7 @@ impl<'a> Reader<'a> {
         Ok((name.to_owned(), json))
     }
 
-    /// Letters, digits and what else names consist of.
+    /// Letters, digits and other characters of names.
     fn word(&mut self) -> Result<&'a str, Stop> {
         self.token()?;
         let rest = self.rest();

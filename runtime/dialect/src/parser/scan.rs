@@ -1,22 +1,23 @@
-//! Finding markers in text that comes in pieces.
+//! Finds markers in text that arrives in pieces.
 
-/// What [`scan`] found.
+/// The result of [`scan`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scan {
-    /// The marker with this number stands at this byte, and no other before it.
+    /// The marker with this number is at this byte, and none is before it.
     Found { at: usize, marker: usize },
-    /// No marker is complete. This many bytes are certainly none of one.
+    /// No marker is complete. This many bytes certainly belong to none.
     Safe(usize),
 }
 
-/// Looks for the first of `markers` in `text`. Of two at the same place, the longer counts. With `end`, no more text will come.
+/// Searches for the first of `markers` in `text`. If two are at the same place, the longer one counts. With `end`, no more text
+/// will come.
 pub(super) fn scan(text: &str, markers: &[&str], end: bool) -> Scan {
     let found = markers.iter().enumerate().filter_map(|(i, marker)| Some((text.find(marker)?, i)));
     let first = found.min_by_key(|&(at, i)| (at, usize::MAX - markers[i].len()));
     let safe = if end { text.len() } else { text.len() - held(text, markers) };
     match first {
         Some((at, marker)) if at < safe => Scan::Found { at, marker },
-        // What begins here or before could still become another marker.
+        // Text from here on could still become another marker.
         _ => Scan::Safe(safe),
     }
 }
@@ -26,14 +27,14 @@ pub(super) fn held(text: &str, markers: &[&str]) -> usize {
     markers.iter().map(|marker| begun(text, marker)).max().unwrap_or(0)
 }
 
-/// Length of the longest end of `text` with which `marker` begins, the whole marker excepted.
+/// Length of the longest end of `text` that is a beginning of `marker`, but not the whole marker.
 fn begun(text: &str, marker: &str) -> usize {
     let most = text.len().min(marker.len() - 1);
     let is_begun = |&n: &usize| marker.is_char_boundary(n) && text.as_bytes().ends_with(&marker.as_bytes()[..n]);
     (1..=most).rev().find(is_begun).unwrap_or(0)
 }
 
-/// Whether `text` is a beginning of `marker`, and not all of it.
+/// Whether `text` is a beginning of `marker`, but not all of it.
 pub(super) fn begins(text: &str, marker: &str) -> bool {
     text.len() < marker.len() && marker.starts_with(text)
 }

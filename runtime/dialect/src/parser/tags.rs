@@ -10,7 +10,7 @@ use crate::tools::{Tool, Types};
 /// Longest name of a parameter with its attributes, in bytes.
 const MAX_NAME_BYTES: usize = 1024;
 
-/// A call while it is read.
+/// A call while it is being read.
 #[derive(Debug, Clone)]
 pub(super) struct Tags {
     syntax: &'static Tagged,
@@ -19,30 +19,30 @@ pub(super) struct Tags {
     given: Vec<String>,
     /// The parameter whose value is being read.
     value: Option<Reading>,
-    /// Whether something stands between parameters that does not belong there.
+    /// Whether there is text between parameters that does not belong there.
     astray: bool,
 }
 
 #[derive(Debug, Clone)]
 struct Reading {
-    /// Markers that end the value; all but the first two are not part of it.
+    /// Markers that end the value; only the first two are part of it.
     closes: Vec<String>,
     kind: Kind,
-    /// Whether a line break would be the markup's.
+    /// Whether a line break would belong to the markup.
     skips_line: bool,
 }
 
 #[derive(Debug, Clone)]
 enum Kind {
-    /// A string, which is handed out as it comes.
+    /// A string, which is passed on as it arrives.
     String,
-    /// JSON, which is handed out as it comes.
+    /// JSON, which is passed on as it arrives.
     Json,
     /// Anything else.
     Whole { name: String, types: Types, text: String, nested: bool },
 }
 
-/// How a parameter begins.
+/// The beginning of a parameter.
 enum Begin {
     Wait,
     Not,
@@ -55,7 +55,7 @@ impl Tags {
         Self { syntax, tool, given: Vec::new(), value: None, astray: false }
     }
 
-    /// Reads on. Gives how many bytes are used up, and whether the call has ended.
+    /// Reads on. Returns how many bytes were consumed, and whether the call has ended.
     pub(super) fn read(&mut self, text: &str, end: bool, out: &mut Output) -> (usize, bool) {
         let mut used = 0;
         loop {
@@ -75,7 +75,7 @@ impl Tags {
         }
     }
 
-    /// The answer ends within the call, and everything has been read.
+    /// Handles an answer that ends within the call, once everything has been read.
     pub(super) fn finish(&mut self, out: &mut Output) {
         match self.value.take() {
             None if self.is_complete() => out.arguments("}"),
@@ -85,7 +85,7 @@ impl Tags {
         }
     }
 
-    /// Whether only the end of the call is missing: there are parameters, and all that the tool requires.
+    /// Whether only the end of the call is missing: it has parameters, and all that the tool requires.
     fn is_complete(&self) -> bool {
         let required = self.tool.as_ref().map(|tool| tool.required());
         let has = |name: &str| self.given.iter().any(|given| given == name);
@@ -96,7 +96,7 @@ impl Tags {
         !self.astray && rest.trim_start().starts_with(self.syntax.close)
     }
 
-    /// Reads up to the next parameter or the end of the call. Gives what is used up, and whether there is more to do.
+    /// Reads up to the next parameter or the end of the call. Returns how much was consumed, and whether there is more to do.
     fn read_between(&mut self, rest: &str, end: bool, out: &mut Output) -> (usize, bool) {
         let space = if self.astray { 0 } else { rest.len() - rest.trim_start().len() };
         let rest = &rest[space..];
@@ -138,7 +138,7 @@ impl Tags {
         }
     }
 
-    /// Reads the name of a parameter and what follows up to its value.
+    /// Reads the name of a parameter and the text up to its value.
     fn begin(&self, rest: &str, end: bool) -> Begin {
         let (middle, value) = match self.syntax.parameter {
             Parameter::Plain { middle, value, .. } => (middle, value),
@@ -202,7 +202,7 @@ impl Tags {
         }
         let markers: Vec<&str> = reading.closes.iter().map(String::as_str).collect();
         let line = usize::from(reading.skips_line && rest.starts_with('\n') && !rest.starts_with(markers[0]));
-        // A line break that may belong to the end is not yet known to be one after the beginning.
+        // A line break that may belong to the end must not be counted as one after the beginning.
         if reading.skips_line && !end && begins(rest, markers[0]) {
             self.value = Some(reading);
             return (0, false);
@@ -257,7 +257,7 @@ impl Parameter {
     }
 }
 
-/// The attribute that says whether a value is a string.
+/// The attribute that tells whether a value is a string.
 fn attribute(attributes: &str) -> Option<bool> {
     match attributes.trim() {
         "string=\"true\"" => Some(true),

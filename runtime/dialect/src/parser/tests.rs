@@ -1,4 +1,4 @@
-//! Answers of all families, cut everywhere.
+//! Answers of all families, cut at every place.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::syntax;
 
-/// What an answer says, whatever pieces it came in.
+/// The contents of an answer, independent of the pieces in which it arrived.
 #[derive(Debug, Default, Clone, PartialEq)]
 struct Said {
     thinking: String,
@@ -46,7 +46,7 @@ fn tools() -> Tools {
     Tools::from_openai(&json!([weather, clock])).unwrap()
 }
 
-/// Parses an answer that comes in pieces which end at these bytes.
+/// Parses an answer that arrives in pieces that end at these bytes.
 fn parse_cut(syntax: &'static Syntax, tail: &str, text: &str, cuts: &[usize], tools: &Tools) -> Said {
     let mut parser = AnswerParser::new(syntax, tail, tools).with_seed(7);
     let mut said = Said::default();
@@ -61,7 +61,7 @@ fn parse_cut(syntax: &'static Syntax, tail: &str, text: &str, cuts: &[usize], to
     said
 }
 
-/// Parses an answer in one piece, character by character, and in pieces of a few; all must agree.
+/// Parses an answer in one piece, character by character, and in pieces of a few characters; all results must be equal.
 fn parse(syntax: &'static Syntax, tail: &str, text: &str) -> Said {
     let tools = tools();
     let ends: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
@@ -88,7 +88,7 @@ fn hermes() {
     );
     let want = said("Hmm, <tool_call>?", "Look:", &[("get_weather", WEATHER), ("clock", "{}")]);
     assert_eq!(parse(&syntax::HERMES, "<|im_start|>assistant\n", &text), want);
-    // Arguments keep their bytes, markers in strings are text, and strings with JSON in them are taken out.
+    // Arguments keep their bytes, markers in strings are text, and strings that contain JSON are unquoted.
     let odd = r#"{ "city":"</tool_call>",  "days":1.0e2 }"#;
     let text = format!("<tool_call>{{\"name\":\"get_weather\",\"arguments\":{odd}}}</tool_call>after");
     assert_eq!(parse(&syntax::HERMES, "", &text), said("", "after", &[("get_weather", odd)]));
@@ -110,7 +110,7 @@ fn gemma_4() {
                    \"wind\": true}";
     let want = said("Hmm.", "Look:", &[("get_weather", weather), ("clock", "{}")]);
     assert_eq!(parse(&syntax::GEMMA_4, "<|turn>model\n", &text), want);
-    // A prompt that wants no thinking has closed it, and a call ends what nothing else ends.
+    // A prompt without thinking has closed it, and a call ends anything that nothing else ends.
     let tail = "<|turn>model\n<|channel>thought\n<channel|>";
     assert_eq!(parse(&syntax::GEMMA_4, tail, "Yes."), said("", "Yes.", &[]));
     let call = "<|tool_call>call:clock{}<tool_call|>";
@@ -336,7 +336,7 @@ fn hunyuan() {
     let parse = |tail: &str, text: &str| parse(&syntax::HUNYUAN, tail, text);
     let thought = "<think>\nHm.\n</think>\n";
     assert_eq!(parse("", &format!("{thought}<answer>\nYes.\n</answer>")), said("Hm.", "Yes.", &[]));
-    // Without thinking, whichever part of that the prompt has said already.
+    // Without thinking, whichever part of its markup the prompt already has.
     for (tail, open) in [("", "<answer>\n"), ("<think>\n\n</think>\n", "<answer>\n"), ("</think>\n<answer>\n", "")] {
         assert_eq!(parse(tail, &format!("{open}Yes.\nNo.\n</answer>\n")), said("", "Yes.\nNo.", &[]), "{tail}");
         assert_eq!(parse(tail, &format!("{open}cut")), said("", "cut", &[]));
@@ -373,7 +373,7 @@ fn hunyuan_3() {
         let thinks = format!("<hy_Assistant>{}", syntax.think.open);
         assert_eq!(parse(syntax, &thinks, &text[syntax.think.open.len()..]), want);
     }
-    // Each knows its own markers alone.
+    // Each family knows only its own markers.
     assert_eq!(parse(&syntax::HUNYUAN_3, "", plain), said("", plain, &[]));
 }
 
@@ -418,7 +418,7 @@ fn harmony() {
     }
 }
 
-/// Text that is not part of anything is handed out at once.
+/// Text outside of markup is passed on at once.
 #[test]
 fn nothing_is_held_back_without_need() {
     let mut parser = AnswerParser::new(&syntax::QWEN_XML, "", &tools());
@@ -482,7 +482,7 @@ const SYNTAXES: [&Syntax; 22] = [
     &syntax::HUNYUAN_3,
 ];
 
-/// Answers with two calls, for each of them. `@` are arguments.
+/// An answer with two calls for each family. `@` stands for arguments.
 const ANSWERS: [&str; 22] = [
     "a\n<tool_call>\n{\"name\": \"clock\", \"arguments\": @}\n</tool_call>\n<tool_call>{\"arguments\": @, \"name\": \"clock\"}</tool_call>\n",
     "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
@@ -508,7 +508,7 @@ const ANSWERS: [&str; 22] = [
     "a<tool_calls:opensource>\n<tool_call:opensource>get_weather<tool_sep:opensource>\n<arg_key:opensource>city</arg_key:opensource>\n<arg_value:opensource>x</arg_value:opensource>\n<arg_key:opensource>more</arg_key:opensource>\n<arg_value:opensource>@</arg_value:opensource>\n</tool_call:opensource>\n</tool_calls:opensource>",
 ];
 
-/// Things of which answers, well formed or not, consist.
+/// Pieces of which answers, well formed or not, consist.
 const BITS: [&str; 78] = [
     "<think>",
     "</think>",
@@ -590,7 +590,7 @@ const BITS: [&str; 78] = [
     "<tool_call:opensource>clock<tool_sep:opensource>",
 ];
 
-/// The last boundary of characters up to a byte.
+/// The last character boundary up to a byte.
 fn boundary(text: &str, at: usize) -> usize {
     (0..=at).rev().find(|&at| text.is_char_boundary(at)).unwrap()
 }
@@ -610,7 +610,7 @@ fn the_samples_are_well_formed() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// However an answer is cut, it says the same.
+    /// An answer has the same contents however it is cut.
     #[test]
     fn cuts_do_not_matter(
         which in 0..SYNTAXES.len(),
@@ -629,7 +629,7 @@ proptest! {
         prop_assert_eq!(&parse_cut(SYNTAXES[which], tail, &text, &every, &tools), &whole);
     }
 
-    /// The same for answers that are well formed but for a mistake or two.
+    /// The same for answers that are well formed except for a mistake or two.
     #[test]
     fn cuts_do_not_matter_in_calls(
         which in 0..SYNTAXES.len(),
@@ -670,7 +670,7 @@ proptest! {
         prop_assert_eq!(said, self::said("", &text, &[]));
     }
 
-    /// What tags become is JSON, whatever stands in the parameters.
+    /// Tags always become JSON, whatever the parameters contain.
     #[test]
     fn parameters_become_json(city in "[^<\\]\u{ff5c}]{0,40}", days in any::<i64>()) {
         let city = city.trim_matches('\n');

@@ -1,11 +1,11 @@
 //! Templates for models whose checkpoints have none.
 //!
-//! Each writes what the family's published encoder writes; `fixtures/README.md` says which encoders those are, and the tests
-//! compare. As templates they go through [`sluice_text::ChatTemplate`], so nothing that users write becomes a control token.
+//! Each writes what the family's published encoder writes. `fixtures/README.md` lists those encoders, and the tests compare with
+//! them. As templates they go through [`sluice_text::ChatTemplate`], so nothing that users write becomes a control token.
 
 use crate::syntax::{self, Syntax};
 
-/// The template of a family, if its checkpoints come without one.
+/// The template of a family, if its checkpoints have none.
 pub(crate) fn own(family: &'static Syntax) -> Option<&'static str> {
     let templates = [
         (&syntax::DEEPSEEK_V32, include_str!("deepseek_v32.jinja")),
