@@ -1,4 +1,4 @@
-//! One answer as it is made: a generation's events become pieces of thinking, text and tool calls.
+//! One answer while it is made: a generation's events become pieces of thinking, text and tool calls.
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -17,19 +17,19 @@ use crate::error::{ApiError, Kind};
 use crate::live::{Live, LiveAnswer, LiveGuard};
 use crate::served::{Hears, Served};
 
-/// A client hears something at least this often.
+/// A client gets something at least this often.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(4);
-/// While a prompt is read, it hears of that at most this often.
+/// While a prompt is read, the client is told at most this often.
 const PROGRESS: Duration = Duration::from_secs(1);
 
-/// The next step of an answer. After [`Step::End`] or [`Step::Failed`] nothing comes.
+/// The next step of an answer. Nothing comes after [`Step::End`] or [`Step::Failed`].
 #[derive(Debug)]
 pub enum Step {
-    /// Nothing new of the answer itself, but the client should hear that it is being worked on.
+    /// Nothing new of the answer itself, but the client should know that the server is working on it.
     Waiting(Waiting),
-    /// The text that is continued, if that was asked for, and how probable its tokens are to the model: nothing for the first.
+    /// The text that is continued, if requested, and the model's probabilities of its tokens, except the first.
     Echo(String, Vec<TokenLogprob>),
-    /// More of the answer, and the log probabilities of its tokens, if they were asked for.
+    /// More of the answer, and the log probabilities of its tokens, if requested.
     Piece(Piece, Vec<TokenLogprob>),
     /// The end.
     End(Ending),
@@ -37,7 +37,7 @@ pub enum Step {
     Failed(ApiError),
 }
 
-/// Where an answer is.
+/// The state of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum Waiting {
@@ -45,7 +45,7 @@ pub enum Waiting {
     Loading,
     /// Others come first.
     Queued {
-        /// How many.
+        /// Number of generations that come first.
         ahead: usize,
     },
     /// The prompt is being read.
@@ -55,9 +55,9 @@ pub enum Waiting {
         /// Tokens of the prompt.
         prompt: usize,
     },
-    /// Tokens come, but it is not certain yet what they say.
+    /// Tokens are being generated, but their meaning is not certain yet.
     Generating {
-        /// Tokens so far.
+        /// Number of tokens so far.
         generated: usize,
     },
 }
@@ -65,22 +65,22 @@ pub enum Waiting {
 /// How an answer ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ending {
-    /// Why.
+    /// The reason.
     pub why: Why,
-    /// Tokens.
+    /// Numbers of tokens.
     pub usage: Usage,
 }
 
 /// Why an answer ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Why {
-    /// The model is done.
+    /// The model has finished.
     Done,
-    /// The model is done, and has called tools.
+    /// The model has finished, and has called tools.
     Calls,
-    /// This stop string came.
+    /// This stop string occurred.
     Stop(Option<String>),
-    /// As many tokens as were asked for, or as fit.
+    /// The answer has as many tokens as were requested, or as fit.
     Length,
 }
 
@@ -89,15 +89,15 @@ pub enum Why {
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// Of these, the ones that did not have to be computed.
+    /// Tokens of the prompt that did not have to be computed.
     pub cached: usize,
     /// Tokens generated.
     pub generated: usize,
-    /// Of these, the ones of thinking.
+    /// Generated tokens that are thinking.
     pub thinking: usize,
 }
 
-/// A token and how probable it is to the model.
+/// A token and the model's probability of it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprob {
     /// The token.
@@ -113,23 +113,23 @@ pub struct TokenLogprob {
 pub struct TokenText {
     /// Its number.
     pub id: u32,
-    /// Its text; characters that are not complete in it are replaced.
+    /// Its text; incomplete characters are replaced.
     pub text: String,
     /// Its bytes, which may be a part of a character.
     pub bytes: Vec<u8>,
 }
 
-/// How the events of a generation are read.
+/// How the events of a generation are interpreted.
 pub struct Reading {
-    /// Takes the text apart; `None`: all of it is text.
+    /// Parses the text; `None`: all of it is text.
     pub parser: Option<AnswerParser>,
     /// Strings that end the text of the answer.
     pub strings: StopCondition,
     /// Turns tokens into text.
     pub tokenizer: Option<Tokenizer>,
-    /// Hears of every token that is sampled now, and not of those that the request brings along.
+    /// Receives every token that is sampled now, but not those that the request supplies.
     pub hears: Option<Hears>,
-    /// Whether the tokens of the answer are of no use to later requests.
+    /// Whether later requests will not need the tokens of the answer.
     pub forgets: bool,
 }
 
@@ -147,7 +147,7 @@ impl Reading {
     }
 }
 
-/// The text that is continued, and its first token if their probabilities are wanted.
+/// The text that is continued, and its first token if probabilities are requested.
 fn echo(request: &Request, reading: &Reading, ask: &Ask) -> Result<(String, Vec<TokenLogprob>), ApiError> {
     let text = match (&ask.input, &reading.tokenizer) {
         (Input::Text(text), _) => text.clone(),
@@ -159,7 +159,7 @@ fn echo(request: &Request, reading: &Reading, ask: &Ask) -> Result<(String, Vec<
     Ok((text, first.map(token).into_iter().collect()))
 }
 
-/// An answer that is being made. Dropping it ends its generation.
+/// An answer while it is made. Dropping it ends its generation.
 pub struct Answer {
     /// Keeps the model loaded.
     served: Arc<Served>,
@@ -169,7 +169,7 @@ pub struct Answer {
     reading: Reading,
     matcher: StopMatcher,
     logprobs: bool,
-    /// The prompt and what was generated, if that is to be remembered.
+    /// The prompt and the generated tokens, if they are to be remembered.
     transcript: Option<Vec<u32>>,
     /// Tokens since the last piece.
     tokens: Vec<TokenLogprob>,
@@ -178,7 +178,7 @@ pub struct Answer {
     usage: Usage,
     /// The text that is continued and its tokens, until they are sent.
     echo: Option<(String, Vec<TokenLogprob>)>,
-    /// The end that a stop string has made, until the generation has ended.
+    /// The ending caused by a stop string, until the generation has ended.
     stopped: Option<Why>,
     read: Option<(usize, usize)>,
     told: Instant,
@@ -189,7 +189,7 @@ impl Answer {
     /// Puts a generation into the model's queue.
     ///
     /// # Errors
-    /// What is wrong with the request, or that the queue is full.
+    /// If the request is invalid, or the queue is full.
     pub fn start(
         served: Arc<Served>,
         request: Request,
@@ -201,7 +201,7 @@ impl Answer {
         let logprobs = request.logprobs.is_some();
         let remembers = ask.keep && !reading.forgets;
         let transcript = (remembers && matches!(ask.input, Input::Chat(_))).then(|| request.prompt.clone());
-        // It holds no more than the context has tokens.
+        // It never holds more events than the context has tokens.
         let (sender, events) = unbounded_channel();
         let (mut hears, mut known) = (reading.hears.take(), request.sampled.len());
         let owner = move |event| {
@@ -245,12 +245,12 @@ impl Answer {
         })
     }
 
-    /// The model that makes it.
+    /// The model that makes the answer.
     pub fn served(&self) -> &Arc<Served> {
         &self.served
     }
 
-    /// Tokens of its prompt.
+    /// Number of tokens of its prompt.
     pub fn prompt_tokens(&self) -> usize {
         self.usage.prompt
     }
@@ -263,7 +263,8 @@ impl Answer {
         }
     }
 
-    /// What comes next, at least every [`KEEP_ALIVE`]; `None` after the end. It can be given up while it waits, and nothing is lost.
+    /// The next step, at least every [`KEEP_ALIVE`]; `None` after the end. The future can be dropped while it waits; nothing is
+    /// lost.
     pub async fn next(&mut self) -> Option<Step> {
         loop {
             if let Some(step) = self.ready.pop_front() {
@@ -281,8 +282,8 @@ impl Answer {
         }
     }
 
-    /// Ends the answer where it is. What it has said so far comes as pieces, and then the end, once the model has let go of it; what the
-    /// model remembers of it is kept as of an answer that ended by itself.
+    /// Ends the answer early. The text so far comes as pieces, followed by the end once the generation has ended. What the model
+    /// remembers of the answer is kept as if it had ended by itself.
     pub fn stop(&mut self) {
         if self.over || self.stopped.is_some() {
             return;
@@ -294,7 +295,7 @@ impl Answer {
         self.handle.cancel();
     }
 
-    /// Where it is: waiting for others, reading its prompt, or generating.
+    /// Its state: waiting for others, reading its prompt, or generating.
     pub fn waiting(&self) -> Waiting {
         match (self.handle.place(), self.read) {
             (Some(Place::Queued { ahead }), _) => Waiting::Queued { ahead },
@@ -352,7 +353,7 @@ impl Answer {
                     self.push(Piece::Text(emit.text));
                     if emit.stopped {
                         let string = self.matcher.matched().map(|index| self.reading.strings.strings()[index].clone());
-                        // The rest of the step's tokens does not count; the generation's end says what was cached.
+                        // The rest of the step's tokens does not count; the end of the generation reports what was cached.
                         self.stopped = Some(Why::Stop(string));
                         self.handle.cancel();
                         return;
@@ -366,7 +367,7 @@ impl Answer {
         }
     }
 
-    /// Text that was held back because a stop string might begin in it is certain now.
+    /// Text that was held back because a stop string might begin in it is now certain.
     fn release(&mut self) {
         let held = self.matcher.finish();
         self.matcher = self.reading.strings.matcher();
@@ -434,7 +435,7 @@ impl Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        // Whoever went away may come back to go on.
+        // A client that disconnected may come back to continue.
         self.close();
     }
 }

@@ -1,4 +1,4 @@
-//! What all handlers share, and which path is whose.
+//! The state that all handlers share, and the routes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,22 +27,23 @@ use crate::page;
 
 /// How long a client may pause while it sends a body.
 const BODY: Duration = Duration::from_secs(30);
-/// How long it may send a body at all, so that a byte now and then does not keep its connection for ever.
+/// How long it may take to send a whole body, so that a client that sends a byte now and then does not keep its connection for
+/// ever.
 const WHOLE_BODY: Duration = Duration::from_secs(600);
 
-/// Says how answers differ from the models' own, if they were asked to.
+/// Tells how answers differ from the model's own, if the server was started with such options.
 pub const LOSSY: HeaderName = HeaderName::from_static("x-sluice-lossy");
 
-/// Most requests that are prepared at a time.
+/// Most requests that are prepared at the same time.
 const PREPARING: usize = 2;
 
-/// What all handlers share.
+/// The state that all handlers share.
 pub struct App {
     /// How the server was set up.
     pub options: ServerOptions,
     /// The models.
     pub models: Arc<Models>,
-    /// What models remember of conversations on the drive, if it is kept.
+    /// What models remember of conversations, on the drive, if it is kept there.
     pub store: Option<Arc<Store>>,
     /// The answers that are being made.
     pub live: Live,
@@ -50,13 +51,13 @@ pub struct App {
     pub responses: Arc<ResponseStore>,
     /// Files and batches, if there are any.
     pub batches: Option<Arc<Batches>>,
-    /// Requests that are being prepared: templates, tokenizers and grammars take memory and processors.
+    /// Limits the requests that are being prepared, because templates, tokenizers and grammars take memory and processors.
     pub preparing: Semaphore,
     /// Counters.
     pub metrics: Metrics,
     /// When the server began.
     pub started: Instant,
-    /// Set once the server is to end.
+    /// Set once the server is about to end.
     pub closing: AtomicBool,
 }
 
@@ -83,10 +84,10 @@ impl App {
         })
     }
 
-    /// Refuses new work once the server is to end.
+    /// Refuses new work once the server is about to end.
     ///
     /// # Errors
-    /// When it is.
+    /// If the server is about to end.
     pub fn open(&self) -> Result<(), ApiError> {
         match self.closing.load(Ordering::Relaxed) {
             true => Err(ApiError::new(Kind::Closing, "the server is about to end: try again when it is back")),
@@ -121,7 +122,7 @@ async fn not_allowed(request: Request) -> Response<Body> {
     ApiError::new(Kind::Method, format!("{path} does not take {}", request.method())).response(Flavour::of(path))
 }
 
-/// Counts and logs a request. What clients write is not logged.
+/// Counts and logs a request. The contents of requests are not logged.
 async fn record(State(app): State<Arc<App>>, request: Request, next: Next) -> Response<Body> {
     let began = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
@@ -132,7 +133,7 @@ async fn record(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
     let status = response.status().as_u16();
     app.metrics.response(status);
     let milliseconds = began.elapsed().as_millis() as u64;
-    // Whoever watches asks every second.
+    // Programs that watch the server ask every second.
     match path.as_str() {
         "/health" | "/metrics" | "/slots" | "/status" => {
             tracing::debug!(%method, path, status, milliseconds, "response")

@@ -1,4 +1,4 @@
-//! What all APIs ask for, in one form.
+//! The form of requests that all APIs share.
 
 use serde_json::{Map, Value};
 pub use sluice_dialect::ToolChoice;
@@ -7,32 +7,32 @@ use sluice_text::Message;
 
 use crate::error::ApiError;
 
-/// A request, whichever API it came by.
+/// A request, from any API.
 #[derive(Clone, Debug, Default)]
 pub struct Ask {
-    /// The API that it came by, for logs and metrics.
+    /// Its API, for logs and metrics.
     pub api: &'static str,
     /// The model's name, as the client gave it.
     pub model: String,
-    /// What to continue.
+    /// The text to continue.
     pub input: Input,
-    /// How.
+    /// How tokens are chosen.
     pub settings: Settings,
     /// Tools that the model may call.
     pub tools: Vec<Tool>,
-    /// Which of them it must call.
+    /// Which of these tools it must call.
     pub choice: ToolChoice,
-    /// Whether it may call several at once.
+    /// Whether it may make several calls at once.
     pub parallel: bool,
-    /// Whether and how much it should think.
+    /// Whether and how hard it should think.
     pub thinking: Thinking,
-    /// What the text must look like.
+    /// The form of the text.
     pub form: TextForm,
-    /// How many answers.
+    /// Number of answers.
     pub n: usize,
-    /// Whether what the model remembers may be kept for later requests.
+    /// Whether later requests may use what the model remembers.
     pub keep: bool,
-    /// Whether the answer begins with the text that it continues, and with the log probabilities of its tokens if these are asked for.
+    /// Whether the answer begins with the text that it continues, with the log probabilities of its tokens if these are requested.
     pub echo: bool,
 }
 
@@ -50,7 +50,7 @@ pub struct Tool {
 }
 
 impl Tool {
-    /// The tool as templates want it.
+    /// The tool in the form that templates take.
     pub fn declaration(&self) -> Value {
         let mut function = Map::new();
         function.insert("name".into(), self.name.clone().into());
@@ -62,26 +62,26 @@ impl Tool {
     }
 }
 
-/// What to continue.
+/// The text to continue.
 #[derive(Clone, Debug)]
 pub enum Input {
     /// A conversation.
     Chat(Chat),
-    /// A conversation that goes on behind the tokens of an earlier one.
+    /// A conversation that continues after the tokens of an earlier one.
     After {
         /// The tokens.
         before: Vec<u32>,
-        /// What follows them.
+        /// The messages after them.
         chat: Chat,
     },
-    /// A text as it is.
+    /// A text, without a template.
     Text(String),
     /// Tokens.
     Tokens(Vec<u32>),
 }
 
 impl Ask {
-    /// How many messages it has.
+    /// Number of its messages.
     pub fn messages(&self) -> usize {
         match &self.input {
             Input::Chat(chat) | Input::After { chat, .. } => chat.messages.len(),
@@ -89,7 +89,7 @@ impl Ask {
         }
     }
 
-    /// Bytes of the texts that a prompt of this request has at least. Thinking is not counted, since templates drop it.
+    /// A lower bound for the bytes of the prompt's texts. Thinking is not counted, because templates drop it.
     pub fn text_bytes(&self) -> usize {
         let text = |content: &Value| match content {
             Value::String(text) => text.len(),
@@ -107,7 +107,7 @@ impl Ask {
 }
 
 impl Input {
-    /// Whether a conversation is continued, and not just a text.
+    /// Whether a conversation is continued, rather than a text.
     pub fn is_chat(&self) -> bool {
         matches!(self, Input::Chat(_) | Input::After { .. })
     }
@@ -126,14 +126,14 @@ pub struct Chat {
     pub messages: Vec<Message>,
     /// More variables for the template.
     pub variables: Map<String, Value>,
-    /// Whether the last message, an assistant's, is to be continued instead of answered.
+    /// Whether the last message, an assistant's, should be continued instead of answered.
     pub continues: bool,
-    /// The time that templates are told, in seconds since 1970; `None`: now. A conversation that keeps the time of its beginning has
-    /// the same prompt on another day.
+    /// The time that templates see, in seconds since 1970; `None`: now. A conversation that keeps the time of its beginning has the
+    /// same prompt on another day.
     pub now: Option<i64>,
 }
 
-/// How tokens are chosen, and when to stop. What is not given is as the model's authors recommend.
+/// How tokens are chosen, and when to stop. Settings that are not given are those that the model's authors recommend.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Settings {
     /// Most tokens to generate; `None`: as many as the context has room for.
@@ -142,15 +142,15 @@ pub struct Settings {
     pub temperature: Option<f32>,
     /// Nucleus.
     pub top_p: Option<f32>,
-    /// Likeliest tokens to choose from.
+    /// Number of likeliest tokens to choose from.
     pub top_k: Option<u32>,
     /// Least probability, as a part of the likeliest token's.
     pub min_p: Option<f32>,
     /// Makes tokens that occurred less likely (above 1).
     pub repetition_penalty: Option<f32>,
-    /// Subtracted from the logits of tokens of the answer so far, once and as often as they occurred.
+    /// Subtracted from the logits of tokens in the answer so far, once and for each time that they occurred.
     pub penalties: Penalties,
-    /// Where the random numbers start; `None`: anywhere.
+    /// Seed of the random numbers; `None`: a random one.
     pub seed: Option<u64>,
     /// Texts that end the answer.
     pub stop: Vec<String>,
@@ -160,16 +160,16 @@ pub struct Settings {
     pub logprobs: Option<usize>,
 }
 
-/// Whether and how much to think.
+/// Whether and how hard to think.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Thinking {
-    /// Asked for, or asked not to.
+    /// The client's choice, if it made one.
     pub enabled: Option<bool>,
     /// How hard: `low`, `medium`, `high`, ….
     pub effort: Option<String>,
 }
 
-/// What an answer's text must look like.
+/// The form of an answer's text.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum TextForm {
     /// Anything.
@@ -193,7 +193,7 @@ pub const MOST_LOGPROBS: usize = 20;
 pub const MOST_ANSWERS: usize = 128;
 
 impl Settings {
-    /// Checks what can be wrong with settings, under the names that the API has for them.
+    /// Checks the settings, under the names that the API has for them.
     ///
     /// # Errors
     /// Names the field.

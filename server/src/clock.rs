@@ -9,7 +9,7 @@ pub fn now() -> Duration {
 
 /// A time, given as what has passed since 1970 began, as text (RFC 3339) in UTC. Parts of a second are written if there are any.
 pub fn rfc3339(since: Duration) -> String {
-    // Year 9999 ends then, and with it the format.
+    // The year 9999 ends here, and with it the format.
     let seconds = since.as_secs().min(253_402_300_799);
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(days);
@@ -23,7 +23,7 @@ pub fn rfc3339(since: Duration) -> String {
 
 /// Year, month and day of a day counted from 1970 (Hinnant, "chrono-Compatible Low-Level Date Algorithms", `civil_from_days`).
 fn civil(days: u64) -> (u64, u64, u64) {
-    // Years begin in March here, so that the leap day is the last one; an era is 400 years.
+    // Years begin in March here, so that the leap day is the last day; an era is 400 years.
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;

@@ -1,4 +1,4 @@
-//! What an API says when a request cannot be served: one error for all APIs, and each API's own object for it.
+//! Errors of requests: one type for all APIs, and each API's own object for it.
 
 use axum::body::Body;
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
@@ -11,15 +11,15 @@ use sluice_model::engine::RuntimeError;
 /// Why a request is refused or ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// The request makes no sense.
+    /// The request is invalid.
     Invalid,
     /// No key, or a wrong one.
     Unauthorized,
-    /// It comes from a page or a host that may not ask.
+    /// It comes from a page or a host that is not allowed.
     Forbidden,
-    /// There is no such thing.
+    /// The thing does not exist.
     NotFound,
-    /// The path is there, the method is not.
+    /// The path exists, but not the method.
     Method,
     /// The body, or the text in it, is too large.
     TooLarge,
@@ -27,11 +27,11 @@ pub enum Kind {
     Busy,
     /// The client was too slow.
     Timeout,
-    /// The server does not do that.
+    /// The server does not support this.
     NotImplemented,
     /// The server is about to end.
     Closing,
-    /// The server's fault.
+    /// A fault of the server.
     Internal,
 }
 
@@ -53,7 +53,7 @@ impl Kind {
         }
     }
 
-    /// OpenAI's word for it.
+    /// OpenAI's name for it.
     fn openai(self) -> &'static str {
         match self {
             Kind::Unauthorized => "authentication_error",
@@ -65,7 +65,7 @@ impl Kind {
         }
     }
 
-    /// Anthropic's word for it.
+    /// Anthropic's name for it.
     fn anthropic(self) -> &'static str {
         match self {
             Kind::Unauthorized => "authentication_error",
@@ -81,24 +81,24 @@ impl Kind {
     }
 }
 
-/// The code of an error that concerns one request alone, though it is not the client's fault.
+/// The code of an error that concerns only one request, although it is not the client's fault.
 pub const PANICKED: &str = "panicked";
 
-/// An error that a client is told.
+/// An error that is sent to a client.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct ApiError {
-    /// Why.
+    /// The kind of error.
     pub kind: Kind,
     /// What is wrong, and what the client can do.
     pub message: String,
-    /// The field of the request that is wrong.
+    /// The invalid field of the request.
     pub param: Option<String>,
-    /// A word for programs, where the API has one.
+    /// A word for programs, if the API has one.
     pub code: Option<&'static str>,
-    /// After how many seconds it is worth trying again.
+    /// Seconds after which the client should try again.
     pub retry_after: Option<u32>,
-    /// Tokens of a prompt that is too long, and of the longest that is not.
+    /// Tokens of a prompt that is too long, and of the longest that would fit.
     pub too_long: Option<(usize, usize)>,
 }
 
@@ -108,12 +108,12 @@ impl ApiError {
         ApiError { kind, message: message.into(), param: None, code: None, retry_after: None, too_long: None }
     }
 
-    /// The request makes no sense.
+    /// An error for an invalid request.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(Kind::Invalid, message)
     }
 
-    /// A field has a value that it cannot have.
+    /// An error for a field with an invalid value.
     pub fn field(param: impl Into<String>, message: impl Into<String>) -> Self {
         ApiError { param: Some(param.into()), ..Self::invalid(message) }
     }
@@ -124,13 +124,13 @@ impl ApiError {
         ApiError { code: Some(code), ..self }
     }
 
-    /// The queue is full.
+    /// An error for a full queue.
     pub fn busy(queued: usize) -> Self {
         let message = format!("{queued} requests are waiting already: try again later");
         ApiError { retry_after: Some(10), ..Self::new(Kind::Busy, message).code("rate_limit_exceeded") }
     }
 
-    /// The object that this API sends.
+    /// The object of an API for this error.
     pub fn body(&self, flavour: Flavour) -> Value {
         let message = &self.words(flavour);
         match flavour {
@@ -146,7 +146,7 @@ impl ApiError {
         }
     }
 
-    /// The message. Of a prompt that is too long each API's clients look for that API's own words: they shorten the conversation then.
+    /// The message. Clients of each API look for that API's own words for a prompt that is too long, to shorten the conversation.
     fn words(&self, flavour: Flavour) -> String {
         match (self.too_long, flavour) {
             (Some((prompt, most)), Flavour::Anthropic) => {
@@ -190,7 +190,7 @@ impl From<GenerationError> for ApiError {
             GenerationError::Engine(RuntimeError::Model(ModelError::PagesFull(_))) => {
                 ApiError { retry_after: Some(10), ..Self::new(Kind::Busy, message) }
             }
-            // The fault of what this request has brought, and of nothing else.
+            // The cause is a part of this request, and nothing else.
             GenerationError::Panicked { .. } => Self::new(Kind::Internal, message).code(PANICKED),
             GenerationError::Engine(_) | GenerationError::Thread { .. } | GenerationError::SampledTooMany { .. } => {
                 Self::new(Kind::Internal, message)
@@ -206,10 +206,10 @@ impl From<sluice_text::TextError> for ApiError {
     }
 }
 
-/// Whose objects a path speaks.
+/// The API whose objects a path uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flavour {
-    /// OpenAI, and everything of our own.
+    /// OpenAI; also used for our own paths.
     OpenAi,
     /// Anthropic.
     Anthropic,

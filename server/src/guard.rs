@@ -1,7 +1,7 @@
-//! Who may ask: keys, hosts and origins.
+//! Access control: keys, hosts and origins.
 //!
-//! A server on one's own machine is reached by every page that the browser shows. Two things keep those out: a page's requests carry
-//! its `Origin`, and a name that an attacker points at 127.0.0.1 (DNS rebinding) stands in `Host`.
+//! Every page in the browser can reach a server on the same machine. Two headers keep those pages out: their requests carry their
+//! `Origin`, and if an attacker points a name at 127.0.0.1 (DNS rebinding), that name is in `Host`.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -18,18 +18,18 @@ use subtle::ConstantTimeEq;
 
 use crate::error::{ApiError, Flavour, Kind};
 
-/// What the guard lets through.
+/// The requests that the guard allows.
 #[derive(Clone, Debug, Default)]
 pub struct Guard {
-    /// One of these must be given; none: no key is needed.
+    /// One of these keys must be given; if the list is empty, no key is needed.
     pub keys: Vec<String>,
-    /// Names that `Host` may have besides addresses and `localhost`.
+    /// Names that `Host` may have, besides addresses and `localhost`.
     pub hosts: Vec<String>,
-    /// Origins whose pages may ask, besides the server's own page; `*`: all.
+    /// Origins of pages that may send requests, besides the server's own page; `*`: all.
     pub origins: Vec<String>,
 }
 
-/// Paths that need no key: they show nothing of anybody.
+/// Paths that need no key, because they show no data.
 const OPEN_PATHS: [&str; 2] = ["/", "/health"];
 
 /// The middleware.
@@ -50,7 +50,7 @@ pub async fn check(State(guard): State<Arc<Guard>>, request: Request, next: Next
     response
 }
 
-/// The answer to a preflight request, with which a browser asks whether a page's request may be sent.
+/// The answer to a preflight request, with which a browser asks whether it may send a page's request.
 fn preflight(headers: &HeaderMap) -> Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::NO_CONTENT;
@@ -62,7 +62,7 @@ fn preflight(headers: &HeaderMap) -> Response<Body> {
 }
 
 impl Guard {
-    /// Lets a request through, or says why not. Returns the origin that may read the response, if it is another one.
+    /// Allows a request, or gives the error. Returns the origin that may read the response, if it is another one.
     fn admit(&self, method: &Method, path: &str, headers: &HeaderMap) -> Result<Option<HeaderValue>, ApiError> {
         let host = host_of(headers)?;
         if !self.knows_host(host) {
@@ -94,11 +94,11 @@ impl Guard {
         Ok(foreign)
     }
 
-    /// Whether the name in `Host` is one that no stranger can point here.
+    /// Whether the name in `Host` is one that no attacker can point here.
     fn knows_host(&self, host: &str) -> bool {
         let name = name_of(host);
         let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok();
-        // Clients of HTTP/1.0 may send no host; browsers always do.
+        // Clients of HTTP/1.0 may send no host; browsers always send one.
         host.is_empty()
             || address
             || name.eq_ignore_ascii_case("localhost")
@@ -125,7 +125,7 @@ impl Guard {
     }
 }
 
-/// The one `Host` of a request, or nothing if it has none (RFC 9112, 3.2).
+/// The only `Host` of a request, or an empty string if it has none (RFC 9112, 3.2).
 fn host_of(headers: &HeaderMap) -> Result<&str, ApiError> {
     let mut hosts = headers.get_all(HOST).iter();
     let host = hosts.next().map_or(Ok(""), HeaderValue::to_str);

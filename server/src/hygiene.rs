@@ -1,12 +1,12 @@
-//! What agents change in their prompts on every call, although it says nothing new, made the same again.
+//! Removes the parts of prompts that agents change on every call without saying anything new.
 //!
-//! A model that has read a prompt need not read it again, up to the first token that differs. Agents put things at its beginning that
-//! differ on every call: Claude Code a line for Anthropic's billing (`x-anthropic-billing-header: …; cch=…;`), others the time of day.
-//! Whoever asks for it ([`ServerOptions::normalise`]) gets these parts in one form: the line goes, and times become days, so that
-//! the prompt changes once a day. Without being asked, nothing of what a client sends is changed.
+//! A model that has read a prompt need not read it again, up to the first token that differs. Agents put things at its beginning
+//! that differ on every call: Claude Code adds a line for Anthropic's billing (`x-anthropic-billing-header: …; cch=…;`), others the
+//! time of day. With the option [`ServerOptions::normalise`], the line is removed, and times become days, so that the prompt
+//! changes once a day. Without the option, nothing that a client sends is changed.
 //!
-//! Times count only where agents describe their surroundings: in `<env>`, `<environment_context>`, `<environment_details>`,
-//! `<system-reminder>` and `<CURRENT_DATETIME>`, and in lines of the system prompt that say the current date or time.
+//! Times are changed only where agents describe their surroundings: in `<env>`, `<environment_context>`, `<environment_details>`,
+//! `<system-reminder>` and `<CURRENT_DATETIME>`, and in lines of the system prompt that give the current date or time.
 
 use std::borrow::Cow;
 use std::sync::LazyLock;
@@ -17,11 +17,11 @@ use serde_json::{Map, Value};
 use crate::ask::{Ask, Input};
 use crate::options::ServerOptions;
 
-/// A line for Anthropic's billing, and the empty lines behind it.
+/// A line for Anthropic's billing, and the empty lines after it.
 static BILLING: LazyLock<Regex> =
     LazyLock::new(|| regex(r"(?im)^[ \t]*x-anthropic-billing-header:[^\n]*(?:\n(?:[ \t]*\n)*|\z)"));
 
-/// What agents write about their surroundings.
+/// The tags in which agents describe their surroundings.
 static SURROUNDINGS: LazyLock<Regex> = LazyLock::new(|| {
     let section = |name: &str| format!("<{name}>.*?</{name}>");
     let names = ["env", "environment_context", "environment_details", "system-reminder", "CURRENT_DATETIME"];
@@ -29,12 +29,12 @@ static SURROUNDINGS: LazyLock<Regex> = LazyLock::new(|| {
     regex(&format!("(?s){}", sections.join("|")))
 });
 
-/// A line that says the current date or time, or a heading that the next line belongs to.
+/// A line that gives the current date or time, or a heading to which the next line belongs.
 static CURRENT: LazyLock<Regex> = LazyLock::new(|| {
     regex(r"(?im)^[^\n]*\b(?:today(?:'s date)?|current (?:date|time)|date and time|time now)\b[^\n]*(?:\n+[^\n]+)?$")
 });
 
-/// Times, in groups: what stands for the day is kept, the rest goes.
+/// Times, in groups: the part for the day is kept, the rest is removed.
 static MOMENTS: LazyLock<[Regex; 4]> = LazyLock::new(|| {
     const CLOCK: &str = r"\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?(?:[ \x{202F}]?[AaPp][Mm]\b)?";
     const ZONE: &str = r"(?: ?(?:Z|UTC|[A-Z]{1,3}T)\b)?(?: ?[+-]\d{1,2}(?::?\d{2})?\b)?(?: ?\([^)\n]*\))?";
@@ -64,7 +64,7 @@ pub fn apply(options: &ServerOptions, ask: &mut Ask) {
     }
 }
 
-/// Normalises a message of the system or of a user. The assistant's and those of tools stay as they are.
+/// Normalises a message of the system or of a user. Messages of the assistant and of tools do not change.
 pub fn normalise(message: &mut Map<String, Value>) {
     let system = match message.get("role").and_then(Value::as_str) {
         Some("system" | "developer") => true,
@@ -79,7 +79,7 @@ pub fn normalise(message: &mut Map<String, Value>) {
                     *text = text_of(text, system);
                 }
             }
-            // A part that was nothing but the line.
+            // A part that consisted of the line alone.
             parts.retain(|part| !system || part.get("text").is_none_or(|text| text != ""));
         }
         _ => {}

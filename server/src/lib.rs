@@ -1,8 +1,8 @@
 //! HTTP over generations: the APIs of OpenAI, Anthropic and Ollama, and a page.
 //!
-//! A request goes this way: [`guard`] (who may ask), [`api`] (an API's JSON becomes an [`Ask`](ask::Ask)), [`models`] (which are
-//! loaded when they are asked for), [`served`] (an `Ask` becomes generations), [`answer`] (events become pieces of thinking, text and
-//! calls), [`reply`] (pieces become an API's events, or one object).
+//! A request takes this path: [`guard`] (access control), [`api`] (an API's JSON becomes an [`Ask`](ask::Ask)), [`models`] (which
+//! are loaded on demand), [`served`] (an `Ask` becomes generations), [`answer`] (events become pieces of thinking, text and calls),
+//! [`reply`] (pieces become an API's events, or one object).
 
 pub mod answer;
 pub mod api;

@@ -10,11 +10,11 @@ use sluice_generate::Handle;
 /// An answer that is being made.
 #[derive(Clone, Debug)]
 pub struct LiveAnswer {
-    /// The API that it was asked by.
+    /// Its API.
     pub api: &'static str,
     /// The model's name.
     pub model: String,
-    /// Since when.
+    /// When it began.
     pub since: Instant,
     /// The generation.
     pub handle: Handle,
@@ -31,7 +31,7 @@ struct State {
 }
 
 impl Live {
-    /// Adds an answer; it is there until the guard is dropped, which also ends its generation.
+    /// Adds an answer; it stays until the guard is dropped, which also ends its generation.
     pub fn enter(&self, answer: LiveAnswer) -> LiveGuard {
         let mut state = self.lock();
         let id = state.next;
@@ -40,7 +40,7 @@ impl Live {
         LiveGuard { live: self.clone(), id }
     }
 
-    /// How many there are.
+    /// Number of answers.
     pub fn count(&self) -> usize {
         self.lock().answers.len()
     }
@@ -51,7 +51,7 @@ impl Live {
         answers.iter().for_each(|answer| answer.handle.cancel());
     }
 
-    /// What clients are told of them.
+    /// The description for clients.
     pub fn to_json(&self) -> Value {
         let answers: Vec<(u64, LiveAnswer)> = self.lock().answers.iter().map(|(id, a)| (*id, a.clone())).collect();
         let slot = |(id, answer): (u64, LiveAnswer)| {
@@ -66,7 +66,7 @@ impl Live {
         Value::Array(answers.into_iter().map(slot).collect())
     }
 
-    /// The state is consistent between any two statements, so a panic elsewhere does not spoil it.
+    /// The state is consistent between any two statements, so a panic elsewhere does no harm.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

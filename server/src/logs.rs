@@ -7,12 +7,12 @@ use tracing_subscriber::EnvFilter;
 pub enum LogFormat {
     /// For people.
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
-/// Begins to write logs to standard error. `RUST_LOG` says what, if it is set; else what is worth knowing of each request. Does
-/// nothing if the program writes logs already.
+/// Starts writing logs to standard error. `RUST_LOG` selects what is logged; by default, the important facts about each request.
+/// Does nothing if the program already writes logs.
 pub fn init(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("sluice_server=info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);

@@ -69,7 +69,7 @@ impl Metrics {
         self.responses.get_or_create(&StatusLabel { status }).inc();
     }
 
-    /// What a model is doing.
+    /// Updates the gauges of a model.
     pub fn model(&self, id: &str, status: &Status) {
         let label = ModelLabel { model: id.to_owned() };
         let set = |gauge: &ModelGauge, value: f64| _ = gauge.get_or_create(&label).set(value);
@@ -85,7 +85,7 @@ impl Metrics {
     /// All counters in the text format of OpenMetrics.
     ///
     /// # Errors
-    /// Never in practice: writing to memory does not fail.
+    /// Never in practice, because writing to memory does not fail.
     pub fn text(&self, live: usize) -> Result<String, fmt::Error> {
         self.live.set(i64::try_from(live).unwrap_or(i64::MAX));
         let mut text = String::new();

@@ -1,4 +1,4 @@
-//! The models of a server. They share one budget: a model is loaded when it is first asked for, and an idle one makes room.
+//! The models of a server. They share one budget: a model is loaded on its first request, and idle models make room for others.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,20 +15,20 @@ use crate::error::{ApiError, Kind};
 use crate::options::ServerOptions;
 use crate::served::Served;
 
-/// How often a request that waits for memory looks again.
+/// How often a request that waits for memory tries again.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// A model that can be asked for.
+/// A model that clients can request.
 pub struct Entry {
     /// The name that clients see.
     pub id: String,
     path: PathBuf,
-    /// What its file says of it.
+    /// What its file says about it.
     pub facts: Facts,
     loaded: Mutex<Option<Loaded>>,
 }
 
-/// What is known of a model before it is loaded.
+/// What is known about a model before it is loaded.
 #[derive(Clone, Debug)]
 pub struct Facts {
     /// The family.
@@ -41,20 +41,20 @@ pub struct Facts {
     pub max_positions: usize,
     /// The file's own id: of weights, specification and tokenizer.
     pub state_id: String,
-    /// The source of its chat template, of the one for tools if there are several.
+    /// The source of its chat template; of the one for tools, if there are several.
     pub template: Option<String>,
     /// Whether it has a layer for multi-token prediction.
     pub predicts: bool,
-    /// How its experts are chosen otherwise than its routers say, in words, if they are.
+    /// How its experts are chosen otherwise than by its routers, in words, if they are.
     pub lossy: Option<String>,
 }
 
 struct Loaded {
     served: Arc<Served>,
     used: Instant,
-    /// The budget that it has been given.
+    /// Its present budget.
     budget: Option<u64>,
-    /// The least that it can have.
+    /// Its least possible budget.
     least: u64,
 }
 
@@ -63,12 +63,12 @@ pub struct Models {
     entries: Vec<Entry>,
     engine: EngineOptions,
     scheduling: SchedulerOptions,
-    /// One model is loaded at a time, and nothing else changes what is loaded.
+    /// Held while a model is loaded: only one is loaded at a time, and only the holder changes which are loaded.
     loading: tokio::sync::Mutex<()>,
 }
 
 impl Models {
-    /// Looks at the files; loads nothing yet.
+    /// Reads the headers of the files; loads nothing yet.
     ///
     /// # Errors
     /// The first file that is not a model file.
@@ -95,15 +95,16 @@ impl Models {
         &self.entries
     }
 
-    /// How experts are chosen otherwise than the routers of any of the models say, in words.
+    /// How experts of any of the models are chosen otherwise than by the routers, in words.
     pub fn lossy(&self) -> Option<&str> {
         self.entries.iter().find_map(|entry| entry.facts.lossy.as_deref())
     }
 
-    /// The model of a name. With one model, every name means that one, since many clients send the name of somebody else's model.
+    /// The model with a name. If there is only one model, every name means that one, because many clients send the name of another
+    /// model.
     ///
     /// # Errors
-    /// When there is no such model.
+    /// If there is no such model.
     pub fn find(&self, name: &str) -> Result<&Entry, ApiError> {
         let name = name.strip_suffix(":latest").unwrap_or(name);
         match (self.entries.iter().find(|entry| entry.id == name), &self.entries[..]) {
@@ -118,10 +119,10 @@ impl Models {
         }
     }
 
-    /// The model of a name, loaded.
+    /// The model with a name, loaded.
     ///
     /// # Errors
-    /// When there is no such model, or it cannot be loaded.
+    /// If there is no such model, or it cannot be loaded.
     pub async fn get(self: &Arc<Self>, name: &str) -> Result<Arc<Served>, ApiError> {
         let entry = self.find(name)?;
         if let Some(served) = entry.served() {
@@ -139,7 +140,7 @@ impl Models {
             let (loaded, busy) =
                 loaded.map_err(|_| ApiError::new(Kind::Internal, "the model could not be loaded: the log says why"))?;
             match loaded {
-                // It will fit once the others are done.
+                // It will fit once the others are idle.
                 Err(GenerationError::Engine(RuntimeError::Budget(_))) if busy > 0 => {
                     tokio::time::sleep(RETRY).await;
                 }
@@ -151,15 +152,15 @@ impl Models {
         }
     }
 
-    /// Loads a model into the memory that the others leave: idle ones are closed, busy ones keep the least that they can. How many bytes
-    /// these have is returned as well.
+    /// Loads a model into the memory that the others leave: idle models are closed, busy ones keep the least that they need. Also
+    /// returns the number of bytes that the busy ones keep.
     fn load(&self, id: &str) -> (Result<Arc<Served>, GenerationError>, u64) {
         let others = self.entries.iter().filter(|other| other.id != id);
         let busy: u64 = others.filter_map(Entry::close_if_idle).sum();
         (self.load_beside(id, busy), busy)
     }
 
-    /// Loads a model into what is left of the budget beside so many bytes.
+    /// Loads a model into the part of the budget that is left beside `busy` bytes.
     fn load_beside(&self, id: &str, busy: u64) -> Result<Arc<Served>, GenerationError> {
         let entry = self.entries.iter().find(|entry| entry.id == id).expect("the name was found before");
         let mut options = self.engine.clone();
@@ -176,7 +177,7 @@ impl Models {
         Ok(served)
     }
 
-    /// Divides the budget among the loaded models: idle ones get the least that they can have, the others equal parts of the rest.
+    /// Divides the budget among the loaded models: idle ones get the least that they need, the others equal parts of the rest.
     /// `wanted` counts as busy.
     fn balance(&self, wanted: &str) {
         let Some(total) = self.engine.budget else { return };
@@ -195,7 +196,7 @@ impl Models {
     pub fn close(&self) {
         for entry in &self.entries {
             let loaded = entry.lock().take();
-            // Whoever still has it closes it later.
+            // A thread that still uses it closes it later.
             if let Some(served) = loaded.and_then(|loaded| Arc::into_inner(loaded.served)) {
                 served.close();
             }
@@ -217,22 +218,22 @@ impl Entry {
         &self.path
     }
 
-    /// The model, if it is loaded, for somebody who only looks.
+    /// The model, if it is loaded, without counting as a use.
     pub fn peek(&self) -> Option<Arc<Served>> {
         self.lock().as_ref().map(|loaded| Arc::clone(&loaded.served))
     }
 
-    /// Seconds since a request came for it; `None` if it is not loaded.
+    /// Seconds since its last request; `None` if it is not loaded.
     pub fn idle_seconds(&self) -> Option<f64> {
         self.lock().as_ref().map(|loaded| loaded.used.elapsed().as_secs_f64())
     }
 
     fn is_in_use(&self) -> bool {
-        // Every answer has a reference of its own.
+        // Every answer holds a reference.
         self.lock().as_ref().is_some_and(|loaded| Arc::strong_count(&loaded.served) > 1)
     }
 
-    /// The least memory that it can have, in bytes; `None` if it is not loaded.
+    /// The least memory that it needs, in bytes; `None` if it is not loaded.
     fn least(&self) -> Option<u64> {
         self.lock().as_ref().map(|loaded| loaded.least)
     }
@@ -244,7 +245,7 @@ impl Entry {
         }
     }
 
-    /// Closes the model, unless it is busy; then it returns the least memory that it needs.
+    /// Closes the model unless it is busy; if it is busy, returns the least memory that it needs.
     fn close_if_idle(&self) -> Option<u64> {
         let mut loaded = self.lock();
         let taken = loaded.take()?;
@@ -260,13 +261,13 @@ impl Entry {
         None
     }
 
-    /// The state is consistent between any two statements, so a panic elsewhere does not spoil it.
+    /// The state is consistent between any two statements, so a panic elsewhere does no harm.
     fn lock(&self) -> MutexGuard<'_, Option<Loaded>> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The name of a model file's model: that of the file, without folder and extension.
+/// The name of the model in a file: the file's name, without folder and extension.
 pub fn name_of(path: &Path) -> String {
     let whole = VolumeName::parse(path).map(|name| name.whole());
     let stem = whole.as_deref().unwrap_or(path).file_stem();
@@ -292,7 +293,7 @@ impl Facts {
     }
 }
 
-/// The source of a file's chat template, or of the one that its family has here. What is wrong with it is said when the model is loaded.
+/// The source of a file's chat template, or of its family's own here. Errors in it are reported when the model is loaded.
 fn template(file: &ModelFile) -> Option<String> {
     let metadata = file.metadata();
     let own = ChatTemplate::find(|name| metadata.get(name)).ok().flatten();

@@ -1,4 +1,4 @@
-//! How a server is set up.
+//! The configuration of a server.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -13,70 +13,70 @@ use sluice_model::engine::EngineOptions;
 use crate::ask::Ask;
 use crate::guard::Guard;
 
-/// Forces what a model answers, for tests of protocols: the form that the text must have, if the function has one for a request.
+/// Forces the form of a model's answer, for tests of protocols: the function returns the form for a request, or `None`.
 pub type Force = Arc<dyn Fn(&Ask) -> Option<Form> + Send + Sync>;
 
-/// How a server is set up.
+/// The configuration of a server.
 #[derive(Clone)]
 pub struct ServerOptions {
     /// The model files. Each is served under its name without the extension.
     pub files: Vec<PathBuf>,
-    /// Where to listen.
+    /// Address at which the server listens.
     pub address: SocketAddr,
-    /// Who may ask.
+    /// Access control.
     pub guard: Guard,
     /// How models are opened. The budget is shared by all of them.
     pub engine: EngineOptions,
-    /// Generations that run at a time; `None`: as many as there are pages for.
+    /// Generations that run at the same time; `None`: as many as there are pages for.
     pub parallel: Option<usize>,
-    /// Generations that may wait. Beyond that, clients are told to come again.
+    /// Generations that may wait. Beyond that, clients are told to try again later.
     pub queue: usize,
-    /// Where sequences are kept, so that they survive a restart.
+    /// Storage of sequences, so that they survive a restart.
     pub sessions: Option<SessionOptions>,
-    /// Where files and batches are kept; `None`: there are none.
+    /// Storage of files and batches; `None`: there are none.
     pub batches: Option<BatchOptions>,
-    /// An idle model gives its memory back after this time.
+    /// An idle model returns its memory to the system after this time.
     pub rest_after: Option<Duration>,
-    /// Most bytes of a request.
+    /// Most bytes of a request's body.
     pub max_body: usize,
-    /// How long answers may take to end once the server is told to end.
+    /// How long running answers may continue once the server is told to end.
     pub grace: Duration,
-    /// Who proposes tokens, which one step checks together.
+    /// The source of proposed tokens, which one step checks together.
     pub drafts: Drafts,
-    /// Tokens that are always proposed; `None`: as many as pay.
+    /// Number of tokens that are always proposed; `None`: as many as pay.
     pub draft_tokens: Option<usize>,
-    /// Whether logs may contain what clients write.
+    /// Whether logs may contain the contents of requests.
     pub log_prompts: bool,
-    /// Whether the parts of a prompt that agents change on every call are made the same again, see [`hygiene`](crate::hygiene).
+    /// Whether parts of a prompt that agents change on every call are normalised, see [`hygiene`](crate::hygiene).
     pub normalise: bool,
-    /// For tests of protocols: forces what the model answers.
+    /// For tests of protocols: forces the form of answers.
     pub force: Option<Force>,
 }
 
-/// Where sequences are kept.
+/// Storage of sequences.
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
     /// The folder.
     pub folder: PathBuf,
-    /// The most bytes of its files.
+    /// Most bytes of its files.
     pub max_bytes: u64,
-    /// Files that nobody has used for this time are deleted.
+    /// Files that have not been used for this time are deleted.
     pub expire_after: Option<Duration>,
 }
 
-/// Where files and batches are kept.
+/// Storage of files and batches.
 #[derive(Clone, Debug)]
 pub struct BatchOptions {
     /// The folder.
     pub folder: PathBuf,
-    /// The most bytes of a file that is uploaded.
+    /// Most bytes of one uploaded file.
     pub largest_file: u64,
-    /// The most bytes of all files when one is uploaded.
+    /// Most bytes of all files together when one is uploaded.
     pub max_bytes: u64,
 }
 
 impl BatchOptions {
-    /// A folder with the bounds that OpenAI has for a file, and room for many of them.
+    /// A folder with OpenAI's limit for one file, and room for many of them.
     pub fn new(folder: PathBuf) -> Self {
         BatchOptions { folder, largest_file: 200 << 20, max_bytes: 20 << 30 }
     }

@@ -1,6 +1,6 @@
-//! The page at `/`: files that are part of the program, and the headers that keep whatever a model says from becoming script.
+//! The page at `/`: files that are part of the program, and headers that keep a model's text from being run as a script.
 //!
-//! The page has no build step and asks nobody but this server for anything.
+//! The page has no build step and loads nothing from other servers.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -13,7 +13,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 
-/// Scripts, styles and data come from this server's own files only, and no script makes markup from text.
+/// Scripts, styles and data come only from this server's files, and no script turns text into markup.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
                       require-trusted-types-for 'script'; trusted-types 'none'";
@@ -54,7 +54,7 @@ pub fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
 }
 
 impl File {
-    /// The file, or that the browser has it already.
+    /// The file, or the answer that the browser has it already.
     fn answer(&self, headers: &HeaderMap, tag: &str) -> Response {
         let fixed: [(HeaderName, &str); 7] = [
             (CONTENT_SECURITY_POLICY, POLICY),
@@ -62,7 +62,7 @@ impl File {
             (REFERRER_POLICY, "no-referrer"),
             (HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
             (HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
-            // Browsers ask each time, so that the page is that of the program that runs.
+            // Browsers check each time, so that the page matches the running program.
             (CACHE_CONTROL, "no-cache"),
             (ETAG, tag),
         ];
@@ -73,14 +73,14 @@ impl File {
     }
 }
 
-/// A strong entity tag (RFC 9110, 8.8.3): other bytes have another one.
+/// A strong entity tag (RFC 9110, 8.8.3): different bytes have different tags.
 fn tag(text: &str) -> String {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
     format!("\"{}-{:016x}\"", env!("CARGO_PKG_VERSION"), hasher.finish())
 }
 
-/// Whether the browser says that it has what this tag stands for (RFC 9110, 13.1.2).
+/// Whether the browser says that it already has the version with this tag (RFC 9110, 13.1.2).
 fn is_known(headers: &HeaderMap, tag: &str) -> bool {
     let lists = headers.get_all(IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
     let mut tags = lists.flat_map(|list| list.split(',')).map(str::trim);
@@ -95,7 +95,7 @@ mod tests {
 
     use super::*;
 
-    /// The answer to a request with these entity tags.
+    /// The response to a request with these entity tags.
     fn ask(method: Method, path: &str, known: Option<&str>) -> Response {
         let mut request = Request::builder().method(method).uri(path);
         if let Some(known) = known {
@@ -157,7 +157,7 @@ mod tests {
         }
     }
 
-    /// What the policy forbids is not tried: a browser would only complain.
+    /// The page uses nothing that its policy forbids, because a browser would refuse it.
     #[test]
     fn the_files_name_each_other_and_nobody_else() {
         for File { path, text, .. } in &FILES {

@@ -1,4 +1,4 @@
-//! Responses: streamed events, and whole objects that are kept alive by white space until they are there.
+//! Responses: streams of events, and whole objects, before which white space keeps the connection alive.
 
 use std::convert::Infallible;
 
@@ -14,16 +14,16 @@ use crate::answer::{KEEP_ALIVE, Step};
 use crate::error::{ApiError, Flavour, Kind};
 use crate::run::Run;
 
-/// How events are put into a stream.
+/// How events are written to a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
     /// Server-sent events (WHATWG HTML, 9.2).
     Events,
-    /// JSON objects, one a line.
+    /// JSON objects, one per line.
     Lines,
 }
 
-/// Events that go to the client next.
+/// Events that are sent to the client next.
 #[derive(Debug, Default)]
 pub struct Events(String);
 
@@ -54,13 +54,13 @@ impl Events {
         self.0.push('\n');
     }
 
-    /// What has been written so far.
+    /// The text so far.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
     fn json(&mut self, data: &impl Serialize) {
-        // What we send has string keys only, so it can be written.
+        // Our objects have only string keys, so they can always be written.
         self.0 += &serde_json::to_string(data).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"));
     }
 }
@@ -69,7 +69,7 @@ impl Events {
 pub trait Writer: Send + 'static {
     /// The events before everything else.
     fn begin(&mut self, out: &mut Events);
-    /// The events once it is known how many tokens the prompt has: before all pieces, but maybe after some waiting.
+    /// The events once the number of the prompt's tokens is known: before all pieces, but possibly after some waiting.
     fn started(&mut self, _prompt: usize, _out: &mut Events) {}
     /// The events of a step of answer `index`.
     fn step(&mut self, index: usize, step: Step, out: &mut Events);
@@ -77,12 +77,12 @@ pub trait Writer: Send + 'static {
     fn end(&mut self, out: &mut Events);
 }
 
-/// Makes one object of the steps of answers.
+/// Makes one object from the steps of answers.
 pub trait Fold: Send + 'static {
     /// Takes a step of answer `index`.
     ///
     /// # Errors
-    /// What went wrong with the answer.
+    /// The error of an answer that failed.
     fn step(&mut self, index: usize, step: Step) -> Result<(), ApiError>;
     /// The object.
     fn finish(self: Box<Self>) -> Value;
@@ -101,7 +101,7 @@ pub fn streamed<W: Writer>(run: Run, writer: W, framing: Framing) -> Response<Bo
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    // Proxies would collect events otherwise.
+    // Otherwise proxies would buffer events.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     headers.insert("x-queue-position", queued.into());
     response
@@ -116,14 +116,14 @@ struct Streaming<W> {
 }
 
 impl<W: Writer> Streaming<W> {
-    /// The next bytes, and what is left of the stream.
+    /// The next bytes, and the rest of the stream.
     async fn next(mut self) -> Option<(Result<Bytes, Infallible>, Option<Self>)> {
         let mut out = Events::default();
         if !std::mem::replace(&mut self.begun, true) {
             self.writer.begin(&mut out);
             self.note_start(&mut out);
         }
-        // Some steps have no events, and an empty piece would end the body.
+        // Some steps have no events, and an empty chunk would end the body.
         while out.0.is_empty() {
             let Some((index, step)) = self.run.next().await else {
                 self.writer.end(&mut out);
@@ -143,8 +143,8 @@ impl<W: Writer> Streaming<W> {
     }
 }
 
-/// A response that is one object. If it takes long, white space comes before it, so that no one in between takes the connection for
-/// dead; the status is 200 then, whatever comes.
+/// A response that is one object. If it takes long, white space is sent before it, so that nothing in between closes an idle
+/// connection; the status is then 200, whatever follows.
 pub async fn whole(mut run: Run, fold: impl Fold, flavour: Flavour) -> Response<Body> {
     let queued = run.queue_position();
     let mut fold: Box<dyn Fold> = Box::new(fold);
@@ -184,7 +184,7 @@ async fn collect(run: &mut Run, fold: &mut Box<dyn Fold>) -> Result<(), ApiError
     Ok(())
 }
 
-/// A response that is there at once.
+/// A response that is complete at once.
 pub fn json_response(value: &impl Serialize) -> Response<Body> {
     match serde_json::to_vec(value) {
         Ok(bytes) => {

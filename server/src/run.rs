@@ -1,4 +1,4 @@
-//! A request from its arrival to the end of its last answer: loading the model, waiting, and all answers side by side.
+//! A request from its arrival to the end of its last answer: loads the model, waits, and runs all answers side by side.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -15,7 +15,7 @@ use crate::error::{ApiError, Kind};
 use crate::hygiene;
 use crate::served::Served;
 
-/// How long a request may take to be checked before its response begins. What goes wrong later cannot have a status of its own.
+/// Time for checking a request before its response begins. Later errors cannot have a status of their own.
 const SETTLE: Duration = Duration::from_secs(3);
 
 type Starting = Pin<Box<dyn Future<Output = Result<Vec<Answer>, ApiError>> + Send>>;
@@ -38,18 +38,18 @@ enum State {
 }
 
 impl Run {
-    /// Begins with a request. Returns once its answers have been put into the queue, or after a while.
+    /// Starts a request. Returns once its answers have been put into the queue, or after a while.
     ///
     /// # Errors
-    /// What is wrong with the request, as far as that is known by then.
+    /// If the request is invalid, as far as that is known by then.
     pub async fn begin(app: &Arc<App>, ask: Ask) -> Result<Run, ApiError> {
         Self::begin_all(app, vec![ask]).await
     }
 
-    /// The same with several requests of one model; their answers are counted through.
+    /// The same for several requests to one model; their answers are numbered consecutively.
     ///
     /// # Errors
-    /// As [`Run::begin`]; none of them is served then.
+    /// Like [`Run::begin`]; if there is an error, none of them is served.
     pub async fn begin_all(app: &Arc<App>, asks: Vec<Ask>) -> Result<Run, ApiError> {
         let starting = Box::pin(start(Arc::clone(app), asks));
         let mut run =
@@ -65,17 +65,17 @@ impl Run {
         self.served.as_ref()
     }
 
-    /// How many generations came before it when it was put into the queue.
+    /// Number of generations that came before it when it was put into the queue.
     pub fn queue_position(&self) -> usize {
         self.queued
     }
 
-    /// Tokens of the prompt, once it is known: when the model is loaded and the answers are in its queue.
+    /// Tokens of the prompt, once known: when the model is loaded and the answers are in its queue.
     pub fn prompt_tokens(&self) -> Option<usize> {
         self.prompt
     }
 
-    /// What comes next of any answer, with the answer's index, at least every few seconds; `None` after the last.
+    /// The next step of any answer, with the answer's index, at least every few seconds; `None` after the last.
     pub async fn next(&mut self) -> Option<(usize, Step)> {
         loop {
             match &mut self.state {
@@ -106,7 +106,7 @@ impl Run {
     }
 }
 
-/// The steps of all of these answers as they come, each with the answer's index.
+/// The steps of all of these answers as they arrive, each with the answer's index.
 pub fn side_by_side(answers: Vec<Answer>) -> Going {
     let steps = |(index, answer): (usize, Answer)| {
         let next = move |mut answer: Answer| async move { Some(((index, answer.next().await?), answer)) };

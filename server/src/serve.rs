@@ -1,4 +1,4 @@
-//! Listening, and ending well.
+//! Listens for connections, and shuts down cleanly.
 
 use std::future::Future;
 use std::io;
@@ -25,46 +25,46 @@ use crate::models::Models;
 use crate::options::{BatchOptions, ServerOptions, SessionOptions};
 use crate::stalled::Unstalled;
 
-/// How long a client may take to send the head of a request.
+/// How long a client may take to send the headers of a request.
 const HEAD: Duration = Duration::from_secs(30);
-/// How long a client may take nothing of what there is for it.
+/// How long a client may read nothing although there is data for it.
 const STALLED: Duration = Duration::from_secs(120);
-/// Most bytes of the head of a request.
+/// Most bytes of a request's headers.
 const HEAD_BYTES: usize = 64 << 10;
-/// Most connections at a time. More wait for one of them to end.
+/// Most connections at the same time. Further ones wait until one of them ends.
 const CONNECTIONS: usize = 1024;
-/// How often the server, once told to end, looks whether answers are left.
+/// How often the server, once told to end, checks whether answers are left.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Why a server does not begin.
+/// Why a server cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// A file is not a model file.
     #[error(transparent)]
     Format(#[from] FormatError),
-    /// The folder of sessions.
+    /// The folder of sessions cannot be used.
     #[error(transparent)]
     Sessions(#[from] StoreError),
-    /// The folder of responses.
+    /// The folder of responses cannot be used.
     #[error("the folder of responses cannot be used: {0}")]
     Responses(io::Error),
-    /// The folder of batches.
+    /// The folder of batches cannot be used.
     #[error("the folder of batches {} cannot be used: {source}", folder.display())]
     Batches {
         /// The folder.
         folder: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// The address.
+    /// The server cannot listen at the address.
     #[error("cannot listen at {address}: {source}")]
     Listen {
         /// The address.
         address: SocketAddr,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// Everybody could use it.
+    /// The server would be open to everybody.
     #[error(
         "{address} can be reached from other machines, and no key is set: give --api-key, or --insecure to let everybody use it"
     )]
@@ -72,22 +72,22 @@ pub enum ServerError {
         /// The address.
         address: SocketAddr,
     },
-    /// The runtime.
+    /// The runtime cannot start.
     #[error("cannot start the server: {0}")]
     Runtime(io::Error),
 }
 
-/// A server that listens, but does not serve yet.
+/// A server that listens, but does not serve requests yet.
 pub struct Server {
     app: Arc<App>,
     listener: TcpListener,
 }
 
 impl Server {
-    /// Looks at the model files, and listens. Models are loaded when they are asked for.
+    /// Reads the headers of the model files, and listens. Models are loaded on demand.
     ///
     /// # Errors
-    /// What is wrong with a file, the address, or the folder of sessions.
+    /// If a file, the address, or the folder of sessions cannot be used.
     pub async fn bind(options: ServerOptions, insecure: bool) -> Result<Self, ServerError> {
         let address = options.address;
         if !address.ip().is_loopback() && options.guard.keys.is_empty() && !insecure {
@@ -111,16 +111,16 @@ impl Server {
         Ok(Server { app, listener })
     }
 
-    /// Where it listens.
+    /// The address at which it listens.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's error.
     pub fn address(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
     }
 
-    /// Serves until `ended` is. Answers that are being made have some time to end then; what is left is cancelled, and what the models
-    /// remember is kept.
+    /// Serves until `ended` completes. Running answers then have some time to finish; those that are left are cancelled, and what
+    /// the models remember is kept.
     pub async fn serve(self, ended: impl Future<Output = ()>) {
         let Server { app, listener } = self;
         let router = router(&app);
@@ -138,7 +138,7 @@ impl Server {
                 accepted = accept(&listener, &places) => accepted,
             };
             let Ok((stream, place)) = accepted else {
-                // Too many open files, mostly: that passes.
+                // Usually there are too many open files, which passes.
                 sleep(LOOK).await;
                 continue;
             };
@@ -156,7 +156,7 @@ impl Server {
             batches.close();
         }
         if let Some(worker) = worker {
-            // A panic over there has been reported.
+            // A panic of that task has been reported already.
             let _ = worker.await;
         }
         end(&app, graceful).await;
@@ -196,13 +196,13 @@ fn connection(
 }
 
 async fn end(app: &Arc<App>, graceful: GracefulShutdown) {
-    // Of a time that no clock can show, all is left.
+    // If the time is beyond what the clock can represent, there is no limit.
     let deadline = Instant::now().checked_add(app.options.grace);
     while app.live.count() > 0 && deadline.is_none_or(|deadline| Instant::now() < deadline) {
         sleep(LOOK).await;
     }
     app.live.cancel_all();
-    // Connections write what is left; idle ones are closed.
+    // Connections write their remaining data; idle ones are closed.
     let _ = timeout(Duration::from_secs(2), graceful.shutdown()).await;
     let models = Arc::clone(&app.models);
     let _ = tokio::task::spawn_blocking(move || models.close()).await;
@@ -211,7 +211,7 @@ async fn end(app: &Arc<App>, graceful: GracefulShutdown) {
 /// Serves until the process is told to end (SIGINT, SIGTERM). `ready` is called with the address once the server listens.
 ///
 /// # Errors
-/// As [`Server::bind`], and when the system gives no threads.
+/// The errors of [`Server::bind`]; also if the system refuses to start threads.
 pub fn serve_until_told(
     options: ServerOptions,
     insecure: bool,
@@ -228,10 +228,10 @@ pub fn serve_until_told(
     })
 }
 
-/// Ends once the process is told to end (SIGINT, SIGTERM).
+/// Completes once the process is told to end (SIGINT, SIGTERM).
 ///
 /// # Errors
-/// What the system says.
+/// The system's error.
 pub fn told_to_end() -> io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;

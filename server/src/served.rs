@@ -1,4 +1,4 @@
-//! A model that is served: what it was opened with, and how requests become generations on it.
+//! A model that is served: how it was opened, and how requests become generations on it.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -22,7 +22,7 @@ use crate::transcripts::Transcripts;
 const MARKS: usize = 2;
 /// Most characters of the title of a stored sequence.
 const TITLE: usize = 80;
-/// Bytes of the end of a prompt that a dialect looks at.
+/// Bytes at the end of a prompt that a dialect reads.
 const TAIL: usize = 256;
 
 /// A loaded model.
@@ -30,7 +30,7 @@ pub struct Served {
     /// The name that clients see.
     pub id: String,
     model: Model,
-    /// The model's own, or the one that its family has here.
+    /// The model's own template, or that of its family here.
     template: Option<ChatTemplate>,
     dialect: Dialect,
     vocabulary: OnceLock<Result<Vocabulary, String>>,
@@ -39,24 +39,24 @@ pub struct Served {
     longest_token: OnceLock<usize>,
 }
 
-/// Hears of tokens as they are sampled.
+/// Receives tokens as they are sampled.
 pub type Hears = Box<dyn FnMut(Sampled) + Send>;
 
-/// What a batch says of a request besides what the request asks for, so that it can be answered again in the same way.
+/// Values that a batch fixes in addition to the request, so that it can be answered again in the same way.
 pub struct Repeatable {
-    /// Seconds since 1970 that templates are told.
+    /// The time that templates see, in seconds since 1970.
     pub now: i64,
-    /// Where random numbers start, if the request does not say.
+    /// Seed of the random numbers, if the request gives none.
     pub seed: u64,
-    /// What the ids of calls follow from.
+    /// Seed of the ids of calls.
     pub calls: u64,
-    /// For each answer: what was sampled for it in an earlier run, and who hears of what is sampled now.
+    /// For each answer: the tokens that an earlier run sampled, and the receiver of those that are sampled now.
     pub answers: Vec<(Vec<Sampled>, Hears)>,
-    /// Whose turn it is.
+    /// Whether it comes before other requests.
     pub priority: Priority,
 }
 
-/// A prompt in tokens, and what its text was.
+/// A prompt as tokens, and the end of its text.
 pub struct Encoded {
     /// The tokens.
     pub ids: Vec<u32>,
@@ -65,10 +65,10 @@ pub struct Encoded {
 }
 
 impl Served {
-    /// Opens a model: reads its dense parts, which takes a while.
+    /// Opens a model and reads its dense parts, which takes a while.
     ///
     /// # Errors
-    /// What is wrong with the file, its text files, or the memory.
+    /// If the file, its text files, or the memory do not allow it.
     pub fn open(
         id: String,
         path: &Path,
@@ -79,11 +79,11 @@ impl Served {
         Self::of(id, engine, scheduling, !options.forget, None)
     }
 
-    /// A model of an engine. `learn`: whether to keep what is learned about the experts; `template`: a chat template in the place of the
-    /// model's own.
+    /// A model on top of an engine. `learn`: whether to save what is learned about the experts; `template`: a chat template to use
+    /// instead of the model's own.
     ///
     /// # Errors
-    /// What is wrong with the model's text files, or that the system gives no thread.
+    /// If the model's text files are invalid, or the system refuses to start a thread.
     pub fn of(
         id: String,
         engine: Engine,
@@ -112,17 +112,17 @@ impl Served {
         Ok(Served { id, model, template, dialect, vocabulary, transcripts, longest_token: OnceLock::new() })
     }
 
-    /// Closes the model; what it remembers of conversations is kept where it can be.
+    /// Closes the model; what it remembers of conversations is kept if possible.
     pub fn close(self) {
         self.model.close(Drain::default());
     }
 
-    /// The model's front door.
+    /// The [`Model`] of the generation layer.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// Tokens that a conversation can have.
+    /// Most tokens of a conversation.
     pub fn context(&self) -> usize {
         self.model.context()
     }
@@ -140,7 +140,7 @@ impl Served {
     /// The tokenizer.
     ///
     /// # Errors
-    /// When the model has none.
+    /// If the model has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer, ApiError> {
         self.model.tokenizer().ok_or_else(|| GenerationError::NoTokenizer.into())
     }
@@ -153,7 +153,7 @@ impl Served {
     /// The prompt of a conversation as text.
     ///
     /// # Errors
-    /// When the model has no template, or it refuses the conversation.
+    /// If the model has no template, or the template refuses the conversation.
     pub fn prompt(&self, chat: &Chat, ask: &Ask) -> Result<Prompt, ApiError> {
         self.prompt_at(chat, ask, now())
     }
@@ -178,14 +178,14 @@ impl Served {
         Ok(prompt)
     }
 
-    /// Refuses a text that cannot fit into the context, before a tokenizer spends seconds and gigabytes on it.
+    /// Refuses a text that cannot fit in the context, before a tokenizer spends seconds and gigabytes on it.
     fn check_size(&self, bytes: usize) -> Result<(), ApiError> {
         let Some(tokenizer) = self.model.tokenizer() else { return Ok(()) };
         let longest = *self.longest_token.get_or_init(|| {
             let ids = 0..u32::try_from(self.model.vocab_size()).unwrap_or(u32::MAX);
             ids.filter_map(|id| Some(tokenizer.token_text(id)?.len())).max().unwrap_or(1).max(1)
         });
-        // Tokenizers may fold several bytes into one before they look for tokens.
+        // Tokenizers may merge several bytes into one before they search for tokens.
         let fewest = bytes / longest / 4;
         match fewest > self.context() {
             true => Err(GenerationError::PromptTooLong { prompt: fewest, context: self.context() }.into()),
@@ -193,18 +193,18 @@ impl Served {
         }
     }
 
-    /// The tokens of what is to be continued.
+    /// The tokens of the text to continue.
     ///
     /// # Errors
-    /// As [`Served::prompt`], and what the tokenizer refuses.
+    /// Like [`Served::prompt`], and if the tokenizer refuses the text.
     pub fn encode(&self, ask: &Ask) -> Result<Encoded, ApiError> {
         self.encode_at(ask, now(), ask.keep)
     }
 
-    /// As [`Served::encode`], at this time. `goes_on`: whether the tokens of earlier answers take the place of those that the tokenizer
-    /// makes of their texts.
+    /// Like [`Served::encode`], at this time. `goes_on`: whether the tokens of earlier answers replace the tokenizer's tokens for
+    /// their texts.
     fn encode_at(&self, ask: &Ask, now: i64, goes_on: bool) -> Result<Encoded, ApiError> {
-        // Each message takes tokens of its own.
+        // Each message adds tokens of its own.
         let messages = ask.messages();
         if messages > self.context() {
             return Err(GenerationError::PromptTooLong { prompt: messages, context: self.context() }.into());
@@ -225,7 +225,7 @@ impl Served {
                 let prompt = self.prompt_at(chat, ask, now)?;
                 let tokenizer = self.tokenizer()?;
                 let mut ids = prompt.encode(tokenizer)?;
-                // A text has one beginning.
+                // A text has only one beginning token.
                 if ids.first() == before.first() && ids.first().is_some_and(|&id| tokenizer.is_special(id)) {
                     ids.remove(0);
                 }
@@ -240,18 +240,18 @@ impl Served {
         }
     }
 
-    /// Starts the generations of a request. `forced`: a form that the answer must have instead of the one that the request asks for.
+    /// Starts the generations of a request. `forced`: a form that the answer must have instead of the requested one.
     ///
     /// # Errors
-    /// What is wrong with the request, or that the queue is full.
+    /// If the request is invalid, or the queue is full.
     pub fn start(self: &Arc<Self>, ask: &Ask, forced: Option<&Form>, live: &Live) -> Result<Vec<Answer>, ApiError> {
         self.start_all(ask, forced, live, None)
     }
 
-    /// Starts the generations of a request of a batch.
+    /// Starts the generations of a request in a batch.
     ///
     /// # Errors
-    /// What is wrong with the request.
+    /// If the request is invalid.
     pub fn start_again(
         self: &Arc<Self>,
         ask: &Ask,
@@ -295,7 +295,7 @@ impl Served {
             let sampling = sampling(&ask.settings, usual.sampling, seed.wrapping_add(index as u64));
             let is_chat = ask.input.is_chat();
             let (stop, strings) = self.stops(&ask.settings.stop, is_chat)?;
-            // A prompt that is scored is read before anything is sampled, and what follows it is short.
+            // A prompt that is scored is read before anything is sampled, and little follows it.
             let scored = ask.settings.logprobs.filter(|_| ask.echo);
             let (sampled, hears) = earlier.next().filter(|_| scored.is_none()).unzip();
             let request = Request {
@@ -327,18 +327,18 @@ impl Served {
         Ok(answers)
     }
 
-    /// Forgets the tokens of all conversations. Their next turns go by the tokens that the tokenizer makes of their texts.
+    /// Forgets the tokens of all conversations. Their next turns use the tokenizer's tokens for their texts.
     pub fn forget(&self) {
         self.transcripts.clear();
     }
 
-    /// Remembers the tokens of a conversation, so that its next turn goes on from them.
+    /// Remembers the tokens of a conversation, so that its next turn continues from them.
     pub fn remember(&self, tokens: Vec<u32>) {
         self.transcripts.remember(tokens);
     }
 
-    /// Where later prompts may part from this one: before the control tokens at its end. They begin the answer's own message, or its
-    /// thinking, which many templates drop later.
+    /// Positions where later prompts may diverge from this one: before the control tokens at its end. These begin the answer's
+    /// message, or its thinking, which many templates drop later.
     fn marks(&self, ids: &[u32]) -> Vec<usize> {
         let Some(tokenizer) = self.model.tokenizer() else { return Vec::new() };
         let positions = (1..ids.len()).rev().filter(|&at| tokenizer.is_control(ids[at]));
@@ -347,7 +347,7 @@ impl Served {
         marks
     }
 
-    /// What ends an answer: tokens and strings of the generation, and strings that only count in the text of an answer, not in
+    /// What ends an answer: tokens and strings for the generation, and strings that count only in the text of an answer, not in
     /// thinking or calls.
     fn stops(&self, strings: &[String], is_chat: bool) -> Result<(StopCondition, StopCondition), ApiError> {
         let wrong = |error: sluice_text::TextError| ApiError::field("stop", error.to_string());
@@ -356,7 +356,7 @@ impl Served {
             let none = StopCondition::default();
             return Ok((StopCondition::new(end, strings.to_vec()).map_err(wrong)?, none));
         }
-        // A special token is not part of the text, but clients name it to stop there.
+        // A special token is not part of the text, but clients name it as a stop string.
         let special = |text: &String| {
             let id = self.model.tokenizer()?.token_id(text)?;
             self.model.tokenizer()?.is_special(id).then_some(id)
@@ -366,10 +366,10 @@ impl Served {
         Ok((stop, StopCondition::new([], strings.to_vec()).map_err(wrong)?))
     }
 
-    /// The grammar that a request asks for: of its text, or of its tool calls.
+    /// The grammar for a request: for its text, or for its tool calls.
     fn grammar(&self, ask: &Ask, tail: &str) -> Result<Option<Grammar>, ApiError> {
         let calls = |forced: bool| {
-            // Whoever names one function wants one call.
+            // A client that names one function wants one call.
             let parallel = ask.parallel && !matches!(ask.choice, ToolChoice::Named(_));
             let tools = tools_of(ask, forced)?;
             Ok::<_, ApiError>(self.dialect.tool_grammar(&tools, &ask.choice, parallel, tail))
@@ -378,7 +378,7 @@ impl Served {
         let form = match (&ask.form, calls(false)?) {
             (TextForm::Free, None) => return Ok(None),
             (TextForm::Free, Some(lark)) => {
-                // A call that is forced follows its schema, unless that cannot be enforced and the client does not ask for it.
+                // A forced call follows its schema, unless the schema cannot be enforced and the client did not ask for strictness.
                 let strict = if is_forced { calls(true)? } else { None };
                 let strict = strict.and_then(|lark| self.compile(&Form::Lark(lark), "tools").ok());
                 return strict.map_or_else(|| self.compile(&Form::Lark(lark), "tools"), Ok).map(Some);
@@ -403,7 +403,7 @@ impl Served {
     /// Compiles a form for this model's vocabulary.
     ///
     /// # Errors
-    /// What is not supported, under the name of the field that asked for it.
+    /// If something in it is not supported, under the name of the requesting field.
     pub fn compile(&self, form: &Form, field: &'static str) -> Result<Grammar, ApiError> {
         let tokenizer = self.tokenizer()?;
         let vocabulary = self.vocabulary.get_or_init(|| {
@@ -420,7 +420,7 @@ fn now() -> i64 {
     i64::try_from(clock::now().as_secs()).unwrap_or(i64::MAX)
 }
 
-/// The template of a family that publishes none, if this model is one of them.
+/// This crate's template for a family that publishes none, if this model belongs to one.
 fn own_template(
     family: &str,
     tokenizer: Option<&Tokenizer>,
@@ -432,7 +432,7 @@ fn own_template(
     Ok(Some(ChatTemplate::new(source, tokenizer.names().clone())?))
 }
 
-/// The tools that the model is told of: none if it must not call any.
+/// The tools that are declared to the model: none if it must not call any.
 fn declarations(ask: &Ask) -> Vec<Value> {
     match ask.choice {
         ToolChoice::None => Vec::new(),
@@ -450,9 +450,9 @@ fn tools_of(ask: &Ask, strict: bool) -> Result<Tools, ApiError> {
     Tools::from_openai(&Value::Array(tools)).map_err(|error| ApiError::field("tools", error.to_string()))
 }
 
-/// The settings of a request over those that the model's authors recommend.
+/// The request's settings, completed with those that the model's authors recommend.
 fn sampling(asked: &Settings, usual: SamplerConfig, seed: u64) -> SamplerConfig {
-    // Who narrows the choice wants one, even where the authors recommend none.
+    // A client that narrows the choice wants sampling, even if the authors recommend the likeliest token.
     let narrowed = asked.top_k.is_some() || asked.top_p.is_some_and(|p| p < 1.0) || asked.min_p.is_some();
     let temperature = match asked.temperature {
         Some(temperature) => temperature,
@@ -470,7 +470,7 @@ fn sampling(asked: &Settings, usual: SamplerConfig, seed: u64) -> SamplerConfig 
     }
 }
 
-/// What a stored sequence is called: the beginning of what its user said first.
+/// The title of a stored sequence: the beginning of the user's first message.
 fn title(input: &Input) -> Option<String> {
     let text = match input {
         Input::Chat(chat) | Input::After { chat, .. } => {
@@ -485,7 +485,7 @@ fn title(input: &Input) -> Option<String> {
     Some(line.chars().take(TITLE).collect()).filter(|title: &String| !title.is_empty())
 }
 
-/// The end of a text, cut between characters.
+/// The end of a text, cut at a character boundary.
 fn tail_of(text: &str) -> &str {
     let from = (text.len().saturating_sub(TAIL)..text.len()).find(|&at| text.is_char_boundary(at));
     from.map_or("", |from| &text[from..])

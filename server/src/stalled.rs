@@ -1,7 +1,7 @@
 //! Connections whose clients have stopped reading.
 //!
-//! A client that is asleep, or means ill, acknowledges bytes without ever taking them. Its answer would keep the model loaded and a
-//! place among the connections for ever, so a connection that takes nothing for a while is given up.
+//! A client that is asleep or malicious acknowledges bytes without ever reading them. Its answer would keep the model loaded and
+//! occupy a connection for ever, so a connection that reads nothing for a while is closed.
 
 use std::future::Future;
 use std::io;
@@ -12,22 +12,22 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-/// A stream that fails with [`io::ErrorKind::TimedOut`] once its other end has taken nothing for some time.
+/// A stream that fails with [`io::ErrorKind::TimedOut`] once its other end has read nothing for some time.
 #[derive(Debug)]
 pub struct Unstalled<S> {
     stream: S,
     limit: Duration,
-    /// Runs while the other end takes nothing.
+    /// Runs while the other end reads nothing.
     waiting: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> Unstalled<S> {
-    /// A stream whose other end has to take something within `limit`, whenever there is something to take.
+    /// A stream whose other end has to read something within `limit`, whenever there is something to read.
     pub fn new(stream: S, limit: Duration) -> Self {
         Unstalled { stream, limit, waiting: None }
     }
 
-    /// What a write says, or that it has waited for too long.
+    /// The result of a write, or an error if it has waited too long.
     fn bounded<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
             self.waiting = None;
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
     use std::future::poll_fn;
 
-    /// A client that takes a byte at a time, so many times.
+    /// A client that reads one byte at a time, this many times.
     struct Client(usize);
 
     impl AsyncWrite for Client {
@@ -113,7 +113,7 @@ mod tests {
             }
             let error = poll_fn(|cx| Pin::new(&mut stream).poll_write(cx, b"x")).await.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-            // Whoever takes something again has all of the time again.
+            // A client that reads again gets the whole time again.
             stream.stream.0 = 1;
             assert_eq!(poll_fn(|cx| Pin::new(&mut stream).poll_write(cx, b"x")).await.unwrap(), 1);
             assert!(stream.waiting.is_none());

@@ -1,9 +1,9 @@
-//! What was really read and sampled, in tokens, so that the next turn of a conversation continues exactly that.
+//! The tokens that were actually read and sampled, so that the next turn of a conversation continues exactly those.
 //!
-//! A client sends an answer back as text. Tokens of that text, made anew, need not be those that the model sampled, and the
-//! sequence that is kept would match only up to the first difference. So where a rendered prompt begins with the text of a
-//! transcript, the transcript's tokens take the place of the prompt's own. A template that changes a message (old thinking is dropped,
-//! for example) renders another text, and from there on the prompt's own tokens count.
+//! A client sends an answer back as text. The tokenizer's tokens for that text need not be those that the model sampled, and the
+//! kept sequence would match only up to the first difference. So if a rendered prompt begins with the text of a transcript, the
+//! transcript's tokens replace the prompt's own. A template that changes a message (it drops old thinking, for example) renders
+//! another text, and from there on the prompt's own tokens are used.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,13 +21,13 @@ pub struct Transcripts {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The latest last.
+    /// The latest is last.
     all: VecDeque<Arc<[u32]>>,
     tokens: usize,
 }
 
 impl Transcripts {
-    /// Remembers a prompt and what was generated behind it. A transcript that this one continues is forgotten.
+    /// Remembers a prompt and the tokens generated after it. A transcript that this one continues is forgotten.
     pub fn remember(&self, tokens: Vec<u32>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.all.retain(|other| !tokens.starts_with(other));
@@ -40,20 +40,21 @@ impl Transcripts {
         }
     }
 
-    /// Forgets all of them.
+    /// Forgets all transcripts.
     pub fn clear(&self) {
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = State::default();
     }
 
-    /// The tokens of a prompt, with those of the transcript that it goes on from in the place of its own.
+    /// The tokens of a prompt, in which the tokens of the transcript that it continues replace its own.
     ///
-    /// `own` are the prompt's tokens as the tokenizer makes them, `text` is its text.
+    /// `own` are the tokenizer's tokens for the prompt; `text` is its text.
     pub fn continue_from(&self, tokenizer: &Tokenizer, text: &str, own: Vec<u32>) -> Vec<u32> {
         let all = self.state.lock().unwrap_or_else(PoisonError::into_inner).all.clone();
         if all.is_empty() {
             return own;
         }
-        // Where each token begins. Tokenizers that change the text (Unicode forms, a space before it) do not add up.
+        // Positions at which tokens begin. They cannot be found if the tokenizer changes the text (Unicode forms, a space before
+        // it).
         let Some(starts) = starts(tokenizer, &own, text) else { return own };
         let prompt = Rendered { tokenizer, text: text.as_bytes(), own: &own, starts: &starts };
         let best = all.iter().filter_map(|transcript| Some((prompt.common(transcript)?, transcript)));
@@ -80,7 +81,7 @@ fn starts(tokenizer: &Tokenizer, ids: &[u32], text: &str) -> Option<Vec<usize>> 
     (at == text.len()).then_some(starts)
 }
 
-/// A prompt as the tokenizer makes it.
+/// A prompt with the tokenizer's tokens.
 struct Rendered<'a> {
     tokenizer: &'a Tokenizer,
     text: &'a [u8],
@@ -89,8 +90,8 @@ struct Rendered<'a> {
 }
 
 impl Rendered<'_> {
-    /// How many tokens of a transcript can be taken, and the place of how many of the prompt's own they take. Both have the same text and
-    /// the same control tokens at the same places, and end beside a control token, where tokenizers begin anew.
+    /// How many tokens of a transcript can be used, and how many of the prompt's own they replace. Both have the same text and the
+    /// same control tokens at the same places, and end beside a control token, where tokenizers start afresh.
     fn common(&self, transcript: &[u32]) -> Option<(usize, usize)> {
         let (mut at, mut own) = (0, 0);
         let mut best = None;
@@ -101,7 +102,7 @@ impl Rendered<'_> {
             if own_control && taken > 0 {
                 best = Some((taken, own));
             }
-            // A control token stands for itself alone, in both.
+            // A control token stands only for itself, in both.
             if (control || own_control) && !(boundary && self.own.get(own) == Some(&id)) {
                 return best;
             }
@@ -127,7 +128,7 @@ impl Rendered<'_> {
         self.starts[*own] == at
     }
 
-    /// Whether one of the prompt's own control tokens begins inside of this range of the text.
+    /// Whether one of the prompt's own control tokens begins inside this range of the text.
     fn hides_control(&self, from: usize, to: usize, own: usize) -> bool {
         let inside = (own..self.own.len()).take_while(|&i| self.starts[i] < to);
         inside.filter(|&i| self.starts[i] > from).any(|i| self.tokenizer.is_control(self.own[i]))
@@ -138,7 +139,7 @@ impl Rendered<'_> {
 mod tests {
     use super::*;
 
-    /// Bytes are tokens, `ab` is one as well, and `<end>` is a control token.
+    /// Bytes are tokens, `ab` is also a token, and `<end>` is a control token.
     fn tokenizer() -> Tokenizer {
         let mut vocab = serde_json::Map::new();
         for (id, c) in ('!'..='~').chain(['Ġ', 'Ċ']).enumerate() {
@@ -169,7 +170,7 @@ mod tests {
             Fixture { tokenizer: tokenizer(), transcripts: Transcripts::default() }
         }
 
-        /// One token for each character; `$` stands for the control token.
+        /// One token for each character; `$` represents the control token.
         fn ids(&self, text: &str) -> Vec<u32> {
             let id = |c: char| match c {
                 '$' => self.tokenizer.token_id("<end>").unwrap(),
@@ -197,12 +198,12 @@ mod tests {
     #[test]
     fn sampled_tokens_take_the_place_of_rendered_ones() {
         let fixture = Fixture::new();
-        // Sampled as `a`, `b`; the tokenizer makes `ab` of it.
+        // Sampled as `a`, `b`; the tokenizer makes `ab`.
         fixture.transcripts.remember(fixture.ids("hi$ab$"));
         assert_eq!(fixture.own("ab").len(), 1);
         let expected = [fixture.ids("hi$ab$"), fixture.own("abc")].concat();
         assert_eq!(fixture.continued("hi$ab$abc"), expected);
-        // Without the end token, which a sequence has not seen when it was sampled last.
+        // Without the end token, which a sequence has not seen if it was sampled last.
         let fixture = Fixture::new();
         fixture.transcripts.remember(fixture.ids("hi$ab"));
         let expected = [fixture.ids("hi$ab"), fixture.own("$abc")].concat();
@@ -214,7 +215,7 @@ mod tests {
         let fixture = Fixture::new();
         fixture.transcripts.remember(fixture.ids("hi$thinking$ab$"));
         assert_eq!(fixture.continued("hi$ab$abc"), fixture.own("hi$ab$abc"));
-        // Only up to the last control token: behind it texts are tokenised as one.
+        // Only up to the last control token: after it, texts are tokenised together.
         let expected = [fixture.ids("hi$"), fixture.own("thinker$ab")].concat();
         assert_eq!(fixture.continued("hi$thinker$ab"), expected);
         assert_eq!(fixture.continued("other"), fixture.own("other"));
@@ -235,7 +236,7 @@ mod tests {
         let fixture = Fixture::new();
         fixture.transcripts.remember(fixture.ids("hi$x$"));
         let text = "hi<end>x<end>y".to_owned();
-        // A user wrote the second: it is not the template's, so it is text in the prompt.
+        // A user wrote the second one, not the template, so it is text in the prompt.
         let own = fixture.tokenizer.encode_untrusted(&text, std::slice::from_ref(&(8..13))).unwrap();
         let continued = fixture.transcripts.continue_from(&fixture.tokenizer, &text, own.clone());
         assert_eq!(continued, own);

@@ -1,4 +1,4 @@
-//! `/v1/responses` with a real, small model: what is streamed, what is stored, and what is refused.
+//! `/v1/responses` with a real, small model: streams, stored responses, and refusals.
 
 mod common;
 

@@ -2,12 +2,12 @@
 
 use serde_json::{Map, Value};
 
-/// Holds arguments that are not a JSON object, because the answer was cut or the model wrote something else. Anthropic's
+/// Key for arguments that are not a JSON object, because the answer was cut off or the model wrote something else. Anthropic's
 /// documentation of fine-grained tool streaming proposes this name.
 const INVALID: &str = "INVALID_JSON";
 
-/// The arguments of a call as an object. No text is no arguments; a text that is no object is kept under `INVALID_JSON`, so that nobody
-/// takes it for arguments.
+/// The arguments of a call as an object. An empty text means no arguments. A text that is not an object is stored under
+/// `INVALID_JSON`, so that it cannot be taken for arguments.
 pub fn object(text: &str) -> Value {
     if text.trim().is_empty() {
         return Value::Object(Map::new());

@@ -1,4 +1,4 @@
-//! JSON bodies: read, bounded, and with the field's name in what is said about them.
+//! Reads JSON bodies within bounds, with errors that name the field.
 
 use std::error::Error;
 
@@ -12,10 +12,10 @@ use tower_http::timeout::TimeoutError;
 
 use crate::error::{ApiError, Flavour, Kind};
 
-/// Bytes of a body that is not read on the threads that serve everybody.
+/// Bodies of at least this many bytes are not parsed on the threads that serve all clients.
 const LARGE: usize = 64 << 10;
 
-/// A request's body, read as JSON whatever its `Content-Type` says. Fields that are not known are ignored.
+/// A request's body, read as JSON whatever its `Content-Type`. Unknown fields are ignored.
 pub struct Json<T>(pub T);
 
 impl<S: Send + Sync, T: DeserializeOwned + Send + 'static> FromRequest<S> for Json<T> {
@@ -33,7 +33,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Send + 'static> FromRequest<S> for Js
         })?;
         let parsed = match bytes.len() > LARGE {
             false => parse(&bytes),
-            // It takes long enough to keep others waiting.
+            // Parsing would take long enough to delay others.
             true => tokio::task::spawn_blocking(move || parse(&bytes))
                 .await
                 .unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the body could not be read: the log says why"))),
@@ -42,10 +42,10 @@ impl<S: Send + Sync, T: DeserializeOwned + Send + 'static> FromRequest<S> for Js
     }
 }
 
-/// Reads a field that is left out, or null, as its default.
+/// Reads a field that is missing or null as its default.
 ///
 /// # Errors
-/// When it is something else.
+/// If it has another type.
 pub fn nullable<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(reader: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(reader)?.unwrap_or_default())
 }
@@ -66,7 +66,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     Ok(value)
 }
 
-/// Reads what JSON says.
+/// Converts a JSON value.
 ///
 /// # Errors
 /// Names the field that is wrong.

@@ -1,4 +1,4 @@
-//! Paths of our own: health, metrics, what the server is doing, tokens and templates.
+//! Paths that belong to no other API: health, metrics, status, tokens and templates.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use crate::ask::{Ask, Chat};
 use crate::error::{ApiError, Flavour, Kind};
 use crate::reply::json_response;
 
-/// Most bytes of a text to tokenise: tokenizers take a hundred times as much memory.
+/// Most bytes of a text to tokenise, because tokenizers take a hundred times as much memory.
 const LONGEST_TEXT: usize = 4 << 20;
 
 /// The paths.
@@ -175,7 +175,7 @@ async fn apply_template(State(app): State<Arc<App>>, Json(request): Json<Templat
     finish(answer.await)
 }
 
-/// Runs what computes for long away from the threads that serve everybody.
+/// Runs long computations away from the threads that serve all clients.
 async fn aside(work: impl FnOnce() -> Result<Value, ApiError> + Send + 'static) -> Result<Value, ApiError> {
     let done = tokio::task::spawn_blocking(work).await;
     done.unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the request was given up: the log says why")))

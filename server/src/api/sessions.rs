@@ -1,4 +1,4 @@
-//! `/sessions`: what models remember of conversations on the drive.
+//! `/sessions`: what models remember of conversations, on the drive.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -71,7 +71,7 @@ async fn remove(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response
             let name = id.clone();
             match tokio::task::spawn_blocking(move || store.delete(&name)).await {
                 Ok(Ok(true)) => {
-                    // What is deleted is not to be found in memory either.
+                    // Deleted sessions must not be found in memory either.
                     app.models.entries().iter().filter_map(Entry::peek).for_each(|served| served.forget());
                     Ok(())
                 }

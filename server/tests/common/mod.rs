@@ -1,4 +1,4 @@
-//! What the server's tests share: a small model with a chat template, and requests to a server's own paths.
+//! Code that the server's tests share: a small model with a chat template, and requests to a server's own paths.
 #![allow(dead_code, reason = "every program of tests uses a part of it")]
 
 use std::path::Path;
@@ -18,7 +18,7 @@ use sluice_server::models::Models;
 use tempfile::TempDir;
 use tower::ServiceExt;
 
-/// How the model's conversations look.
+/// The template of the model's conversations.
 const TEMPLATE: &str = "{%- for message in messages %}<{{ message.role }}>{{ message.content or '' }}\n{% endfor %}\
                         {%- if add_generation_prompt %}<assistant>{% endif %}";
 
@@ -29,7 +29,7 @@ pub struct Running {
     router: Router,
 }
 
-/// A response that has come to its end.
+/// A complete response.
 #[derive(Debug)]
 pub struct Reply {
     /// Its status.
@@ -61,7 +61,7 @@ fn model() -> &'static Path {
     &MODEL.get_or_init(make).1
 }
 
-/// Starts a server of the small model.
+/// Starts a server with the small model.
 pub async fn start(options: ServerOptions) -> Running {
     let engine = EngineOptions { threads: Some(1), sequences: Some(2), ..options.engine.clone() };
     let options = ServerOptions { files: vec![model().to_owned()], engine, ..options };
@@ -98,7 +98,7 @@ impl Reply {
         serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error}: {}", self.text))
     }
 
-    /// The events of a stream: names, empty where there is none, and data.
+    /// The events of a stream: names, which may be empty, and data.
     pub fn events(&self) -> Vec<(String, Value)> {
         let event = |text: &str| {
             let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();

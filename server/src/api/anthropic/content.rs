@@ -1,4 +1,4 @@
-//! A conversation in Anthropic's form becomes one in OpenAI's, which is what templates know.
+//! Converts a conversation in Anthropic's form to OpenAI's, which templates take.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use sluice_text::Message;
 use crate::ask::Chat;
 use crate::error::ApiError;
 
-/// What stands between two blocks of text of a user or of the system.
+/// Separator between two blocks of text of a user or of the system.
 const BETWEEN: &str = "\n\n";
 
 /// A block of a message.
@@ -24,14 +24,14 @@ enum Block {
         id: String,
         text: String,
     },
-    /// Nothing that a model here could read.
+    /// Content that no model here can read.
     Nothing,
 }
 
 /// The conversation of a request.
 ///
 /// # Errors
-/// Names the message and block that makes no sense, or that these models cannot read.
+/// Names the message or block that is invalid, or that these models cannot read.
 pub fn chat(system: &Value, messages: &[Map<String, Value>]) -> Result<Chat, ApiError> {
     if messages.is_empty() {
         return Err(ApiError::field("messages", "`messages` is empty: a conversation has at least one message"));
@@ -53,7 +53,7 @@ pub fn chat(system: &Value, messages: &[Map<String, Value>]) -> Result<Chat, Api
     chat.finish(messages.len() - 1)
 }
 
-/// A conversation that is being put together.
+/// A conversation under construction.
 #[derive(Default)]
 struct Conversation {
     system: Vec<String>,
@@ -63,8 +63,8 @@ struct Conversation {
 }
 
 impl Conversation {
-    /// Templates know a system message at the beginning only. What the client says later in the system's name is told to the model
-    /// the way agents do that anyway: marked, among what the user says.
+    /// Templates take a system message only at the beginning. Later system messages are given to the model in the way that agents
+    /// use anyway: marked, within the user's text.
     fn system(&mut self, texts: Vec<String>) {
         if self.turns.is_empty() {
             self.system.extend(texts);
@@ -75,7 +75,7 @@ impl Conversation {
         }
     }
 
-    /// The results of calls come first, then what the user says; both in their order.
+    /// The results of calls come first, then the user's text; each in their order.
     fn user(&mut self, content: &Value, place: &str) -> Result<(), ApiError> {
         let mut said = Vec::new();
         for (block, place) in blocks(content, place)? {
@@ -102,7 +102,7 @@ impl Conversation {
         Ok(())
     }
 
-    /// Turns of one role that follow each other are one turn.
+    /// Consecutive messages of one role are merged.
     fn say(&mut self, text: &str) {
         match self.turns.last_mut() {
             Some(turn) if is(turn, "user") => append(turn, "content", BETWEEN, text),
@@ -117,7 +117,7 @@ impl Conversation {
         for (block, place) in blocks(content, place)? {
             let Some(turn) = self.turns.last_mut() else { break };
             match block {
-                // Parts of one answer: nothing was between them.
+                // These are parts of one answer, with nothing between them.
                 Block::Text(text) => append(turn, "content", "", &text),
                 Block::Thinking(text) => append(turn, "reasoning_content", "", &text),
                 Block::Call { id, name, arguments } => {
@@ -142,7 +142,7 @@ impl Conversation {
     /// `last`: the index of the last message of the request.
     fn finish(mut self, last: usize) -> Result<Chat, ApiError> {
         let said = |turn: &Map<String, Value>| turn.get("content").is_some_and(|content| content != "");
-        // An assistant that has said nothing yet is about to answer.
+        // An assistant message without content is one that is still to be answered.
         let nothing = |turn: &Map<String, Value>| is(turn, "assistant") && !said(turn) && turn.len() == 2;
         if self.turns.last().is_some_and(nothing) {
             self.turns.pop();
@@ -207,7 +207,7 @@ fn block(value: &Value, place: &str) -> Result<Block, ApiError> {
     match value["type"].as_str() {
         Some("text") => text("text").map(Block::Text),
         Some("thinking") => text("thinking").map(Block::Thinking),
-        // Only those who wrote it can read it.
+        // Only the server that wrote it can read it.
         Some("redacted_thinking") => Ok(Block::Nothing),
         Some("tool_use") => {
             let arguments = match &value["input"] {

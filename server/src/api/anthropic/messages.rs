@@ -41,7 +41,7 @@ async fn begin(app: &Arc<App>, request: MessagesRequest) -> Result<(Run, String)
     Ok((Run::begin(app, ask).await?, model))
 }
 
-/// Counts the tokens that a request would have.
+/// Counts the tokens of a request.
 pub async fn count_tokens(State(app): State<Arc<App>>, Json(request): Json<MessagesRequest>) -> Response<Body> {
     let response = match count(&app, request).await {
         Ok(count) => json_response(&count),
@@ -52,7 +52,7 @@ pub async fn count_tokens(State(app): State<Arc<App>>, Json(request): Json<Messa
 
 async fn count(app: &Arc<App>, mut request: MessagesRequest) -> Result<Value, ApiError> {
     app.open()?;
-    // Counting is the one case in which it is not needed.
+    // `max_tokens` is not required for counting.
     request.max_tokens.get_or_insert(1);
     let mut ask = request.into_ask()?;
     hygiene::apply(&app.options, &mut ask);

@@ -27,7 +27,7 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/v1/messages/count_tokens", post(messages::count_tokens))
 }
 
-/// Says which request a response belongs to, unless it says so already.
+/// Adds the id of the request to a response, unless it has it already.
 fn identify(mut response: Response<Body>, request_id: &str) -> Response<Body> {
     if let Ok(id) = HeaderValue::from_str(request_id) {
         response.headers_mut().entry("request-id").or_insert(id);

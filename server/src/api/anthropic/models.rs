@@ -15,7 +15,7 @@ use crate::error::{ApiError, Flavour, Kind};
 use crate::models::Entry;
 use crate::reply::json_response;
 
-/// Whether a client speaks Anthropic's API. Both APIs have this path; only one has this header.
+/// Whether a client uses Anthropic's API. Both APIs have this path; only Anthropic's clients send this header.
 pub fn is_asked(headers: &HeaderMap) -> bool {
     headers.contains_key("anthropic-version")
 }

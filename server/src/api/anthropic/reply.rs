@@ -10,11 +10,11 @@ use crate::api::openai::new_id;
 use crate::error::{ApiError, Flavour};
 use crate::reply::{Events, Fold, Writer};
 
-/// What stands where Anthropic signs thinking. Clients give it back; here nobody checks it, since thinking is part of what the client
-/// says the assistant has said, like its text.
+/// Stands in for Anthropic's signature of thinking. Clients send it back. It is not checked here, because thinking, like text, is
+/// part of what the client says that the assistant said.
 const SIGNATURE: &str = "c2x1aWNl";
 
-/// Why an answer ended, and the stop sequence if it was one.
+/// The reason for which an answer ended, and the stop sequence if there was one.
 fn stop_reason(why: &Why) -> (&'static str, Option<&str>) {
     match why {
         Why::Done => ("end_turn", None),
@@ -67,12 +67,12 @@ pub struct MessageWriter {
     blocks: usize,
     /// The block of each call.
     calls: Vec<usize>,
-    /// When the client last heard of it.
+    /// Time of the last event for the client.
     told: Instant,
 }
 
 impl MessageWriter {
-    /// A stream. `shows_thinking`: whether the client reads what the model thinks, or only that it does.
+    /// A stream. `shows_thinking`: whether the client reads the model's thinking, or only learns that it thinks.
     pub fn new(model: String, request_id: String, shows_thinking: bool) -> Self {
         let (open, blocks, calls) = (None, 0, Vec::new());
         MessageWriter {
@@ -91,7 +91,7 @@ impl MessageWriter {
         out.named("ping", &json!({"type": "ping"}));
     }
 
-    /// The block that pieces of this kind go into: the open one, or a new one.
+    /// The block to which pieces of this kind are added: the open one, or a new one.
     fn block(&mut self, open: Open, begin: Value, out: &mut Events) {
         if self.open == Some(open) && open != Open::Call {
             return;
@@ -150,7 +150,7 @@ impl MessageWriter {
 }
 
 impl Writer for MessageWriter {
-    /// Nothing yet: the first event says how many tokens the prompt has.
+    /// Nothing yet: the first event reports the number of the prompt's tokens.
     fn begin(&mut self, _: &mut Events) {}
 
     fn started(&mut self, prompt: usize, out: &mut Events) {
@@ -174,7 +174,7 @@ impl Writer for MessageWriter {
                 out.named("error", &body);
             }
         }
-        // Thinking that the client does not read makes no events.
+        // Thinking that the client does not read produces no events.
         if out.as_str().len() == before && self.told.elapsed() >= KEEP_ALIVE {
             self.ping(out);
         }
@@ -186,14 +186,14 @@ impl Writer for MessageWriter {
     fn end(&mut self, _: &mut Events) {}
 }
 
-/// A block that is being put together.
+/// A block under construction.
 enum Block {
     Thinking(String),
     Text(String),
     Call { id: String, name: String, arguments: String },
 }
 
-/// Makes one object.
+/// Makes one object from an answer.
 pub struct MessageFold {
     model: String,
     shows_thinking: bool,
@@ -202,7 +202,7 @@ pub struct MessageFold {
 }
 
 impl MessageFold {
-    /// A message. `shows_thinking`: whether the client reads what the model thinks, or only that it does.
+    /// A message. `shows_thinking`: whether the client reads the model's thinking, or only learns that it thinks.
     pub fn new(model: String, shows_thinking: bool) -> Self {
         MessageFold { model, shows_thinking, blocks: Vec::new(), ending: None }
     }

@@ -15,10 +15,10 @@ pub struct MessagesRequest {
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
     #[schema(nullable)]
     pub model: String,
-    /// The conversation. If its last message is the assistant's, that one is continued.
+    /// The conversation. If its last message is the assistant's, that message is continued.
     #[schema(value_type = Vec<Object>)]
     pub messages: Vec<Map<String, Value>>,
-    /// Most tokens to generate; needed, except where tokens are only counted.
+    /// Most tokens to generate; required, unless tokens are only counted.
     pub max_tokens: Option<i64>,
     /// The system prompt: a string, or blocks of text.
     #[serde(default)]
@@ -32,12 +32,12 @@ pub struct MessagesRequest {
     pub temperature: Option<f32>,
     /// Nucleus, 0 to 1.
     pub top_p: Option<f32>,
-    /// Likeliest tokens to choose from.
+    /// Number of likeliest tokens to choose from.
     pub top_k: Option<i64>,
     /// Tools that the model may call.
     #[schema(value_type = Option<Vec<Object>>)]
     pub tools: Option<Vec<Value>>,
-    /// Which of them it must call, as `type`: `auto`, `any`, `tool` (with `name`), `none`.
+    /// Which tools it must call, as `type`: `auto`, `any`, `tool` (with `name`), `none`.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub tool_choice: Value,
@@ -45,7 +45,7 @@ pub struct MessagesRequest {
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub thinking: Value,
-    /// How hard to think, as `effort`, and what the answer must look like, as `format`.
+    /// How hard to think, as `effort`, and the form of the answer, as `format`.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub output_config: Value,
@@ -56,12 +56,12 @@ pub struct MessagesRequest {
 }
 
 impl MessagesRequest {
-    /// Whether the client wants to read what the model thinks.
+    /// Whether the client wants to read the model's thinking.
     pub fn shows_thinking(&self) -> bool {
         self.thinking["display"] != "omitted"
     }
 
-    /// The request as all APIs ask.
+    /// The request in the form that all APIs share.
     ///
     /// # Errors
     /// Names the field that has an impossible value.
@@ -126,8 +126,8 @@ impl MessagesRequest {
     }
 }
 
-/// `tools`. Those that Anthropic's servers run themselves (web search and the like, known by their `type`) are left out: the model
-/// cannot call them here, and clients send them whether they are needed or not.
+/// `tools`. Tools that Anthropic's servers run themselves (web search and the like, recognised by their `type`) are left out: the
+/// model cannot call them here, and clients send them even if they do not need them.
 fn tools(list: &[Value]) -> Result<Vec<Tool>, ApiError> {
     check_count(list)?;
     let mut tools: Vec<Tool> = Vec::new();
@@ -176,7 +176,7 @@ fn tool_choice(value: &Value, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
     }
 }
 
-/// `thinking` and `output_config.effort`. As the API has it, a model only thinks when it is asked to. `budget_tokens` must make sense,
+/// `thinking` and `output_config.effort`. As in Anthropic's API, a model thinks only if asked to. `budget_tokens` must be valid,
 /// but the model decides how long it thinks.
 fn thinking(value: &Value, effort: &Value) -> Result<Thinking, ApiError> {
     let wrong = |place: &str, what: &str| ApiError::field(place, format!("`{place}` {what}"));

@@ -79,7 +79,7 @@ fn a_turn_of_an_agent_becomes_messages_of_a_template() {
     );
 }
 
-/// Two calls of Claude Code in one session: the line for billing is another, and the conversation goes on.
+/// Two calls of Claude Code in one session: the billing line differs, and the conversation continues.
 #[test]
 fn the_second_call_of_an_agent_begins_like_the_first() {
     let call = |cch: &str, more: &[Value]| {

@@ -1,4 +1,4 @@
-//! Which models there are.
+//! Lists and describes models.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,7 +33,7 @@ pub async fn ps(State(app): State<Arc<App>>) -> Response<Body> {
     let loaded = |entry: &Entry| {
         let served = entry.peek()?;
         let idle = Duration::try_from_secs_f64(entry.idle_seconds()?).unwrap_or_default();
-        // Without a limit, a model stays: a century is what Ollama says then, more or less.
+        // Without a limit, a model stays loaded; Ollama then reports roughly a century.
         let rest = app.options.rest_after.unwrap_or(Duration::from_secs(100 * 365 * 86_400));
         let mut model = listed(entry);
         model.insert("expires_at".into(), rfc3339(now() + rest.saturating_sub(idle)).into());
@@ -45,7 +45,7 @@ pub async fn ps(State(app): State<Arc<App>>) -> Response<Body> {
     json_response(&json!({"models": models}))
 }
 
-/// Which model to show.
+/// The model to show.
 #[derive(Debug, Default, Deserialize)]
 pub struct ShowRequest {
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
@@ -80,7 +80,7 @@ pub async fn show(State(app): State<Arc<App>>, Json(request): Json<ShowRequest>)
     }))
 }
 
-/// What a template has variables for.
+/// The capabilities for which a template has variables.
 fn capabilities(template: &str) -> Vec<&'static str> {
     let has = |words: &[&str]| words.iter().any(|word| template.contains(word));
     let tools = has(&["tools"]).then_some("tools");
@@ -88,14 +88,14 @@ fn capabilities(template: &str) -> Vec<&'static str> {
     std::iter::once("completion").chain(tools).chain(thinking).collect()
 }
 
-/// Where models are managed in Ollama.
+/// Answers the paths with which Ollama manages models.
 pub async fn no_management(uri: Uri) -> Response<Body> {
     let path = uri.path();
     let message = format!("{path} is not supported: models are the files that the server was started with");
     ApiError::new(Kind::NotImplemented, message).response(Flavour::Ollama)
 }
 
-/// Where texts become vectors in Ollama.
+/// Answers the paths with which Ollama embeds texts.
 pub async fn no_embeddings(uri: Uri) -> Response<Body> {
     let message = format!("{} is not supported: the models here generate text", uri.path());
     ApiError::new(Kind::NotImplemented, message).response(Flavour::Ollama)

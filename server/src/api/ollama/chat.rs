@@ -64,7 +64,7 @@ async fn respond(run: Run, mut head: Head, memory: Option<Memory>, streams: bool
     }
 }
 
-/// A request without a prompt asks that the model be there, or that it go. It goes by itself once it has nothing to do.
+/// A request without a prompt asks to load or to unload the model. Models are unloaded automatically when they are idle.
 async fn load(app: &Arc<App>, head: Head, lets_go: bool) -> Response<Body> {
     let outcome = async {
         app.open()?;

@@ -16,10 +16,10 @@ use crate::app::App;
 
 pub use request::{ChatRequest, GenerateRequest};
 
-/// The version of the API that these paths speak. Clients look at it to learn what they may ask for.
+/// The version of the API that these paths implement. Clients use it to decide which requests they can send.
 const VERSION: &str = "0.13.0";
 
-/// What manages models in Ollama. Here, models are files that the server was started with.
+/// The paths with which Ollama manages models. Here, models are files with which the server was started.
 const MANAGEMENT: [(&str, MethodFilter); 6] = [
     ("/api/pull", MethodFilter::POST),
     ("/api/push", MethodFilter::POST),

@@ -1,4 +1,4 @@
-//! Answers as Ollama's objects: one a line, or one for all.
+//! Answers as Ollama's objects: one per line, or one for the whole answer.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::clock::{now, rfc3339};
 use crate::error::{ApiError, Flavour};
 use crate::reply::{Events, Fold, Writer};
 
-/// Where an object has its text.
+/// The field that contains an object's text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
     /// In a message.
@@ -23,7 +23,7 @@ pub enum Shape {
     Generate,
 }
 
-/// What all objects of a response have in common, and when things happened.
+/// The fields that all objects of a response share, and the times of events.
 pub struct Head {
     model: String,
     shape: Shape,
@@ -32,7 +32,7 @@ pub struct Head {
     first: Option<Instant>,
 }
 
-/// A call that has been made.
+/// A call of a tool.
 struct Call {
     index: usize,
     id: String,
@@ -48,7 +48,7 @@ impl Call {
 }
 
 impl Head {
-    /// A response to a request that has just come. `model`: the name that the client gave.
+    /// A response to a request that has just arrived. `model`: the name that the client gave.
     pub fn new(model: String, shape: Shape) -> Self {
         Head { model, shape, begun: Instant::now(), loaded: None, first: None }
     }
@@ -58,12 +58,12 @@ impl Head {
         &self.model
     }
 
-    /// Since then the model is there.
+    /// Sets the time at which the model was loaded.
     pub fn loaded(&mut self, at: Instant) {
         self.loaded.get_or_insert(at);
     }
 
-    /// Takes note of when steps come.
+    /// Records the times of steps.
     fn note(&mut self, step: &Step) {
         let now = Instant::now();
         if !matches!(step, Step::Waiting(Waiting::Loading)) {
@@ -97,7 +97,7 @@ impl Head {
         object
     }
 
-    /// The object of a request that asked for no answer.
+    /// The object for a request that asked for no answer.
     pub fn nothing(&self, why: &str) -> Value {
         let mut object = self.object("", "", &[]);
         object.insert("done".into(), true.into());
@@ -105,7 +105,7 @@ impl Head {
         object.into()
     }
 
-    /// Makes an object the last one. Times are in nanoseconds.
+    /// Turns an object into the last one. Times are in nanoseconds.
     fn finish(&self, object: &mut Map<String, Value>, ending: &Ending) {
         let end = Instant::now();
         let loaded = self.loaded.unwrap_or(end);
@@ -129,7 +129,7 @@ impl Head {
     }
 }
 
-/// What `context` of `/api/generate` is made of.
+/// The data for `context` of `/api/generate`.
 pub struct Memory {
     app: Arc<App>,
     ask: Ask,
@@ -142,7 +142,7 @@ impl Memory {
         Memory { app: Arc::clone(app), ask, text: String::new() }
     }
 
-    /// The tokens of the prompt and of the answer's text, as Ollama has them: without what the model thought.
+    /// The tokens of the prompt and of the answer's text, as in Ollama: without the model's thinking.
     fn tokens(&self) -> Option<Vec<u32>> {
         let served = self.app.models.find(&self.ask.model).ok()?.peek()?;
         let mut ids = served.encode(&self.ask).ok()?.ids;
@@ -164,7 +164,7 @@ fn last(head: &Head, memory: Option<&Memory>, mut object: Map<String, Value>, en
 pub struct OllamaWriter {
     head: Head,
     memory: Option<Memory>,
-    /// A call whose arguments may not be complete: clients get calls as a whole.
+    /// A call whose arguments may be incomplete: clients get only whole calls.
     call: Option<Call>,
     told: Instant,
 }
@@ -226,7 +226,7 @@ impl Writer for OllamaWriter {
             }
             Step::Failed(error) => out.line(&error.body(Flavour::Ollama)),
         }
-        // Arguments may take long.
+        // Arguments may take a long time.
         if out.as_str().len() == before && self.told.elapsed() >= KEEP_ALIVE {
             self.send("", "", &[], out);
         }

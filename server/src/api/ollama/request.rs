@@ -17,16 +17,16 @@ pub struct ChatRequest {
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
     #[schema(nullable)]
     pub model: String,
-    /// The conversation. If its last message is the assistant's, that one is continued; if there are none, the model is loaded.
+    /// The conversation. If its last message is the assistant's, that message is continued; if it is empty, the model is loaded.
     #[serde(default)]
     #[schema(value_type = Vec<Object>)]
     pub messages: Vec<Map<String, Value>>,
     /// Functions that the model may call.
     #[schema(schema_with = crate::api::openai::responses::schema::list)]
     pub tools: Option<Vec<Value>>,
-    /// Whether the answer is streamed, which is usual.
+    /// Whether the answer is streamed, which is the default.
     pub stream: Option<bool>,
-    /// What the answer must look like: `json`, or a JSON schema.
+    /// The form of the answer: `json`, or a JSON schema.
     #[serde(default)]
     #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub format: Value,
@@ -36,7 +36,8 @@ pub struct ChatRequest {
     pub think: Value,
     /// How tokens are chosen, and when to stop.
     pub options: Option<Options>,
-    /// How long the model is to stay; only 0 without a prompt is looked at. Idle models give their memory back by themselves.
+    /// How long the model should stay loaded; only 0 without a prompt has an effect. Idle models release their memory
+    /// automatically.
     #[serde(default)]
     #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub keep_alive: Value,
@@ -49,7 +50,7 @@ pub struct GenerateRequest {
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
     #[schema(nullable)]
     pub model: String,
-    /// What the user says; if it is empty, the model is loaded.
+    /// The user's message; if it is empty, the model is loaded.
     #[serde(default)]
     pub prompt: String,
     /// Not supported.
@@ -61,14 +62,14 @@ pub struct GenerateRequest {
     pub system: Option<String>,
     /// Not supported.
     pub template: Option<String>,
-    /// Tokens of an earlier conversation, as the last object of its answer has them.
+    /// Tokens of an earlier conversation, from the last object of its answer.
     #[schema(value_type = Option<Vec<i64>>)]
     pub context: Option<Vec<u32>>,
-    /// Whether `prompt` is continued as it is, without the model's template.
+    /// Whether `prompt` is continued without the model's template.
     pub raw: Option<bool>,
-    /// Whether the answer is streamed, which is usual.
+    /// Whether the answer is streamed, which is the default.
     pub stream: Option<bool>,
-    /// What the answer must look like: `json`, or a JSON schema.
+    /// The form of the answer: `json`, or a JSON schema.
     #[serde(default)]
     #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub format: Value,
@@ -78,22 +79,23 @@ pub struct GenerateRequest {
     pub think: Value,
     /// How tokens are chosen, and when to stop.
     pub options: Option<Options>,
-    /// How long the model is to stay; only 0 without a prompt is looked at. Idle models give their memory back by themselves.
+    /// How long the model should stay loaded; only 0 without a prompt has an effect. Idle models release their memory
+    /// automatically.
     #[serde(default)]
     #[schema(schema_with = crate::api::openai::responses::schema::any)]
     pub keep_alive: Value,
 }
 
-/// Options. Those of Ollama that are about the machine (`num_ctx`, `num_gpu`, …) are the server's own business here.
+/// Options. Those of Ollama that concern the machine (`num_ctx`, `num_gpu`, …) are set by the server here.
 #[derive(Clone, Debug, Default, Deserialize, utoipa::ToSchema)]
 pub struct Options {
     /// Temperature, 0 to 2.
     pub temperature: Option<f32>,
     /// Nucleus, 0 to 1.
     pub top_p: Option<f32>,
-    /// Likeliest tokens to choose from; 0 means all.
+    /// Number of likeliest tokens to choose from; 0 means all.
     pub top_k: Option<i64>,
-    /// Least probability as a part of the likeliest token's.
+    /// Least probability, as a part of the likeliest token's.
     pub min_p: Option<f32>,
     /// Makes tokens that occurred less likely (above 1).
     pub repeat_penalty: Option<f32>,
@@ -101,16 +103,16 @@ pub struct Options {
     pub presence_penalty: Option<f32>,
     /// The same for each time that they occurred, -2 to 2.
     pub frequency_penalty: Option<f32>,
-    /// Where the random numbers start.
+    /// Seed of the random numbers.
     pub seed: Option<i64>,
-    /// Most tokens to generate; below 1 means as many as there is room for.
+    /// Most tokens to generate; a number below 1 means as many as there is room for.
     pub num_predict: Option<i64>,
     /// Texts that end the answer.
     pub stop: Option<OneOrMany>,
 }
 
 impl ChatRequest {
-    /// The request as all APIs ask.
+    /// The request in the form that all APIs share.
     ///
     /// # Errors
     /// Names the field that has an impossible value.
@@ -123,7 +125,7 @@ impl ChatRequest {
 }
 
 impl GenerateRequest {
-    /// The request as all APIs ask.
+    /// The request in the form that all APIs share.
     ///
     /// # Errors
     /// Names the field that has an impossible value, or is not supported.
@@ -157,13 +159,13 @@ impl GenerateRequest {
     }
 }
 
-/// Whether a client wants the model's memory back at once: `keep_alive` is 0, in seconds or as a duration in Go's way.
+/// Whether a client wants the model unloaded at once: `keep_alive` is 0, in seconds or as a duration in Go's notation.
 pub fn lets_go(keep_alive: &Value) -> bool {
     let zero = |text: &str| text.trim_end_matches(|c: char| c.is_ascii_lowercase()) == "0";
     keep_alive.as_f64() == Some(0.0) || keep_alive.as_str().is_some_and(zero)
 }
 
-/// What both kinds of requests ask for in the same way.
+/// The parts that both kinds of requests have in common.
 fn ask(model: String, input: Input, options: Option<Options>, think: &Value, format: Value) -> Result<Ask, ApiError> {
     Ok(Ask {
         api: "ollama",
@@ -227,7 +229,7 @@ fn form(value: Value) -> Result<TextForm, ApiError> {
     }
 }
 
-/// A conversation in Ollama's form becomes one in OpenAI's: arguments are texts, and results name their calls by id.
+/// Converts a conversation from Ollama's form to OpenAI's: arguments are texts, and results name their calls by id.
 fn conversation(messages: Vec<Map<String, Value>>) -> Result<Chat, ApiError> {
     check_messages(&messages)?;
     let mut open: VecDeque<(String, String)> = VecDeque::new();
@@ -244,7 +246,7 @@ fn conversation(messages: Vec<Map<String, Value>>) -> Result<Chat, ApiError> {
     Ok(Chat { messages: told, continues: continues && !calls, ..Chat::default() })
 }
 
-/// `calls`: how many there were; `open`: names and ids of those whose results have not come.
+/// `calls`: number of calls so far; `open`: names and ids of calls whose results have not come yet.
 fn one_message(
     mut message: Map<String, Value>,
     place: &str,
@@ -287,7 +289,8 @@ fn one_message(
     Ok(message)
 }
 
-/// Gives a result the id and the name of its call: the one that it names by id, else the first of that name, else the first of all.
+/// Gives a result the id and the name of its call: the call that it names by id, otherwise the first call with its name, otherwise
+/// the first of all calls.
 fn join(result: &mut Map<String, Value>, calls: usize, open: &mut VecDeque<(String, String)>) {
     let name = result.remove("tool_name").or_else(|| result.remove("name"));
     let id = result.remove("tool_call_id");
@@ -297,7 +300,7 @@ fn join(result: &mut Map<String, Value>, calls: usize, open: &mut VecDeque<(Stri
         (None, None) => true,
     };
     let found = open.iter().position(fits).and_then(|at| open.remove(at)).map(|(name, id)| (name.into(), id.into()));
-    // A result without a call: templates want an id nevertheless.
+    // A result without a call: templates need an id nevertheless.
     let (name, id) = found.map_or((name, id), |(name, id)| (Some(name), Some(id)));
     result.insert("tool_call_id".into(), id.unwrap_or_else(|| format!("call_{calls}").into()));
     result.extend(name.map(|name| ("name".to_owned(), name)));

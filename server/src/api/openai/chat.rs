@@ -42,29 +42,29 @@ pub struct ChatRequest {
     pub temperature: Option<f32>,
     /// Nucleus, 0 to 1.
     pub top_p: Option<f32>,
-    /// Likeliest tokens to choose from; 0 means all.
+    /// Number of likeliest tokens to choose from; 0 means all.
     pub top_k: Option<i64>,
-    /// Least probability as a part of the likeliest token's.
+    /// Least probability, as a part of the likeliest token's.
     pub min_p: Option<f32>,
     /// Makes tokens that occurred less likely (above 1).
     pub repetition_penalty: Option<f32>,
-    /// Makes tokens that the answer has less likely, -2 to 2.
+    /// Makes tokens that occurred in the answer less likely, -2 to 2.
     pub presence_penalty: Option<f32>,
-    /// The same, as often as they occurred, -2 to 2.
+    /// The same, for each time that they occurred, -2 to 2.
     pub frequency_penalty: Option<f32>,
-    /// How many answers.
+    /// Number of answers.
     pub n: Option<i64>,
     /// Texts that end the answer.
     pub stop: Option<OneOrMany>,
-    /// Where the random numbers start.
+    /// Seed of the random numbers.
     pub seed: Option<i64>,
     /// Numbers that are added to logits, by token id.
     pub logit_bias: Option<BTreeMap<String, f32>>,
     /// Whether to report log probabilities.
     pub logprobs: Option<bool>,
-    /// How many of the likeliest tokens to report.
+    /// Number of likeliest tokens to report.
     pub top_logprobs: Option<i64>,
-    /// What the answer must look like.
+    /// The form of the answer.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub response_format: Value,
@@ -72,11 +72,11 @@ pub struct ChatRequest {
     #[serde(default)]
     #[schema(value_type = Option<Vec<Object>>)]
     pub tools: Option<Vec<Value>>,
-    /// Which of them it must call.
+    /// Which of these functions it must call.
     #[serde(default)]
     #[schema(schema_with = super::responses::schema::tool_choice)]
     pub tool_choice: Value,
-    /// Whether it may call several at once.
+    /// Whether it may make several calls at once.
     pub parallel_tool_calls: Option<bool>,
     /// How hard to think: `none`, `minimal`, `low`, `medium`, `high`.
     pub reasoning_effort: Option<String>,
@@ -109,7 +109,7 @@ async fn begin(app: &Arc<App>, request: ChatRequest) -> Result<(Run, String), Ap
 }
 
 impl ChatRequest {
-    /// The request as all APIs ask.
+    /// The request in the form that all APIs share.
     ///
     /// # Errors
     /// Names the field that has an impossible value.

@@ -8,7 +8,7 @@ use crate::answer::{Ending, Step, TokenLogprob, Usage, Why};
 use crate::error::{ApiError, Flavour};
 use crate::reply::{Events, Fold, Writer};
 
-/// Why an answer ended, in OpenAI's words.
+/// The reason for which an answer ended, in OpenAI's terms.
 pub fn finish_reason(why: &Why) -> &'static str {
     match why {
         Why::Done | Why::Stop(_) => "stop",
@@ -17,7 +17,7 @@ pub fn finish_reason(why: &Why) -> &'static str {
     }
 }
 
-/// `usage` of these answers, of which each `n` have one prompt.
+/// `usage` of these answers; each `n` of them share one prompt.
 pub fn usage(endings: &[Usage], n: usize) -> Value {
     let prompts = || endings.chunks(n.max(1)).filter_map(<[Usage]>::first);
     let prompt: usize = prompts().map(|usage| usage.prompt).sum();
@@ -33,7 +33,7 @@ pub fn usage(endings: &[Usage], n: usize) -> Value {
     })
 }
 
-/// What all objects of a response have in common.
+/// The fields that all objects of a response share.
 struct Head {
     id: String,
     created: u64,
@@ -128,7 +128,7 @@ fn delta(piece: Piece) -> Value {
     }
 }
 
-/// An answer's message, put together.
+/// An answer's message, assembled from its pieces.
 #[derive(Default)]
 pub struct Collected {
     /// Its text.
@@ -147,7 +147,7 @@ impl Collected {
     /// Takes a step.
     ///
     /// # Errors
-    /// What went wrong with the answer.
+    /// The error of an answer that failed.
     pub fn step(&mut self, step: Step) -> Result<(), ApiError> {
         match step {
             Step::Waiting(_) => {}
@@ -201,7 +201,7 @@ impl Collected {
     }
 }
 
-/// Makes one object.
+/// Makes one object from the answers.
 pub struct ChatFold {
     head: Head,
     answers: Vec<Collected>,

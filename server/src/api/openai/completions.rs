@@ -21,10 +21,10 @@ use crate::error::{ApiError, Flavour};
 use crate::reply::{Events, Fold, Framing, Writer, streamed, whole};
 use crate::run::Run;
 
-/// Tokens that OpenAI's API generates unless it is told otherwise.
+/// Tokens that OpenAI's API generates by default.
 const USUAL_TOKENS: usize = 16;
 
-/// What is continued.
+/// The text to continue.
 #[derive(Clone, Debug, Deserialize, utoipa::ToSchema)]
 #[serde(untagged)]
 pub enum Prompts {
@@ -45,45 +45,45 @@ pub struct CompletionRequest {
     #[serde(default, deserialize_with = "crate::api::body::nullable")]
     #[schema(nullable)]
     pub model: String,
-    /// What is continued.
+    /// The text to continue.
     pub prompt: Prompts,
     /// Whether the answer is streamed.
     pub stream: Option<bool>,
     /// What streams report.
     pub stream_options: Option<StreamOptions>,
-    /// Most tokens to generate, 16 unless given.
+    /// Most tokens to generate; the default is 16.
     pub max_tokens: Option<i64>,
     /// Temperature, 0 to 2.
     pub temperature: Option<f32>,
     /// Nucleus, 0 to 1.
     pub top_p: Option<f32>,
-    /// Likeliest tokens to choose from; 0 means all.
+    /// Number of likeliest tokens to choose from; 0 means all.
     pub top_k: Option<i64>,
-    /// Least probability as a part of the likeliest token's.
+    /// Least probability, as a part of the likeliest token's.
     pub min_p: Option<f32>,
     /// Makes tokens that occurred less likely (above 1).
     pub repetition_penalty: Option<f32>,
-    /// Makes tokens that the answer has less likely, -2 to 2.
+    /// Makes tokens that occurred in the answer less likely, -2 to 2.
     pub presence_penalty: Option<f32>,
-    /// The same, as often as they occurred, -2 to 2.
+    /// The same, for each time that they occurred, -2 to 2.
     pub frequency_penalty: Option<f32>,
-    /// How many answers to each prompt.
+    /// Number of answers to each prompt.
     pub n: Option<i64>,
     /// Texts that end the answer.
     pub stop: Option<OneOrMany>,
-    /// Where the random numbers start.
+    /// Seed of the random numbers.
     pub seed: Option<i64>,
     /// Numbers that are added to logits, by token id.
     pub logit_bias: Option<BTreeMap<String, f32>>,
-    /// How many of the likeliest tokens to report with their log probabilities.
+    /// Number of likeliest tokens to report, with their log probabilities.
     pub logprobs: Option<i64>,
     /// Whether the answer begins with the prompt.
     pub echo: Option<bool>,
-    /// As `n`, if that is not given: the server returns all it generates.
+    /// Used like `n` if `n` is missing, because the server returns all answers that it generates.
     pub best_of: Option<i64>,
     /// Refused: models here only continue a text.
     pub suffix: Option<String>,
-    /// What the answer must look like.
+    /// The form of the answer.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub response_format: Value,
@@ -162,7 +162,7 @@ impl CompletionRequest {
     }
 }
 
-/// What all objects of a response have in common, and the answers so far.
+/// The fields that all objects of a response share, and the answers so far.
 struct Reply {
     id: String,
     created: u64,
@@ -249,13 +249,13 @@ impl Writer for CompletionWriter {
     }
 }
 
-/// Makes one object.
+/// Makes one object from the answers.
 pub struct CompletionFold {
     reply: Reply,
 }
 
 impl CompletionFold {
-    /// An object of the answers to these.
+    /// An object for the answers to these requests.
     pub fn new(model: String, asks: &[Ask]) -> Self {
         CompletionFold { reply: Reply::new(model, asks) }
     }

@@ -4,12 +4,12 @@ use serde_json::{Value, json};
 
 use crate::answer::{TokenLogprob, TokenText};
 
-/// JSON has no infinity; OpenAI's API writes the least number for a token that cannot come.
+/// JSON has no infinity; OpenAI's API writes the least number for a token that cannot occur.
 fn finite(logprob: f32) -> f32 {
     logprob.max(-9999.0)
 }
 
-/// Tokens with their log probabilities, as chat completions and responses have them.
+/// Tokens with their log probabilities, in the form of chat completions and responses.
 pub fn list(tokens: &[TokenLogprob]) -> Vec<Value> {
     let one = |token: &TokenText, logprob: Option<f32>| json!({"token": token.text, "logprob": logprob.map(finite), "bytes": token.bytes});
     let entry = |entry: &TokenLogprob| {
@@ -25,14 +25,14 @@ pub fn chat(tokens: &[TokenLogprob]) -> Value {
     json!({"content": list(tokens), "refusal": null})
 }
 
-/// `logprobs` of a choice of completions. `offset`: bytes of the choice's text before these tokens.
+/// `logprobs` of a choice of completions. `offset`: number of bytes of the choice's text before these tokens.
 pub fn completion(tokens: &[TokenLogprob], mut offset: usize) -> Value {
     let mut offsets = Vec::new();
     let top = |entry: &TokenLogprob| -> Value {
         if entry.logprob.is_none() {
             return Value::Null;
         }
-        // Tokens that decode to the same text have one entry: the likeliest, which comes first.
+        // Tokens that decode to the same text have one entry: that of the likeliest, which comes first.
         let mut map = serde_json::Map::new();
         for (token, logprob) in &entry.top {
             map.entry(token.text.clone()).or_insert_with(|| json!(finite(*logprob)));

@@ -1,4 +1,4 @@
-//! Parts of requests that several paths have in common.
+//! Parts of requests that several paths share.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -32,7 +32,7 @@ impl OneOrMany {
 /// What streams report.
 #[derive(Clone, Copy, Debug, Default, Deserialize, utoipa::ToSchema)]
 pub struct StreamOptions {
-    /// Whether the last event says how many tokens there were.
+    /// Whether the last event reports the numbers of tokens.
     #[serde(default)]
     pub include_usage: bool,
 }
@@ -56,7 +56,7 @@ pub fn penalties(presence: Option<f32>, frequency: Option<f32>) -> Penalties {
     Penalties { presence: presence.unwrap_or(0.0), frequency: frequency.unwrap_or(0.0) }
 }
 
-/// A whole number that JSON may write as a float.
+/// A whole number, which JSON may write as a float.
 pub fn count(name: &str, value: Option<i64>, least: i64, most: i64) -> Result<Option<usize>, ApiError> {
     match value {
         Some(value) if !(least..=most).contains(&value) => Err(out_of_range(name, value, least, most)),
@@ -65,7 +65,7 @@ pub fn count(name: &str, value: Option<i64>, least: i64, most: i64) -> Result<Op
     }
 }
 
-/// A `tools` entry: of chat completions, where the function is an object of its own, or of responses, where it is not.
+/// A `tools` entry, either of chat completions, where the function is an object of its own, or of responses, where it is not.
 pub fn tool(value: &Value, place: &str) -> Result<Tool, ApiError> {
     let wrong = |what: &str| ApiError::field(place, format!("`{place}`: {what}")).code("invalid_value");
     match value["type"].as_str() {
@@ -96,7 +96,7 @@ pub fn tool(value: &Value, place: &str) -> Result<Tool, ApiError> {
     })
 }
 
-/// Most tools of a request. Agents have some hundred.
+/// Most tools of a request. Agents have some hundreds.
 const MOST_TOOLS: usize = 1024;
 
 /// Refuses more tools than a request may have.

@@ -20,10 +20,10 @@ use crate::app::App;
 use crate::error::{Flavour, Kind};
 use crate::reply::json_response;
 
-/// Schemas of what the server answers.
+/// Schemas of the server's answers.
 const ANSWERS: &str = include_str!("answers.json");
 
-/// What can go wrong anywhere.
+/// Errors that every operation can return.
 const ERRORS: [Kind; 11] = [
     Kind::Invalid,
     Kind::Unauthorized,
@@ -100,7 +100,7 @@ fn describe(operation: &Operation) -> Value {
     described
 }
 
-/// A name for the functions of generated clients.
+/// A name for the function in generated clients.
 fn operation_id(operation: &Operation) -> String {
     let is_word = |c: char| c.is_ascii_alphanumeric();
     let words = operation.path.split(|c| !is_word(c)).filter(|word| !word.is_empty());
@@ -161,7 +161,7 @@ fn error_name(flavour: Flavour, kind: Kind) -> String {
     format!("{}{}", error_schema(flavour), kind.status().as_str())
 }
 
-/// The answers when something goes wrong.
+/// The error responses.
 fn errors() -> Value {
     let mut errors = Map::new();
     for flavour in [Flavour::OpenAi, Flavour::Anthropic, Flavour::Ollama] {
@@ -179,7 +179,7 @@ fn errors() -> Value {
     errors.into()
 }
 
-/// All schemas: of requests, which are derived from the types that read them, and of answers.
+/// All schemas: those of requests, which are derived from the types that read them, and those of answers.
 fn schemas() -> Value {
     let answers: Value = serde_json::from_str(ANSWERS).expect("the schemas of answers are JSON: a test reads them");
     let Value::Object(mut all) = answers else { return Value::Null };
@@ -196,7 +196,7 @@ fn schemas() -> Value {
     all.into()
 }
 
-/// Adds a type's schema under a name, and those that it refers to.
+/// Adds a type's schema under a name, and the schemas to which it refers.
 fn add<T: ToSchema + PartialSchema>(all: &mut Map<String, Value>, name: &str) {
     let mut others: Vec<(String, RefOr<Schema>)> = Vec::new();
     T::schemas(&mut others);

@@ -7,19 +7,19 @@ use crate::error::Flavour;
 pub struct Operation {
     /// The method, in lower case.
     pub method: &'static str,
-    /// The path; what varies is in braces.
+    /// The path; variable parts are in braces.
     pub path: &'static str,
     /// What it does.
     pub summary: &'static str,
     /// The schema of the request's body.
     pub body: Option<&'static str>,
-    /// What it answers.
+    /// Its answer.
     pub answer: Answer,
-    /// Parameters of the query: name, type, least and most where it is a number, words where it has some.
+    /// Parameters of the query.
     pub query: &'static [Parameter],
 }
 
-/// What an operation answers.
+/// The answer of an operation.
 #[derive(Clone, Copy, Debug)]
 pub enum Answer {
     /// JSON of this schema.
@@ -28,9 +28,9 @@ pub enum Answer {
     Events(&'static str),
     /// JSON, or a stream of lines.
     Lines(&'static str),
-    /// Something that is no JSON, of this type.
+    /// Content of this type, which is not JSON.
     Other(&'static str),
-    /// Nothing but that it is not there.
+    /// An error, because the operation is not supported.
     Missing,
 }
 
@@ -64,12 +64,12 @@ impl Operation {
         Operation { query, ..self }
     }
 
-    /// Whose objects it speaks.
+    /// The API to which it belongs.
     pub fn flavour(&self) -> Flavour {
         Flavour::of(self.path)
     }
 
-    /// The heading that it stands under.
+    /// The heading under which it is listed.
     pub fn tag(&self) -> &'static str {
         match self.flavour() {
             Flavour::Anthropic => "Anthropic",
@@ -101,40 +101,40 @@ pub const OPERATIONS: &[Operation] = &[
         Json("InputTokens"),
         "Counts the tokens of a request's input",
     ),
-    get("/v1/responses/{id}", Json("Response"), "Gives a response that was stored").with(&[STREAM]),
+    get("/v1/responses/{id}", Json("Response"), "Returns a stored response").with(&[STREAM]),
     delete("/v1/responses/{id}", Json("Deleted"), "Forgets a response"),
-    act("/v1/responses/{id}/cancel", Json("Response"), "Cancels a response in the background; there are none"),
+    act("/v1/responses/{id}/cancel", Json("Response"), "Cancels a response in the background, of which there are none"),
     get("/v1/responses/{id}/input_items", Json("Items"), "Lists the items that a response answered")
         .with(&[AFTER, LIMIT, ORDER]),
     get("/v1/files", Json("Files"), "Lists files").with(&[PURPOSE, AFTER, LIMIT, ORDER]),
-    act("/v1/files", Json("File"), "Takes a file, as a form with `purpose` and `file`"),
+    act("/v1/files", Json("File"), "Uploads a file, as a form with `purpose` and `file`"),
     get("/v1/files/{id}", Json("File"), "Describes a file"),
     delete("/v1/files/{id}", Json("Deleted"), "Deletes a file"),
-    get("/v1/files/{id}/content", Other("application/jsonl"), "Gives a file"),
+    get("/v1/files/{id}/content", Other("application/jsonl"), "Returns the contents of a file"),
     get("/v1/batches", Json("Batches"), "Lists batches").with(&[AFTER, LIMIT, ORDER]),
     post("/v1/batches", "BatchRequest", Json("Batch"), "Begins a batch of the requests in a file"),
     get("/v1/batches/{id}", Json("Batch"), "Describes a batch"),
     act("/v1/batches/{id}/cancel", Json("Batch"), "Ends a batch early"),
     post("/v1/messages", "MessagesRequest", Events("Message"), "Answers a conversation"),
     post("/v1/messages/count_tokens", "MessagesRequest", Json("MessageTokens"), "Counts the tokens of a conversation"),
-    get("/api/version", Json("OllamaVersion"), "The version of Ollama's API that this is"),
+    get("/api/version", Json("OllamaVersion"), "Returns the version of Ollama's API that is implemented"),
     get("/api/tags", Json("OllamaModels"), "Lists the models"),
     get("/api/ps", Json("OllamaModels"), "Lists the models that are loaded"),
     post("/api/show", "OllamaShowRequest", Json("OllamaModel"), "Describes a model"),
     post("/api/chat", "OllamaChatRequest", Lines("OllamaChat"), "Answers a conversation"),
     post("/api/generate", "OllamaGenerateRequest", Lines("OllamaText"), "Answers a text"),
-    act("/api/embed", Missing, "Makes vectors of texts: not there"),
-    act("/api/embeddings", Missing, "Makes a vector of a text: not there"),
-    act("/api/pull", Missing, "Gets a model: not there"),
-    act("/api/push", Missing, "Publishes a model: not there"),
-    act("/api/create", Missing, "Makes a model: not there"),
-    act("/api/copy", Missing, "Copies a model: not there"),
-    delete("/api/delete", Missing, "Deletes a model: not there"),
-    act("/api/blobs/{digest}", Missing, "Takes a part of a model: not there"),
-    get("/health", Json("Health"), "Says whether the server takes requests; needs no key"),
-    get("/metrics", Other("application/openmetrics-text"), "Counters, as Prometheus reads them"),
-    get("/status", Json("Status"), "What the server and its models are doing"),
-    get("/slots", Json("Slots"), "The answers that are being made"),
+    act("/api/embed", Missing, "Embeds texts: not supported"),
+    act("/api/embeddings", Missing, "Embeds a text: not supported"),
+    act("/api/pull", Missing, "Downloads a model: not supported"),
+    act("/api/push", Missing, "Publishes a model: not supported"),
+    act("/api/create", Missing, "Creates a model: not supported"),
+    act("/api/copy", Missing, "Copies a model: not supported"),
+    delete("/api/delete", Missing, "Deletes a model: not supported"),
+    act("/api/blobs/{digest}", Missing, "Uploads a part of a model: not supported"),
+    get("/health", Json("Health"), "Tells whether the server accepts requests; needs no key"),
+    get("/metrics", Other("application/openmetrics-text"), "Returns counters for Prometheus"),
+    get("/status", Json("Status"), "Describes what the server and its models are doing"),
+    get("/slots", Json("Slots"), "Lists the answers that are being made"),
     post("/tokenize", "TokenizeRequest", Json("Tokens"), "Turns a text into tokens"),
     post("/detokenize", "DetokenizeRequest", Json("Content"), "Turns tokens into a text"),
     post(

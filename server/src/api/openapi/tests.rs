@@ -1,4 +1,4 @@
-//! The document says what the router does: every route is in it, and everything in it is a route.
+//! The document matches the router: every route is in it, and everything in it is a route.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -38,7 +38,7 @@ fn collect(source: &str, routes: &mut BTreeMap<String, BTreeSet<String>>) {
     for part in source.split(".route(\"").skip(1) {
         let (path, rest) = part.split_once('"').unwrap();
         let rest = rest.split_once(['\n', ';']).map_or(rest, |(line, _)| line);
-        // What the router calls "the rest of the path" is one parameter.
+        // The router's "rest of the path" is one parameter.
         let path = path.replace("{*", "{");
         let methods = METHODS.iter().chain(&["any"]).filter(|method| rest.contains(&format!("{method}(")));
         routes.entry(path).or_default().extend(methods.map(|method| (*method).to_owned()));

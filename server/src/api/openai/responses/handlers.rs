@@ -52,7 +52,7 @@ async fn prepare(app: &Arc<App>, request: ResponsesRequest) -> Result<Prepared, 
     .await
 }
 
-/// Runs what computes or reads for a while.
+/// Runs work that computes or reads for a while.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -60,7 +60,7 @@ async fn blocking<T: Send + 'static>(
     done.unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the request was given up: the log says why")))
 }
 
-/// An error under the names that this API has.
+/// An error with the field names of this API.
 fn renamed(error: ApiError) -> ApiError {
     let name = match error.param.as_deref() {
         Some("response_format") => "text.format",
@@ -71,7 +71,7 @@ fn renamed(error: ApiError) -> ApiError {
     ApiError { param: Some(name.into()), message, ..error }
 }
 
-/// How many tokens a request's input has.
+/// Counts the tokens of a request's input.
 pub async fn input_tokens(State(app): State<Arc<App>>, Json(request): Json<ResponsesRequest>) -> Response<Body> {
     let counted = async {
         app.open()?;
@@ -83,7 +83,7 @@ pub async fn input_tokens(State(app): State<Arc<App>>, Json(request): Json<Respo
     finish(counted.await)
 }
 
-/// What `GET /v1/responses/{id}` takes.
+/// Parameters of `GET /v1/responses/{id}`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct OneQuery {
@@ -117,7 +117,7 @@ pub async fn delete(State(app): State<Arc<App>>, Path(id): Path<String>) -> Resp
     finish(deleted.await)
 }
 
-/// Cancels a response that is made in the background. There are none, so this only says so.
+/// Cancels a response in the background. There are none, so this returns an error.
 pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) -> Response<Body> {
     let cancelled = async {
         find(&app, id).await?;
@@ -127,7 +127,7 @@ pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) -> Resp
     finish(cancelled.await)
 }
 
-/// Which part of a list is asked for.
+/// The part of a list that is requested.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct ItemsQuery {

@@ -6,19 +6,19 @@ use super::reasoning;
 use super::tools::INPUT;
 use crate::api::openai::new_id;
 
-/// How far an item is.
+/// The progress of an item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
-    /// More of it comes.
+    /// More of it will come.
     InProgress,
-    /// It is whole.
+    /// It is complete.
     Completed,
     /// It ended early.
     Incomplete,
 }
 
 impl Status {
-    /// The API's word.
+    /// The API's word for it.
     pub fn word(self) -> &'static str {
         match self {
             Status::InProgress => "in_progress",
@@ -33,13 +33,13 @@ impl Status {
 pub struct Item {
     /// Its id.
     pub id: String,
-    /// How far it is.
+    /// Its progress.
     pub status: Status,
-    /// What it is.
+    /// Its kind.
     pub kind: Kind,
 }
 
-/// What an item is.
+/// The kind of an item.
 #[derive(Clone, Debug)]
 pub enum Kind {
     /// Thinking.
@@ -65,29 +65,29 @@ pub enum Kind {
         /// The arguments, in JSON.
         arguments: String,
     },
-    /// A call of a tool that takes a text.
+    /// A call of a tool whose only argument is a text.
     Custom {
         /// The call's id.
         call_id: String,
         /// The tool.
         name: String,
-        /// The arguments of the function that stands for it, in JSON.
+        /// The arguments, in JSON, of the function that represents the tool.
         arguments: String,
     },
 }
 
-/// Names of the events of an item that has a part.
+/// Names of the events for an item with a part.
 #[derive(Clone, Copy, Debug)]
 pub struct Names {
     /// The part begins.
     pub added: &'static str,
     /// More text.
     pub delta: &'static str,
-    /// All of the text.
+    /// The whole text.
     pub done: &'static str,
-    /// The part is whole.
+    /// The part is complete.
     pub part_done: &'static str,
-    /// The field that counts parts.
+    /// The field with the number of the part.
     pub index: &'static str,
     /// The type of the part.
     pub part: &'static str,
@@ -129,7 +129,7 @@ impl Kind {
         Kind::Message { text: String::new(), logprobs: Vec::new() }
     }
 
-    /// Whether text of one goes into the other.
+    /// Whether text of one is added to the other.
     pub fn is_like(&self, other: &Kind) -> bool {
         std::mem::discriminant(self) == std::mem::discriminant(other)
     }
@@ -146,7 +146,7 @@ impl Kind {
         }
     }
 
-    /// The event of more text. The text of a custom call is inside JSON, so it comes as one, at the end.
+    /// The event for more text. The text of a custom call is inside JSON, so it comes as a whole at the end.
     pub fn delta(&self) -> Option<&'static str> {
         match self {
             Kind::Reasoning { summary: true, .. } => Some(SUMMARY.delta),
@@ -176,7 +176,7 @@ impl Item {
         Item { id: new_id(prefix), status: Status::InProgress, kind }
     }
 
-    /// Names of the events of its part, if it has one.
+    /// Names of the events for its part, if it has one.
     pub fn names(&self) -> Option<Names> {
         match self.kind {
             Kind::Reasoning { summary: true, .. } => Some(SUMMARY),
@@ -223,7 +223,7 @@ impl Item {
         }
     }
 
-    /// The item. While it is in progress, it has no text yet. `encrypted`: with the opaque text of reasoning.
+    /// The item as JSON. While it is in progress, it has no text yet. `encrypted`: include the opaque text of reasoning.
     pub fn to_json(&self, encrypted: bool) -> Value {
         let begun = self.status != Status::InProgress;
         let status = self.status.word();
@@ -273,7 +273,7 @@ impl Item {
     }
 }
 
-/// The text among the arguments of a function that stands for a custom tool. A model that wrote something else meant that.
+/// The text in the arguments of a function that represents a custom tool. If the model wrote something else, that is the text.
 fn input_of(arguments: &str) -> String {
     let parsed: Option<Value> = serde_json::from_str(arguments).ok();
     let input = parsed.as_ref().and_then(|parsed| parsed[INPUT].as_str());

@@ -1,4 +1,4 @@
-//! Input items: what a client writes, and what earlier responses said, as messages for a template.
+//! Turns input items, which are the client's own and those of earlier responses, into messages for a template.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use crate::error::ApiError;
 /// `input` as a list of items, each with a type and an id.
 ///
 /// # Errors
-/// Names the item that is wrong.
+/// Names the invalid item.
 pub fn normalized(input: &Value) -> Result<Vec<Value>, ApiError> {
     let items = match input {
         Value::Null => return Ok(Vec::new()),
@@ -58,7 +58,7 @@ fn normalized_item(item: &Value, place: &str) -> Result<Value, ApiError> {
     Ok(fields.into())
 }
 
-/// Messages that are being put together.
+/// Messages under construction.
 #[derive(Debug, Default)]
 pub struct Conversation {
     messages: Vec<Map<String, Value>>,
@@ -72,7 +72,7 @@ impl Conversation {
     /// The conversation of instructions, the items of earlier responses, and new items.
     ///
     /// # Errors
-    /// Names the item that is wrong.
+    /// Names the invalid item.
     pub fn of(instructions: Option<&str>, history: &[Value], input: &[Value]) -> Result<Self, ApiError> {
         let mut conversation = Conversation::default();
         if let Some(text) = instructions.filter(|text| !text.is_empty()) {
@@ -87,7 +87,7 @@ impl Conversation {
         Ok(conversation)
     }
 
-    /// Whether nobody has said anything besides the instructions.
+    /// Whether there is nothing besides the instructions.
     pub fn is_empty(&self) -> bool {
         self.messages.iter().all(|message| message.get("role").is_some_and(|role| role == "system"))
     }
@@ -155,7 +155,7 @@ impl Conversation {
         self.messages.push(message);
     }
 
-    /// The last message if it is an assistant's and `fits`, or a new one.
+    /// The last message if it is an assistant's and `fits`; otherwise a new one.
     fn assistant(&mut self, fits: impl Fn(&Map<String, Value>) -> bool) -> &mut Map<String, Value> {
         let fits = self.open && self.messages.last().is_some_and(fits);
         if !fits {
@@ -184,7 +184,7 @@ impl Conversation {
     }
 
     fn output(&mut self, item: &Value, place: &str) -> Result<(), ApiError> {
-        // Codex names the call of a local shell by the item's id.
+        // Codex identifies the call of a local shell by the item's id.
         let id = item["call_id"].as_str().or_else(|| item["id"].as_str()).unwrap_or_default();
         if !self.calls.contains(id) {
             let place = format!("{place}.call_id");
@@ -204,7 +204,7 @@ impl Conversation {
     }
 }
 
-/// Whether an assistant's message says nothing yet.
+/// Whether an assistant's message has no content yet.
 fn is_bare(message: &Map<String, Value>) -> bool {
     !message.contains_key("content") && !message.contains_key("tool_calls")
 }

@@ -1,7 +1,8 @@
 //! `/v1/responses`: OpenAI's Responses API (<https://platform.openai.com/docs/api-reference/responses>), as Open Responses
 //! (<https://www.openresponses.org>, 2026-04-24) specifies it for other servers.
 //!
-//! Where the two differ, this is OpenAI's, since clients are written for it: thinking is streamed as `response.reasoning_text.delta`.
+//! If the two differ, this follows OpenAI's, because clients are written for it: thinking is streamed as
+//! `response.reasoning_text.delta`.
 
 mod handlers;
 mod item;

@@ -1,14 +1,15 @@
-//! Reasoning that clients carry for us. A client that keeps no state at the server sends an opaque `encrypted_content` back; ours is the
-//! text itself in hexadecimal digits, since the machine that thinks is the client's own and there is nothing to hide from it.
+//! Reasoning that clients store for the server. A client that keeps no state at the server sends an opaque `encrypted_content`
+//! back. Here it is the text itself in hexadecimal digits, because the model runs on the client's own machine and there is nothing
+//! to hide.
 
 use std::fmt::Write;
 
 use serde_json::Value;
 
-/// What our opaque texts begin with.
+/// Prefix of our opaque texts.
 const MARK: &str = "sluice-1-";
 
-/// A text as an opaque one.
+/// Turns a text into an opaque one.
 pub fn sealed(text: &str) -> String {
     let mut sealed = String::with_capacity(MARK.len() + 2 * text.len());
     sealed += MARK;
@@ -19,7 +20,7 @@ pub fn sealed(text: &str) -> String {
     sealed
 }
 
-/// The text in an opaque one; `None` if it is somebody else's.
+/// The text of an opaque one; `None` if another server made it.
 pub fn opened(sealed: &str) -> Option<String> {
     let digits = sealed.strip_prefix(MARK)?.as_bytes();
     let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
@@ -28,7 +29,7 @@ pub fn opened(sealed: &str) -> Option<String> {
     String::from_utf8(bytes?).ok()
 }
 
-/// The text of a reasoning item: its content, what its opaque text says, or its summary.
+/// The text of a reasoning item: its content, its opaque text, or its summary.
 pub fn text_of(item: &Value) -> Option<String> {
     let joined = |field: &str| {
         let parts = item[field].as_array()?;

@@ -1,7 +1,7 @@
 //! Answers as response objects and their events.
 //!
-//! One machine makes both: it keeps the items of the response, and notes the event of each change. A stream sends the events; a whole
-//! object is what the machine holds at the end, so that both say the same.
+//! One machine makes both: it keeps the items of the response, and records an event for each change. A stream sends the events. A
+//! whole object is the final state of the machine, so both have the same contents.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub struct Wants {
     pub custom: BTreeSet<String>,
 }
 
-/// Where a response goes when it has ended.
+/// Where a response is stored when it has ended.
 pub struct Keep {
     /// The store.
     pub store: Arc<ResponseStore>,
@@ -43,11 +43,11 @@ pub struct Maker {
     wants: Wants,
     keep: Option<Keep>,
     items: Vec<Item>,
-    /// The reasoning or message that text is added to.
+    /// The reasoning or message to which text is added.
     current: Option<usize>,
-    /// Calls that are not done: their index in the answer, and in `items`.
+    /// Unfinished calls: their index in the answer, and in `items`.
     calls: Vec<(usize, usize)>,
-    /// White space that begins a message, if text follows.
+    /// White space at the beginning of a message, which is used if text follows.
     blank: (String, Vec<TokenLogprob>),
     usage: Option<Usage>,
     events: Vec<(&'static str, Value)>,
@@ -55,7 +55,7 @@ pub struct Maker {
 }
 
 impl Maker {
-    /// A response that begins.
+    /// A response that has just begun.
     pub fn new(head: Map<String, Value>, wants: Wants, keep: Option<Keep>) -> Self {
         Maker {
             head,
@@ -71,7 +71,7 @@ impl Maker {
         }
     }
 
-    /// The response as it is now.
+    /// The response in its present state.
     pub fn response(&self) -> Value {
         let mut response = self.head.clone();
         let done = self.items.iter().filter(|item| item.status != Status::InProgress);
@@ -148,7 +148,7 @@ impl Maker {
         if let Some(at) = self.current.take() {
             self.close(at, Status::Completed);
         }
-        // Clients take items one after another. A call whose arguments are not whole yet may still get more.
+        // Clients take items one after another. A call whose arguments are incomplete may still get more.
         let items = &self.items;
         let (whole, open) = self.calls.drain(..).partition::<Vec<_>, _>(|&(_, at)| items[at].has_whole_arguments());
         self.calls = open;
@@ -162,7 +162,7 @@ impl Maker {
     }
 
     fn open(&mut self, kind: Kind) -> usize {
-        // White space between two items is nobody's.
+        // White space between two items belongs to neither.
         self.blank = Default::default();
         let at = self.items.len();
         self.items.push(Item::new(kind));
@@ -175,7 +175,7 @@ impl Maker {
         at
     }
 
-    /// Notes an event of an item.
+    /// Records an event of an item.
     fn note_of(&mut self, at: usize, name: &'static str, mut event: Value) {
         event["item_id"] = self.items[at].id.clone().into();
         event["output_index"] = at.into();
@@ -221,7 +221,7 @@ impl Maker {
         let whole = ending.why != Why::Length;
         let status = if whole { Status::Completed } else { Status::Incomplete };
         if self.items.is_empty() {
-            // An answer that says nothing is an empty text.
+            // An answer without content has an empty text.
             let (text, tokens) = std::mem::take(&mut self.blank);
             let at = self.part(Kind::message());
             self.add(at, &text, &tokens);
@@ -262,7 +262,7 @@ impl Maker {
     fn step(&mut self, step: Step) {
         match step {
             Step::Waiting(waiting) => self.waiting(waiting),
-            // Only texts that are continued are echoed.
+            // Only texts that are continued are echoed, which responses are not.
             Step::Echo(..) => {}
             Step::Piece(piece, tokens) => self.piece(piece, tokens),
             Step::End(ending) => self.end(&ending),
@@ -286,7 +286,7 @@ fn usage(usage: &Usage) -> Value {
 pub struct ResponsesWriter(Maker);
 
 impl ResponsesWriter {
-    /// A stream of what `maker` makes.
+    /// A stream of the events of `maker`.
     pub fn new(maker: Maker) -> Self {
         ResponsesWriter(maker)
     }
@@ -310,16 +310,16 @@ impl Writer for ResponsesWriter {
     }
 
     fn end(&mut self, out: &mut Events) {
-        // Open Responses: the last event is this word.
+        // Open Responses requires this word as the last event.
         out.done();
     }
 }
 
-/// Makes one object.
+/// Makes one object from an answer.
 pub struct ResponsesFold(Maker);
 
 impl ResponsesFold {
-    /// An object of what `maker` makes.
+    /// An object of `maker`.
     pub fn new(maker: Maker) -> Self {
         ResponsesFold(maker)
     }

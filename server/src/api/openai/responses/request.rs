@@ -29,24 +29,24 @@ pub struct ResponsesRequest {
     #[serde(default)]
     #[schema(schema_with = super::schema::input)]
     pub input: Value,
-    /// A system message before everything else. It is not taken over from the previous response.
+    /// A system message before everything else. The instructions of the previous response are not used again.
     pub instructions: Option<String>,
     /// The response that this one continues.
     pub previous_response_id: Option<String>,
     /// Functions that the model may call. Tools that run at OpenAI are left out.
     #[schema(schema_with = super::schema::objects)]
     pub tools: Option<Vec<Value>>,
-    /// Which of them it must call.
+    /// Which of these functions it must call.
     #[serde(default)]
     #[schema(schema_with = super::schema::tool_choice)]
     pub tool_choice: Value,
-    /// Whether it may call several at once.
+    /// Whether it may make several calls at once.
     pub parallel_tool_calls: Option<bool>,
     /// Whether and how hard to think.
     pub reasoning: Option<Reasoning>,
-    /// What the text must look like.
+    /// The form of the text.
     pub text: Option<TextOptions>,
-    /// Most tokens to generate, thinking included.
+    /// Most tokens to generate, including thinking.
     #[schema(minimum = 1)]
     pub max_output_tokens: Option<i64>,
     /// Temperature, 0 to 2.
@@ -55,24 +55,24 @@ pub struct ResponsesRequest {
     /// Nucleus, 0 to 1.
     #[schema(minimum = 0, maximum = 1)]
     pub top_p: Option<f64>,
-    /// Makes tokens that the answer has less likely, -2 to 2.
+    /// Makes tokens that occurred in the answer less likely, -2 to 2.
     #[schema(minimum = -2, maximum = 2)]
     pub presence_penalty: Option<f32>,
-    /// The same, as often as they occurred, -2 to 2.
+    /// The same, for each time that they occurred, -2 to 2.
     #[schema(minimum = -2, maximum = 2)]
     pub frequency_penalty: Option<f32>,
-    /// How many of the likeliest tokens to report.
+    /// Number of likeliest tokens to report.
     #[schema(minimum = 0, maximum = 20)]
     pub top_logprobs: Option<i64>,
-    /// What else to report: `message.output_text.logprobs`, `reasoning.encrypted_content`.
+    /// Additional data to report: `message.output_text.logprobs`, `reasoning.encrypted_content`.
     pub include: Option<Vec<String>>,
-    /// Whether the response can be asked for, and continued, later. True unless it is said otherwise.
+    /// Whether the response can be retrieved and continued later; the default is true.
     pub store: Option<bool>,
     /// Whether the response is streamed.
     pub stream: Option<bool>,
     /// Keys and values of the client's own.
     pub metadata: Option<BTreeMap<String, String>>,
-    /// What happens to a conversation that is too long. It is refused, whatever this says.
+    /// What to do with a conversation that is too long. It is always refused, whatever the value.
     pub truncation: Option<String>,
     /// Not supported: it must not be true.
     pub background: Option<bool>,
@@ -84,19 +84,19 @@ pub struct ResponsesRequest {
     #[serde(default)]
     #[schema(schema_with = super::schema::null)]
     pub prompt: Value,
-    /// Most calls of tools that run at the server. There are none.
+    /// Most calls of tools that run at the server. There are no such tools.
     pub max_tool_calls: Option<i64>,
-    /// The client's word for its user.
+    /// The client's identifier for its user.
     pub user: Option<String>,
-    /// The same, in newer clients.
+    /// The same, from newer clients.
     pub safety_identifier: Option<String>,
-    /// A hint that is not needed here: what was read before is found by its tokens.
+    /// A hint that is not needed here: prompts that were read before are found by their tokens.
     pub prompt_cache_key: Option<String>,
     /// Texts that end the answer (not in OpenAI's API).
     pub stop: Option<OneOrMany>,
-    /// Where the random numbers start (not in OpenAI's API).
+    /// Seed of the random numbers (not in OpenAI's API).
     pub seed: Option<i64>,
-    /// Likeliest tokens to choose from; 0 means all (not in OpenAI's API).
+    /// Number of likeliest tokens to choose from; 0 means all (not in OpenAI's API).
     #[schema(minimum = 0)]
     pub top_k: Option<i64>,
     /// Least probability, as a part of the likeliest token's (not in OpenAI's API).
@@ -118,23 +118,23 @@ pub struct Reasoning {
     pub generate_summary: Option<String>,
 }
 
-/// What the text must look like.
+/// The form of the text.
 #[derive(Clone, Debug, Default, Deserialize, utoipa::ToSchema)]
 pub struct TextOptions {
     /// `text`, `json_object` or `json_schema`.
     #[serde(default)]
     #[schema(schema_with = super::schema::object_or_null)]
     pub format: Value,
-    /// `low`, `medium` or `high`. Models here do not know it.
+    /// `low`, `medium` or `high`. Models here do not support it.
     pub verbosity: Option<String>,
 }
 
 /// A request that has been checked.
 #[derive(Debug)]
 pub struct Prepared {
-    /// What all APIs ask.
+    /// The request in the form that all APIs share.
     pub ask: Ask,
-    /// The response object, without what only the answer says.
+    /// The response object, without the fields that depend on the answer.
     pub head: Map<String, Value>,
     /// This request's own items, with ids.
     pub input: Vec<Value>,
@@ -143,8 +143,8 @@ pub struct Prepared {
 }
 
 impl ResponsesRequest {
-    /// Checks the request, and translates it. `history`: items of the responses that it continues, `model`: the name of the model that
-    /// was found.
+    /// Checks the request, and translates it. `history`: items of the responses that it continues; `model`: the name of the model
+    /// that was found.
     ///
     /// # Errors
     /// Names the field that has an impossible value.
@@ -185,7 +185,7 @@ impl ResponsesRequest {
         Ok(Prepared { ask, head, input, wants })
     }
 
-    /// What this server does not do is refused by name.
+    /// Refuses by name what this server does not support.
     fn refuse(&self) -> Result<(), ApiError> {
         let unsupported = |name: &str, what: &str| {
             Err(ApiError::field(name, format!("`{name}` is not supported: {what}")).code("unsupported_parameter"))
@@ -271,7 +271,8 @@ impl ResponsesRequest {
     fn wants(&self, declared: &Declared, settings: &Settings) -> Wants {
         Wants {
             logprobs: settings.logprobs.is_some(),
-            // Who stores nothing here needs it, also those who do not know to ask: Codex sends nothing else of a model's thinking back.
+            // A client that stores nothing here needs it, even if it does not ask for it: Codex sends back nothing else of a
+            // model's thinking.
             encrypted: self.includes("reasoning.encrypted_content") || self.store == Some(false),
             summary: self.summary().is_some(),
             custom: declared.custom.clone(),

@@ -1,4 +1,4 @@
-//! Schemas of fields that are read by hand.
+//! Schemas of fields that are parsed by hand.
 
 use utoipa::openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Schema, SchemaType, Type};
 

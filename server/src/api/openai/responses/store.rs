@@ -1,4 +1,4 @@
-//! Responses that are kept, so that they can be continued by their id: in memory, or in a folder, where they survive a restart.
+//! Stored responses, which can be continued by their id: in memory, or in a folder, where they survive a restart.
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::error::ApiError;
 use crate::options::SessionOptions;
 
-/// A response and what it answered.
+/// A response and the items that it answers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// The response object.
@@ -23,7 +23,7 @@ pub struct Record {
     pub input: Vec<Value>,
 }
 
-/// How much is kept.
+/// Limits of a store.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     /// Most responses.
@@ -39,12 +39,12 @@ impl Bounds {
     const FOLDER: Bounds = Bounds { count: 16_384, bytes: 512 << 20 };
 }
 
-/// What an id begins with.
+/// Prefix of an id.
 const PREFIX: &str = "resp_";
-/// What a file's name ends with.
+/// Extension of a file's name.
 const EXTENSION: &str = ".json";
 
-/// The store. The responses that were used least recently go first.
+/// The store. It removes the least recently used responses first.
 pub struct ResponseStore {
     folder: Option<PathBuf>,
     bounds: Bounds,
@@ -60,7 +60,7 @@ struct Shelf {
 }
 
 struct Entry {
-    /// `None`: it is in its file.
+    /// `None` if it is in its file.
     record: Option<Arc<Record>>,
     bytes: u64,
     /// The clock's reading at the last use.
@@ -69,7 +69,7 @@ struct Entry {
 }
 
 impl ResponseStore {
-    /// A store in memory, or in the folder of sessions. The folder is not looked at before [`ResponseStore::open`].
+    /// A store in memory, or in the folder of sessions. The folder is not read before [`ResponseStore::open`].
     pub fn new(sessions: Option<&SessionOptions>) -> Self {
         let bounds = match sessions {
             Some(sessions) => Bounds { bytes: Bounds::FOLDER.bytes.min(sessions.max_bytes), ..Bounds::FOLDER },
@@ -78,7 +78,7 @@ impl ResponseStore {
         Self::bounded(sessions, bounds)
     }
 
-    /// The same with bounds of its own.
+    /// The same with other limits.
     pub fn bounded(sessions: Option<&SessionOptions>, bounds: Bounds) -> Self {
         ResponseStore {
             folder: sessions.map(|sessions| sessions.folder.join("responses")),
@@ -88,10 +88,10 @@ impl ResponseStore {
         }
     }
 
-    /// Makes the folder if it is not there, and finds what is in it.
+    /// Creates the folder if necessary, and finds its files.
     ///
     /// # Errors
-    /// What the system says.
+    /// The system's error.
     pub fn open(&self) -> io::Result<()> {
         let Some(folder) = &self.folder else { return Ok(()) };
         DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
@@ -101,7 +101,7 @@ impl ResponseStore {
             let name = entry.file_name().to_string_lossy().into_owned();
             let metadata = entry.metadata()?;
             if name.ends_with(".partial") {
-                // The server was ended while it wrote this.
+                // The server ended while it was writing this.
                 fs::remove_file(entry.path())?;
             } else if let Some(id) = name.strip_suffix(EXTENSION).filter(|id| is_id(id) && metadata.is_file()) {
                 found.push((metadata.modified()?, id.to_owned(), metadata.len()));
@@ -118,7 +118,7 @@ impl ResponseStore {
         Ok(())
     }
 
-    /// Keeps a response under its id.
+    /// Stores a response under its id.
     pub fn put(&self, record: Record) {
         let Some(id) = record.response["id"].as_str().filter(|id| is_id(id)).map(str::to_owned) else { return };
         let Ok(text) = serde_json::to_vec(&record) else { return };
@@ -142,7 +142,7 @@ impl ResponseStore {
         self.remove_files(&gone);
     }
 
-    /// The response of an id. May read a file.
+    /// The response with an id. May read a file.
     pub fn get(&self, id: &str) -> Option<Arc<Record>> {
         let mut shelf = self.lock();
         let gone = shelf.shrink(self.bounds, self.expire_after);
@@ -155,7 +155,7 @@ impl ResponseStore {
         let path = self.path(id)?;
         let read = || -> io::Result<Record> {
             let record = serde_json::from_slice(&fs::read(&path)?)?;
-            // The time of the last use outlives a restart.
+            // The time of the last use survives a restart.
             File::open(&path)?.set_modified(SystemTime::now())?;
             Ok(record)
         };
@@ -169,7 +169,7 @@ impl ResponseStore {
         }
     }
 
-    /// Forgets a response; `false` if there is none of this id.
+    /// Forgets a response; `false` if there is none with this id.
     pub fn delete(&self, id: &str) -> bool {
         let removed = self.lock().remove(id);
         if removed {
@@ -178,10 +178,10 @@ impl ResponseStore {
         removed
     }
 
-    /// All items of a response and those before it, from the first on.
+    /// All items of a response and of those before it, from the first on.
     ///
     /// # Errors
-    /// When one of them is not there.
+    /// If one of them is missing.
     pub fn history(&self, id: &str) -> Result<Vec<Value>, ApiError> {
         let mut records = Vec::new();
         let mut next = Some(id.to_owned());
@@ -206,7 +206,7 @@ impl ResponseStore {
         Ok(items.collect())
     }
 
-    /// Writes a file in one step, so that a reader sees all of it or nothing. `false`: there is no folder.
+    /// Writes a file atomically, so that a reader sees all of it or nothing. `false`: there is no folder.
     fn write(&self, id: &str, text: &[u8]) -> io::Result<bool> {
         let Some(path) = self.path(id) else { return Ok(false) };
         let partial = path.with_extension("partial");
@@ -218,7 +218,7 @@ impl ResponseStore {
         written.map(|()| true)
     }
 
-    /// The file of an id. Only ids that we give have one, so no name leads out of the folder.
+    /// The file of an id. Only ids that this store made have one, so no name can lead out of the folder.
     fn path(&self, id: &str) -> Option<PathBuf> {
         let folder = self.folder.as_ref()?;
         is_id(id).then(|| folder.join(format!("{id}{EXTENSION}")))
@@ -235,7 +235,7 @@ impl ResponseStore {
         }
     }
 
-    /// The state is consistent between any two statements, so a panic elsewhere does not spoil it.
+    /// The state is consistent between any two statements, so a panic elsewhere does no harm.
     fn lock(&self) -> MutexGuard<'_, Shelf> {
         self.shelf.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -264,7 +264,7 @@ impl Shelf {
         Some(entry.record.clone())
     }
 
-    /// Removes what has expired, and what is too much. Returns the ids.
+    /// Removes responses that have expired, and the least recently used ones beyond the limits. Returns their ids.
     fn shrink(&mut self, bounds: Bounds, expire_after: Option<Duration>) -> Vec<String> {
         let now = SystemTime::now();
         let is_old = |entry: &Entry| {
@@ -288,7 +288,7 @@ impl Shelf {
     }
 }
 
-/// Whether it is an id as we give them: a prefix and 32 hexadecimal digits.
+/// Whether it has the form of our ids: a prefix and 32 hexadecimal digits.
 fn is_id(id: &str) -> bool {
     let digits = id.strip_prefix(PREFIX).unwrap_or_default();
     digits.len() == 32 && digits.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))

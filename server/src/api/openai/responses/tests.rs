@@ -1,4 +1,4 @@
-//! The order and the content of events, by the rules of the specification, from scripted steps.
+//! The order and the contents of events follow the specification; steps come from a script.
 
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ fn maker(request: Value, keep: Option<Keep>) -> Maker {
     Maker::new(prepared.head, prepared.wants, keep)
 }
 
-/// The events of a stream. Checks what holds for all streams.
+/// The events of a stream. Checks the rules for all streams.
 fn streamed(request: Value, steps: Vec<Step>) -> Vec<Value> {
     let mut writer = ResponsesWriter::new(maker(request, None));
     let mut out = Events::default();
@@ -67,8 +67,8 @@ fn event(block: &str) -> Value {
     event
 }
 
-/// The rules: sequence numbers have no gaps; every item and every part that is added is done, once; deltas add up to the whole; what an
-/// item is when it is done is what the response has at the end.
+/// The rules: sequence numbers have no gaps; every item and every part that is added is finished once; deltas add up to the whole;
+/// an item at its end is the same as in the response at the end.
 fn check(events: &[Value]) {
     let kinds: Vec<&str> = events.iter().map(|event| event["type"].as_str().unwrap()).collect();
     assert_eq!(kinds[..2], ["response.created", "response.in_progress"]);
@@ -118,7 +118,7 @@ fn check(events: &[Value]) {
     assert_eq!(events[events.len() - 1]["response"]["output"], Value::Array(done));
 }
 
-/// What a whole object says.
+/// The whole object for the same steps.
 fn whole(request: Value, steps: Vec<Step>) -> Result<Value, ApiError> {
     let mut fold = Box::new(ResponsesFold::new(maker(request, None)));
     for step in steps {
@@ -127,7 +127,7 @@ fn whole(request: Value, steps: Vec<Step>) -> Result<Value, ApiError> {
     Ok(fold.finish())
 }
 
-/// A response without what differs from one to the next: ids and times.
+/// A response without the fields that differ between responses: ids and times.
 fn without_ids(mut response: Value) -> Value {
     for name in ["id", "created_at", "completed_at"] {
         response[name] = Value::Null;

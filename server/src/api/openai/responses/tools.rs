@@ -8,27 +8,27 @@ use serde_json::{Value, json};
 use crate::api::openai::request::{check_count, tool, tool_choice};
 use crate::error::ApiError;
 
-/// The argument of the function that stands for a `custom` tool.
+/// The argument of the function that represents a `custom` tool.
 pub const INPUT: &str = "input";
 
 /// The tools of a request.
 #[derive(Debug, Default)]
 pub struct Declared {
-    /// The functions that the model is told of.
+    /// The functions that are declared to the model.
     pub tools: Vec<Tool>,
-    /// Which of them are `custom` tools: their only argument is a text.
+    /// Names of `custom` tools, whose only argument is a text.
     pub custom: BTreeSet<String>,
-    /// The tools as the response repeats them.
+    /// The tools, as the response repeats them.
     pub echo: Vec<Value>,
-    /// What was left out, and why.
+    /// The tools that were left out, and why.
     pub notes: Vec<String>,
 }
 
-/// Reads `tools`: functions, and `custom` tools, which become functions with one text. Tools that run at OpenAI are left out, since a
-/// model that was told of them would call what nobody runs.
+/// Reads `tools`: functions, and `custom` tools, which become functions with one text. Tools that run at OpenAI are left out,
+/// because the model would call them if it knew about them, and nothing here runs them.
 ///
 /// # Errors
-/// Names the tool that is wrong.
+/// Names the invalid tool.
 pub fn declared(list: &[Value]) -> Result<Declared, ApiError> {
     check_count(list)?;
     let mut declared = Declared::default();
@@ -69,8 +69,8 @@ fn function(value: &Value, place: &str) -> Result<(Tool, Value), ApiError> {
     Ok((tool, echo))
 }
 
-/// A tool that takes a text, free or in a grammar. The grammar is told to the model; it is not enforced, since it would have to hold
-/// inside a JSON string.
+/// A tool that takes a text, either any text or one in a grammar. The grammar is described to the model, but not enforced, because
+/// it would have to apply inside a JSON string.
 fn custom(value: &Value, place: &str) -> Result<(Tool, Value), ApiError> {
     let format = &value["format"];
     let mut text = String::from("The text that the tool takes, as it is.");
@@ -92,10 +92,10 @@ fn custom(value: &Value, place: &str) -> Result<(Tool, Value), ApiError> {
     Ok((tool(&stand_in, place)?, value.clone()))
 }
 
-/// Reads `tool_choice`. Returns it, and the tools that are left of the declared ones.
+/// Reads `tool_choice`. Returns it, and the declared tools that it allows.
 ///
 /// # Errors
-/// Says what is wrong.
+/// If it is invalid.
 pub fn choice(value: &Value, declared: &Declared) -> Result<(ToolChoice, Vec<Tool>), ApiError> {
     let wrong = |what: String| ApiError::field("tool_choice", format!("`tool_choice`: {what}")).code("invalid_value");
     let all = || declared.tools.clone();
