@@ -1,6 +1,6 @@
-//! Tells the program which commit it is made of: `SLUICE_COMMIT`, as packaging says it, or what git says.
+//! Tells the program the commit from which it is built: `SLUICE_COMMIT`, as packaging sets it, or the answer of git.
 //!
-//! Only for builds that are given to people. While somebody develops, every commit would compile the program once more, and between
+//! This is only for builds that are distributed. During development, every commit would compile the program again, and between
 //! commits the answer would be wrong.
 
 use std::path::Path;
@@ -18,9 +18,9 @@ fn main() {
     }
 }
 
-/// The commit that is checked out, if this is a repository and git is here. Cargo asks again when it changes.
+/// The commit that is checked out, if this is a repository and git is installed. Cargo asks again when it changes.
 fn commit() -> Option<String> {
-    // The reference changes with every commit, HEAD with every other branch; either may be packed away.
+    // The reference changes with every commit, HEAD with every change of branch; either may be in a pack.
     let places = [git(&["rev-parse", "--git-path", "HEAD"]), git(&["rev-parse", "--git-path", "logs/HEAD"])];
     for place in places.into_iter().flatten().filter(|place| Path::new(place).exists()) {
         println!("cargo::rerun-if-changed={place}");

@@ -9,31 +9,31 @@ use sluice_generate::{Drafts, SchedulerOptions};
 
 use crate::size::parse_count;
 
-/// Who proposes tokens, and how many.
+/// The source of proposed tokens, and their number.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Drafts")]
 pub(crate) struct DraftArgs {
-    /// Who proposes tokens, which one step checks together; the text is the same
+    /// Source of proposed tokens, which one step checks together; the text is the same
     ///
-    /// How many are proposed, often none, is learnt from the time that steps take and from how many proposals come true.
+    /// How many are proposed, often none, is learned from the time of steps and from how many proposals come true.
     #[arg(long, value_name = "WHO", default_value = "off")]
     drafts: DraftChoice,
 
-    /// Propose always so many tokens, instead of as many as pay
+    /// Always propose this many tokens, instead of as many as pay
     #[arg(long, value_name = "N", value_parser = parse_count, hide_short_help = true)]
     draft_tokens: Option<NonZeroUsize>,
 }
 
-/// Who proposes.
+/// The source of proposals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum DraftChoice {
-    /// Nobody
+    /// No proposals
     Off,
-    /// The text itself, where its latest tokens occur earlier
+    /// The text itself, if its latest tokens occur earlier
     Lookup,
-    /// The model's layer for multi-token prediction, which takes memory then
+    /// The model's layer for multi-token prediction, which then takes memory
     Mtp,
-    /// The text where it can, else the layer if the model has one
+    /// The text if possible, otherwise the layer if the model has one
     Auto,
 }
 
@@ -47,7 +47,7 @@ impl DraftArgs {
         }
     }
 
-    /// Tokens that are always proposed, if they are.
+    /// The fixed number of proposed tokens, if any.
     pub(crate) fn tokens(&self) -> Option<usize> {
         self.draft_tokens.map(NonZeroUsize::get)
     }
@@ -63,17 +63,17 @@ impl DraftArgs {
     }
 }
 
-/// What became of proposals.
+/// The outcome of proposals.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct DraftCounts {
     /// Tokens that were proposed and checked.
     pub(crate) proposed: u64,
-    /// Of these, the ones that came true.
+    /// Proposed tokens that came true.
     pub(crate) accepted: u64,
 }
 
 impl DraftCounts {
-    /// Rows of steps that gave no token.
+    /// Rows of steps that produced no token.
     pub(crate) fn rejected(self) -> u64 {
         self.proposed - self.accepted
     }

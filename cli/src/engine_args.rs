@@ -1,4 +1,4 @@
-//! The options that every command which computes has in common.
+//! Options that every command that computes shares.
 
 use std::num::{NonZeroU16, NonZeroUsize};
 use std::path::Path;
@@ -31,25 +31,25 @@ pub(crate) struct EngineArgs {
     #[arg(long, value_name = "ENGINE")]
     pub(crate) engine: Option<EngineChoice>,
 
-    /// Read as is good on most drives, not as `sluice bench disk` found best for this one
+    /// Read in a way that suits most drives, instead of the way that `sluice bench disk` found best for this one
     #[arg(long)]
     pub(crate) no_calibration: bool,
 
-    /// Threads that compute [default: one per core, of which decoding leaves one out while the drive is read]
+    /// Worker threads [default: one per core; while the drive is read, decoding leaves one core free]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     pub(crate) threads: Option<NonZeroUsize>,
 
-    /// How keys and values are kept
+    /// Type of keys and values
     ///
-    /// Anything but f32 takes less memory and changes the result a little: `docs/QUANTISATION.md` says how much.
+    /// Types other than f32 take less memory and change the result a little: `docs/QUANTISATION.md` says how much.
     #[arg(long, value_name = "TYPE", default_value_t, value_parser = kv_type_parser())]
     pub(crate) kv_type: KvType,
 
-    /// Who leaves the expert cache: next-use, lru or lfu
+    /// Eviction policy of the expert cache: next-use, lru or lfu
     #[arg(long, value_name = "POLICY", default_value_t, hide_short_help = true)]
     pub(crate) policy: PolicyKind,
 
-    /// Begin without what earlier runs have learned about this model's experts, and keep nothing of this one
+    /// Start without what earlier runs learned about this model's experts, and save nothing from this one
     #[arg(long, hide_short_help = true)]
     pub(crate) forget: bool,
 
@@ -61,17 +61,17 @@ pub(crate) struct EngineArgs {
     #[arg(long)]
     pub(crate) exact: bool,
 
-    /// Lossy: generate with experts in memory in place of others whose scores are better by this part of the range of scores, or less
+    /// Lossy: generate with experts in memory instead of others whose scores are better by at most this part of the range of scores
     ///
     /// 0.05, for instance, is 5 % of the distance between a token's best score and its lowest. Fewer experts are read, and the text
-    /// becomes another one, which depends on what is in memory: the same request can give another text the next time. Prompts are
-    /// read without it.
+    /// changes; it then depends on what is in memory, so the same request can give another text the next time. Prompts are read
+    /// without it.
     #[arg(long, value_name = "S", hide_short_help = true)]
     pub(crate) expert_preference: Option<Preference>,
 
     /// Lossy: use no more than this many experts per token and layer, fewer than the model was made for
     ///
-    /// As if its config.json gave this number, such as num_experts_per_tok. (--top-k chooses among tokens.)
+    /// The effect is as if config.json gave this number, for instance as num_experts_per_tok. (--top-k chooses among tokens.)
     #[arg(long, value_name = "N", hide_short_help = true)]
     pub(crate) top_k_experts: Option<NonZeroU16>,
 }
@@ -86,12 +86,12 @@ pub(crate) enum EngineChoice {
 }
 
 impl EngineArgs {
-    /// Opens the model for a sequence of `context` tokens. Reads all dense weights: seconds, for a large model.
+    /// Opens the model for a sequence of `context` tokens. Reads all dense weights, which takes seconds for a large model.
     pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
         self.open_as(path, &self.options(context))
     }
 
-    /// As [`open`](Self::open), with options that begin with [`options`](Self::options).
+    /// Like [`open`](Self::open), with options that begin with [`options`](Self::options).
     pub(crate) fn open_as(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
         let engine = self.open_with(path, options)?;
         self.say_what_is_lossy_with(engine.thrift());
@@ -103,7 +103,7 @@ impl EngineArgs {
         self.open_with(path, &EngineOptions { budget: Some(budget), ..self.options(context) })
     }
 
-    /// As [`open_within`](Self::open_within), with the experts that the model's routers choose.
+    /// Like [`open_within`](Self::open_within), with the experts that the model's routers choose.
     pub(crate) fn open_exactly(&self, path: &Path, context: usize, budget: u64) -> Result<Engine, CliError> {
         let options = EngineOptions { budget: Some(budget), thrift: Thrift::default(), ..self.options(context) };
         self.open_with(path, &options)
@@ -128,12 +128,12 @@ impl EngineArgs {
         Ok(engine)
     }
 
-    /// A remark on standard error if the results are not those of the file's weights alone.
+    /// Prints a note on standard error if the results differ from those of the file's weights alone.
     pub(crate) fn say_what_is_lossy(&self) {
         self.say_what_is_lossy_with(self.thrift());
     }
 
-    /// As [`say_what_is_lossy`](Self::say_what_is_lossy), if `thrift` is what makes a difference in the model.
+    /// Like [`say_what_is_lossy`](Self::say_what_is_lossy), if `thrift` is what makes a difference in the model.
     fn say_what_is_lossy_with(&self, thrift: Thrift) {
         if self.kv_type.is_lossy() {
             note(&format_args!(
@@ -146,7 +146,7 @@ impl EngineArgs {
         }
     }
 
-    /// Refuses other experts than the model's routers choose, where those are what `command` measures.
+    /// Refuses experts other than those that the model's routers choose, if `command` measures these.
     pub(crate) fn refuse_thrift(&self, command: &str) -> Result<(), CliError> {
         if self.thrift().is_exact() {
             return Ok(());
@@ -157,7 +157,7 @@ impl EngineArgs {
         Err(CliError::Usage(message))
     }
 
-    /// Refuses to prefer experts in memory, if the results of `command` may not depend on what is in memory.
+    /// Refuses to prefer experts in memory, if the results of `command` must not depend on what is in memory.
     pub(crate) fn refuse_preference(&self, command: &str) -> Result<(), CliError> {
         if self.thrift().preference.is_none() {
             return Ok(());
@@ -169,12 +169,12 @@ impl EngineArgs {
         Err(CliError::Usage(message))
     }
 
-    /// How experts are to be chosen otherwise than the model's routers say.
+    /// How experts are chosen otherwise than by the model's routers.
     fn thrift(&self) -> Thrift {
         Thrift { preference: self.expert_preference.unwrap_or_default(), top_k: self.top_k_experts }
     }
 
-    /// What the arguments say, for a sequence of `context` tokens.
+    /// The options that follow from the arguments, for a sequence of `context` tokens.
     pub(crate) fn options(&self, context: usize) -> EngineOptions {
         EngineOptions {
             policy: self.policy,
@@ -215,7 +215,7 @@ pub(crate) fn kv_type_parser() -> impl TypedValueParser<Value = KvType> {
     PossibleValuesParser::new(values).try_map(|name| name.parse::<KvType>())
 }
 
-/// The model's tokenizer, if it has one: whatever is wrong with a text should be said before the weights are read.
+/// The model's tokenizer, if it has one: errors in its files are reported before the weights are read.
 pub(crate) fn tokenizer(file: &ModelFile) -> Result<Option<Tokenizer>, CliError> {
     let replace = |e: TextError| {
         let path = file.path().display();

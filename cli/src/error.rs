@@ -1,4 +1,4 @@
-//! Why a command failed, and the exit code that follows.
+//! Errors of commands, and their exit codes.
 
 use std::io::{self, Read as _};
 use std::os::unix::fs::MetadataExt;
@@ -18,10 +18,10 @@ use sluice_text::TextError;
 /// Why a command failed. The message is one paragraph that says what to do.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CliError {
-    /// The command line asks for something that makes no sense.
+    /// The command line is invalid.
     #[error("{0}")]
     Usage(String),
-    /// What was asked for cannot be done.
+    /// The command cannot be carried out.
     #[error("{0}")]
     Failure(String),
     /// A file that the command line names, other than a model, cannot be used.
@@ -29,7 +29,7 @@ pub(crate) enum CliError {
     File {
         /// The file.
         path: PathBuf,
-        /// What was being done.
+        /// The action that failed.
         action: &'static str,
         /// The operating system's error.
         source: io::Error,
@@ -61,19 +61,19 @@ pub(crate) enum CliError {
     Replay {
         /// The trace.
         path: PathBuf,
-        /// Why.
+        /// The reason.
         source: ReplayError,
     },
-    /// A batch cannot begin or go on.
+    /// A batch cannot begin or continue.
     #[error(transparent)]
     Batch(#[from] BatchError),
-    /// A batch is done, but not all of it is answered.
+    /// A batch is finished, but some requests were not answered.
     #[error("{0}")]
     SomeFailed(String),
-    /// The user has ended it, and it can go on.
+    /// The user has interrupted it, and it can be continued.
     #[error("{0}")]
     Interrupted(String),
-    /// The model computes infinities or worse.
+    /// The model's output has infinities or NaN.
     #[error("{file}: the model's output is not a number; check the file with `sluice verify`")]
     NotANumber {
         /// The model file.
@@ -113,7 +113,7 @@ impl CliError {
         move |source| CliError::Replay { path: path.to_owned(), source }
     }
 
-    /// Refuses to write to `out` if it is one of the files that are read, under whatever name.
+    /// Refuses to write to `out` if it is one of the input files, under whatever name.
     pub(crate) fn refuse_inputs(out: &Path, inputs: &[&Path]) -> Result<(), CliError> {
         let identity = |path: &Path| path.metadata().ok().map(|m| (m.dev(), m.ino()));
         let Some(target) = identity(out) else { return Ok(()) };
@@ -127,7 +127,8 @@ impl CliError {
         }
     }
 
-    /// As [`Self::refuse_inputs`], for a result that is no model file: it replaces none either, which may have taken hours.
+    /// Like [`Self::refuse_inputs`], for a result that is not a model file: it must not replace a model file either, which may have
+    /// taken hours.
     pub(crate) fn refuse_output(out: &Path, inputs: &[&Path]) -> Result<(), CliError> {
         Self::refuse_inputs(out, inputs)?;
         let mut head = [0; MAGIC.len()];
@@ -138,7 +139,7 @@ impl CliError {
         }
     }
 
-    /// 2 when the command line must change; 3 and 130 are of batches; else 1.
+    /// 2 if the command line must change; 3 and 130 for batches; otherwise 1.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             CliError::Usage(_)
@@ -147,13 +148,13 @@ impl CliError {
             | CliError::Sampler(SamplerError::Config { .. })
             | CliError::Text(TextError::EmptyStopString { .. } | TextError::StopStringTooLong { .. }) => 2,
             CliError::SomeFailed(_) => 3,
-            // As shells say of a program that SIGINT has ended.
+            // The code that shells use for a program that SIGINT has ended.
             CliError::Interrupted(_) => 130,
             _ => 1,
         }
     }
 
-    /// Whether the reader of our output has gone: no error of ours, and nobody to tell.
+    /// Whether the reader of our output has gone, which is not an error.
     pub(crate) fn is_broken_pipe(&self) -> bool {
         matches!(self, CliError::Output(e) if e.kind() == io::ErrorKind::BrokenPipe)
     }

@@ -1,9 +1,9 @@
-//! Tokens whose logits are all wanted, as they go through a model.
+//! Runs tokens whose logits are all wanted through a model.
 
 use sluice_model::{Control, Engine, RuntimeError, Sequence, Span};
 
-/// Appends tokens to a sequence; calls `sink` with the index and the logits `[vocab]` of each. As a prompt, all at once; but where
-/// experts in memory are preferred, one by one as text is generated, because prompts are read without that.
+/// Appends tokens to a sequence; calls `sink` with the index and the logits `[vocab]` of each. They are read as a prompt, all at
+/// once; but if experts in memory are preferred, one by one as in generation, because prompts are read without that preference.
 pub(crate) fn feed(
     engine: &mut Engine,
     sequence: &mut Sequence,

@@ -1,4 +1,4 @@
-//! Models by their names on the hub: who asks for them, what people see of it, and where converted ones are.
+//! Models by their names on the hub: requests for them, progress for people, and the place of converted ones.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use crate::error::CliError;
 use crate::progress::{Meter, byte_bar};
 use crate::terminal::note;
 
-/// Weights per second and core that become a type, the slowest first: with what is measured on the way, and without, of
+/// Weights per second and core for quantisation to a type, the slowest first: with a measurement, and without, from
 /// `docs/notes/2026-11-30-benchmarks.md`.
 const QUANTISED_PER_CORE: [(&str, f64, f64); 3] = [("q2", 5e5, 8e5), ("q3", 3.1e6, 3.4e6), ("q4", 3.2e6, 4.9e6)];
 
@@ -32,10 +32,10 @@ impl From<HubError> for CliError {
     }
 }
 
-/// What an argument names on the hub; `None` for one that names a file.
+/// The name on the hub in an argument; `None` for an argument that names a file.
 ///
 /// # Errors
-/// Usage, for `hf:` with no name behind it.
+/// Usage, for `hf:` without a name.
 pub(crate) fn reference(argument: &Path) -> Result<Option<Reference>, CliError> {
     match argument.to_str() {
         Some(text) if Reference::is_meant(text) && !argument.exists() => Ok(Some(text.parse()?)),
@@ -43,23 +43,23 @@ pub(crate) fn reference(argument: &Path) -> Result<Option<Reference>, CliError> 
     }
 }
 
-/// A client as the environment says.
+/// A client configured by the environment.
 pub(crate) fn client() -> Result<Arc<Client>, CliError> {
     let notice: Notice = Arc::new(|text: &str| note(&format_args!("note: {text}")));
     Ok(Arc::new(Client::with_patience(Settings::from_env()?, Patience::default(), Some(notice))?))
 }
 
-/// Progress of a download, and of the conversion of what has come.
+/// Progress of a download, and of the conversion of the downloaded files.
 pub(crate) struct Bars {
     all: MultiProgress,
     download: Meter,
     convert: Option<Meter>,
-    /// What was said of the download.
+    /// The notes on the download.
     heard: Mutex<Vec<String>>,
 }
 
 impl Bars {
-    /// A bar for a download of so many bytes.
+    /// A bar for a download of this many bytes.
     pub(crate) fn download(bytes: u64) -> Arc<Self> {
         let all = MultiProgress::new();
         let download = byte_bar("downloading", bytes).beside(&all);
@@ -83,7 +83,7 @@ impl Bars {
         self.all.suspend(|| note(&text));
     }
 
-    /// What was said of the download so far.
+    /// The notes on the download so far.
     pub(crate) fn heard(&self) -> Vec<String> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -128,7 +128,7 @@ impl Progress for Bars {
     }
 }
 
-/// A conversion from the hub: what it is converted from, and what is to be said and done before and after.
+/// A conversion from the hub: its source, and what has to be said and done before and after.
 pub(crate) struct Fetched {
     hub: HubConversion,
     pub(crate) bars: Arc<Bars>,
@@ -149,7 +149,7 @@ impl Fetched {
         Ok((Fetched { hub, bars }, plan))
     }
 
-    /// Size, time and fit, for people. `kept`: bytes that measuring keeps from layer to layer.
+    /// Size, time and fit, for people. `kept`: bytes that the measurement keeps from layer to layer.
     pub(crate) fn facts(&self, plan: &Plan, dst: &Path, kept: u64) -> Result<String, CliError> {
         let Needs { download, cached, scratch, measuring, file, free } = self.hub.needs(plan, dst, kept);
         let commit = self.hub.commit();
@@ -181,10 +181,10 @@ impl Fetched {
         Ok(out)
     }
 
-    /// Refuses what the drive has no room for, and makes the folder for the downloads.
+    /// Refuses a conversion for which the drive has no room, and makes the folder for the downloads.
     pub(crate) fn begin(&self, plan: &Plan, dst: &Path, kept: u64) -> Result<(), CliError> {
         let Needs { scratch, measuring, file, free, .. } = self.hub.needs(plan, dst, kept);
-        // What an interrupted conversion has taken already is taken again.
+        // The space that an interrupted conversion already uses is used again.
         let taken = self.hub.taken(dst);
         if let Some(free) = free.filter(|free| free + taken < file + scratch + measuring) {
             return Err(CliError::Failure(format!(
@@ -200,7 +200,7 @@ impl Fetched {
         Ok(())
     }
 
-    /// Clears up after an earlier run that was interrupted when its model file was complete already.
+    /// Cleans up after an earlier run that was interrupted when its model file was already complete.
     pub(crate) fn settle(&self, plan: &Plan, dst: &Path) -> Result<(), CliError> {
         if !matches!(check_destination(plan, dst), Err(ConvertError::Exists { .. })) || !self.hub.is_unfinished(dst) {
             return Ok(());
@@ -213,7 +213,7 @@ impl Fetched {
         Ok(())
     }
 
-    /// After the conversion; says where files are that were kept.
+    /// Finishes the conversion; returns the place of files that were kept.
     pub(crate) fn finish(&self, dst: &Path) -> Result<Option<PathBuf>, CliError> {
         Ok(self.hub.finish(dst)?)
     }
@@ -228,7 +228,7 @@ fn conversion_seconds(plan: &Plan) -> f64 {
     };
     let per_core = if plan.is_measured() { measured } else { plain };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    // About half a byte for each weight.
+    // Each weight takes about half a byte.
     2.0 * plan.file_bytes() as f64 / (per_core * cores as f64)
 }
 
@@ -241,8 +241,8 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// The model file that an argument means: itself, its first volume, or what was made of a name on the hub. If nothing was, it is made, once somebody
-/// has agreed: by `yes`, or at the terminal.
+/// The model file that an argument names: the file itself, its first volume, or the file made from a name on the hub. If there is
+/// none yet, it is made after the user has agreed, by `yes` or at the terminal.
 pub(crate) fn model_file(argument: &Path, yes: bool) -> Result<PathBuf, CliError> {
     let Some(reference) = reference(argument)? else { return Ok(model_path(argument)?) };
     let models = Models::of_user()?;
@@ -280,6 +280,6 @@ pub(crate) fn confirm(question: &str) -> Result<bool, CliError> {
     let mut answer = String::new();
     let read = io::stdin().read_line(&mut answer);
     read.map_err(|e| CliError::Failure(format!("cannot read the answer from standard input: {e}")))?;
-    // Nothing at all is the end of input, not an answer.
+    // An empty answer is the end of the input.
     Ok(!answer.is_empty() && matches!(answer.trim().to_lowercase().as_str(), "" | "y" | "yes"))
 }

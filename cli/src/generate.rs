@@ -32,11 +32,11 @@ pub(crate) struct Request<'a> {
     pub(crate) stop: &'a StopCondition,
     /// Turns tokens into text; without it there is no text.
     pub(crate) tokenizer: Option<&'a Tokenizer>,
-    /// What becomes of special tokens in the text.
+    /// How special tokens appear in the text.
     pub(crate) special: Special,
     /// What to do when the context is full.
     pub(crate) when_full: WhenFull,
-    /// Who proposes tokens, among others.
+    /// Scheduling, including the source of proposed tokens.
     pub(crate) scheduling: SchedulerOptions,
 }
 
@@ -55,7 +55,7 @@ impl Request<'_> {
 /// What was generated.
 #[derive(Debug)]
 pub(crate) struct Generation {
-    /// The tokens, an end token included.
+    /// The tokens, including an end token.
     pub(crate) ids: Vec<u32>,
     /// Their text, without stop string, and without end token unless special tokens are shown; `None` without a tokenizer.
     pub(crate) text: Option<String>,
@@ -67,7 +67,7 @@ pub(crate) struct Generation {
     pub(crate) decode: profile::Phase,
 }
 
-/// Sees every token, and the text that became certain with it; the engine is as it was when the step ended.
+/// Receives every token, and the text that became certain with it; the engine is in its state at the end of the step.
 pub(crate) type TokenSink<'a> = dyn FnMut(&Engine, Option<u32>, &str) -> Result<(), CliError> + 'a;
 
 /// Generates; calls `sink` with every token (without text), and with text as it becomes certain (without a token). `recorder` sees
@@ -117,7 +117,7 @@ pub(crate) fn generate(
     })
 }
 
-/// One step. A bar follows a prompt through the layers: minutes, for a large model.
+/// Takes one step. A bar follows a prompt through the layers, which takes minutes for a large model.
 fn turn(
     engine: &mut Engine,
     scheduler: &mut Scheduler,
@@ -139,7 +139,7 @@ fn turn(
     scheduler.turn(engine, &mut Watch { progress: Some(&mut progress), routing: Some(&mut routing) });
 }
 
-/// What has been said so far.
+/// The results so far.
 #[derive(Default)]
 struct Collected {
     /// Tokens of the prompt that have been read.

@@ -1,4 +1,4 @@
-//! Files that the command line names, read up to a limit: some have no end.
+//! Reads files that the command line names, up to a limit, because some have no end.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -8,8 +8,8 @@ use sluice_model::memory::Bytes;
 
 use crate::error::CliError;
 
-/// Most bytes of a text: a prompt, or what a model is measured on. Two million tokens of English, more than models take; cutting
-/// it into tokens takes some 150 times its size.
+/// Most bytes of a text: a prompt, or a text for measuring a model. This is two million tokens of English, more than models take;
+/// tokenising it takes some 150 times its size.
 pub(crate) const MAX_TEXT: u64 = 8 << 20;
 /// Most bytes of a file that becomes a part of a model file's metadata.
 pub(crate) const MAX_SIDE_FILE: u64 = 128 << 20;
@@ -26,13 +26,13 @@ pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, CliError> {
     bytes.map_err(CliError::file(path, "read it"))
 }
 
-/// All that there is to read, as text.
+/// All of the source, as text.
 pub(crate) fn text_of(source: impl Read, limit: u64) -> io::Result<String> {
     let invalid = |_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8 text");
     String::from_utf8(read_to_limit(source, limit)?).map_err(invalid)
 }
 
-/// All that there is to read, an error if that is more than `limit` bytes.
+/// All of the source; an error if it has more than `limit` bytes.
 fn read_to_limit(source: impl Read, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     source.take(limit + 1).read_to_end(&mut bytes)?;

@@ -1,5 +1,5 @@
-//! What a machine does, measured once by `sluice bench machine`: kept in the user's cache folder beside the calibrations of drives, and
-//! used by `sluice plan`. As a file it can be taken elsewhere (`sluice plan --machine FILE`).
+//! The speeds of a machine, measured once by `sluice bench machine`. They are kept in the user's cache folder beside the
+//! calibrations of drives, and used by `sluice plan`. The file can be used on another machine (`sluice plan --machine FILE`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,10 +15,10 @@ use crate::error::CliError;
 
 /// Version of the file; others are refused.
 const VERSION: u32 = 1;
-/// A larger file is not ours.
+/// A larger file is not one of ours.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
-/// What a machine does.
+/// The speeds of a machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct MachineFile {
@@ -27,11 +27,11 @@ pub(crate) struct MachineFile {
     pub(crate) ram: u64,
     /// Bytes per second of the drive that was calibrated, if one was.
     pub(crate) drive_bytes_per_second: Option<f64>,
-    /// Bytes per second that a loop reads which does nothing else.
+    /// Bytes per second of a loop that only reads.
     pub(crate) memory_bytes_per_second: f64,
-    /// By type, bytes of weights per second that products with one token take: what memory or instructions allow.
+    /// For each type, bytes of weights per second in products with one token, as memory or instructions allow.
     pub(crate) product_bytes_per_second: BTreeMap<String, f64>,
-    /// Instruction set and threads that it was measured with.
+    /// Instruction set and threads of the measurement.
     pub(crate) isa: String,
     pub(crate) threads: usize,
 }
@@ -54,7 +54,7 @@ impl MachineFile {
         }
     }
 
-    /// Where the user's own machine is kept; `None` without a folder for caches.
+    /// The file of the user's own machine; `None` without a folder for caches.
     pub(crate) fn of_user() -> Option<PathBuf> {
         Some(CalibrationStore::of_user().ok()?.path().with_file_name("machine.json"))
     }
@@ -64,12 +64,12 @@ impl MachineFile {
         let failed = |source| CliError::File { path: path.to_owned(), action: "read what the machine does", source };
         let mut bytes = Vec::new();
         let file = open_regular(path).map_err(failed)?;
-        // Bounded by what is read: some files have more than they say.
+        // The read is bounded, because some files have more bytes than their length says.
         file.take(FILE_BYTES_MAX).read_to_end(&mut bytes).map_err(failed)?;
         let wrong = |problem: String| {
             let name = path.display();
             CliError::Failure(format!(
-                "{name} does not say what a machine does: {problem}. `sluice bench machine` writes it"
+                "{name} does not describe a machine: {problem}. `sluice bench machine` writes such files"
             ))
         };
         let machine: MachineFile = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
@@ -80,12 +80,12 @@ impl MachineFile {
         let rates = products.chain(&machine.drive_bytes_per_second).chain([&machine.memory_bytes_per_second]);
         let is_wrong = |rate: &f64| !rate.is_finite() || *rate < 1.0;
         if let Some(rate) = rates.copied().find(is_wrong) {
-            return Err(wrong(format!("{rate} bytes per second is no speed")));
+            return Err(wrong(format!("{rate} bytes per second is not a speed")));
         }
         Ok(machine)
     }
 
-    /// Writes the file, as a whole.
+    /// Writes the file atomically.
     pub(crate) fn save(&self, path: &Path) -> Result<(), CliError> {
         let failed = |source| CliError::File { path: path.to_owned(), action: "write what the machine does", source };
         let json = serde_json::to_vec_pretty(self).map_err(|e| failed(io::Error::from(e)))?;
@@ -95,8 +95,8 @@ impl MachineFile {
         replace_file(path, &json).map_err(failed)
     }
 
-    /// Bytes per second at which a token gets through its weights: these many bytes of experts of one type, and those many of the rest.
-    /// Of a type that was not measured, what plain reading gives.
+    /// Bytes per second at which a token reads its weights: `experts` bytes of experts of one type, and the rest. For a type that
+    /// was not measured, the rate of plain reading.
     pub(crate) fn weights_per_second(&self, experts: (u64, Option<&str>), rest: (u64, Option<&str>)) -> f64 {
         let rate = |ty: Option<&str>| {
             let measured = ty.and_then(|ty| self.product_bytes_per_second.get(ty));

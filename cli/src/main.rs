@@ -57,7 +57,7 @@ Start here:
 
 Exit codes: 0 success, 1 failure, 2 wrong usage; `batch` and `ask` have more.";
 
-/// What `sluice` alone says.
+/// The output of `sluice` alone.
 const WELCOME: &str = "\
 Five commands do most of the work:
 
@@ -74,11 +74,11 @@ Something is slow or refused: sluice doctor. All commands: sluice --help. One of
 #[command(name = "sluice", version, long_version = version::VERSION.as_str(), about = ABOUT, after_help = EXAMPLES)]
 #[command(max_term_width = 100)]
 struct Cli {
-    /// Say nothing on standard error but errors: neither notes nor progress
+    /// Print only errors on standard error, neither notes nor progress
     #[arg(short, long, global = true, help_heading = "Every command")]
     quiet: bool,
 
-    /// How the progress of long work is shown on standard error
+    /// How to show the progress of long work on standard error
     #[arg(long, value_name = "HOW", global = true, default_value = "auto", help_heading = "Every command")]
     progress: ProgressKind,
 
@@ -117,7 +117,7 @@ enum Command {
     Picture(commands::picture::Args),
 }
 
-/// Has names on the hub stand for the model files that were made of them, wherever a command takes one.
+/// Replaces names on the hub by the model files that were made from them, wherever a command takes one.
 fn find_models(command: &mut Command) -> Result<(), CliError> {
     if let Command::Plan(args) = command {
         return args.find_model();
@@ -165,7 +165,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What is wrong, and which file may have been meant by the name of one that is not there.
+/// The error, with a suggestion if a file that it names does not exist and another has a similar name.
 fn with_suggestion(error: &CliError) -> String {
     let mut said = error.to_string();
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
@@ -207,13 +207,13 @@ fn run(command: Command) -> Result<(), CliError> {
     }
 }
 
-/// Prints help, the version, or what is wrong with the command line, whose words may come from a folder of strangers' files.
+/// Prints help, the version, or an error in the command line, whose words may come from a folder of unknown origin.
 fn refuse(refused: &clap::Error) -> ExitCode {
     if !refused.use_stderr() {
         refused.exit();
     }
     let text = refused.render().to_string();
-    // Whoever names no command asks for help.
+    // A command line without a command asks for help.
     if std::env::args_os().len() == 1 {
         terminal::report(&format!("{ABOUT}.\n\n{WELCOME}"));
         return ExitCode::from(2);
@@ -243,7 +243,7 @@ mod tests {
             for argument in command.get_arguments() {
                 assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
             }
-            // Rendering adds clap's own `help` to commands that have others.
+            // Rendering adds clap's own `help` to commands that have subcommands.
             command.get_subcommands_mut().filter(|c| c.get_name() != "help").for_each(check);
         }
         Cli::command().get_subcommands_mut().for_each(check);
@@ -251,7 +251,7 @@ mod tests {
 
     const USAGE: &str = include_str!("../../docs/USAGE.md");
 
-    /// The section of a command, and those that it sends its readers to.
+    /// The section of a command in USAGE.md, and the sections to which it refers.
     fn section(title: &str) -> &'static str {
         let start = USAGE.find(&format!("\n## {title}\n")).unwrap_or_else(|| panic!("no section `{title}`"));
         let rest = &USAGE[start + 1..];
@@ -302,7 +302,7 @@ mod tests {
                     folders.push(path);
                     continue;
                 }
-                // What only tests ask for is said beside them.
+                // Variables that only tests use are described in the tests.
                 if path.ends_with("tests.rs") {
                     continue;
                 }

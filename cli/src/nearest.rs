@@ -1,17 +1,18 @@
-//! Files that somebody may have meant by the name of one that is not there.
+//! Suggests files with names similar to one that does not exist.
 
 use std::error::Error;
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// How alike two names are that one may be a slip of the other: 1 for equal ones, by Jaro and Winkler.
+/// Similarity, by Jaro and Winkler, above which one name may be a typo of another; equal names have 1.
 const ALIKE: f64 = 0.84;
-/// Most names that are suggested, and most that a folder is searched for: one with a million files is not worth the time.
+/// Most names that are suggested, and most entries of a folder that are searched: a folder with a million files is not worth the
+/// time.
 const SUGGESTED: usize = 3;
 const SEARCHED: usize = 20_000;
 
-/// A sentence that names files near the one that is missing, if an argument of the command line is what is missing.
+/// A sentence that names files similar to the missing one, if an argument of the command line names it.
 pub(crate) fn suggestion<'a>(error: &dyn Error, arguments: impl IntoIterator<Item = &'a OsStr>) -> Option<String> {
     let said = error.to_string();
     if !is_missing(error) && !said.contains("there is no such") {
@@ -34,7 +35,7 @@ fn is_about(said: &str, path: &Path) -> bool {
     !path.is_empty() && rest.is_some_and(|rest| rest.starts_with([':', ' ', ',']))
 }
 
-/// Whether the reason is that the system does not find a file.
+/// Whether the reason is that the system did not find a file.
 fn is_missing(error: &dyn Error) -> bool {
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -46,10 +47,10 @@ fn is_missing(error: &dyn Error) -> bool {
     false
 }
 
-/// Paths that are there and differ from this one in the first part of it that is not; the nearest first.
+/// Existing paths that differ from this one in its first missing part; the most similar first.
 fn near(path: &Path) -> Option<Vec<PathBuf>> {
     let mut missing = path;
-    // Up to the part whose folder is there.
+    // Finds the first part whose folder exists.
     while let Some(folder) = missing.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.exists()) {
         missing = folder;
     }
@@ -62,7 +63,7 @@ fn near(path: &Path) -> Option<Vec<PathBuf>> {
             let found = entry.file_name();
             let nearness = strsim::jaro_winkler(&name, &found.to_str()?.to_lowercase());
             let path = missing.with_file_name(&found).join(rest);
-            // Joining nothing would end the path with a separator.
+            // Joining an empty path would add a separator at the end.
             let path = if rest.as_os_str().is_empty() { missing.with_file_name(found) } else { path };
             (nearness >= ALIKE && path.exists()).then_some((nearness, path))
         })
@@ -106,7 +107,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (there, missing) = (folder.path().join("there"), folder.path().join("ther"));
         fs::write(&there, "").unwrap();
-        // The file is there, and something else is wrong with it.
+        // The file exists, and something else is wrong with it.
         let error = CliError::file(&there, "read it")(io::ErrorKind::InvalidData.into());
         assert_eq!(suggestion(&error, [there.as_os_str()]), None);
         // A file that the command line does not name is missing.

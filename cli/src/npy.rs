@@ -10,7 +10,7 @@ pub(crate) fn f32_header(rows: usize, cols: usize) -> Vec<u8> {
     dict.extend(std::iter::repeat_n(' ', len - dict.len() - 1));
     dict.push('\n');
     let mut header = b"\x93NUMPY\x01\x00".to_vec();
-    // Two usizes cannot make it longer than u16 allows.
+    // Two numbers of type usize cannot make it too long for a u16.
     header.extend((len as u16).to_le_bytes());
     header.extend(dict.as_bytes());
     header

@@ -1,4 +1,4 @@
-//! Pictures as SVG, without a dependency: line charts here, bars and the data flow in modules of their own.
+//! Pictures as SVG, without a dependency: line charts here; bars and the data flow in modules of their own.
 
 pub(crate) mod bars;
 pub(crate) mod flow;
@@ -13,7 +13,7 @@ use crate::error::CliError;
 const SIZE: (f64, f64) = (860.0, 480.0);
 const MARGIN: (f64, f64, f64, f64) = (70.0, 190.0, 46.0, 52.0);
 
-/// Colours that stay apart for colour-blind eyes (Okabe and Ito).
+/// Colours that colour-blind people can distinguish (Okabe and Ito).
 const COLOURS: [&str; 7] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"];
 
 /// Height of one line of the legend.
@@ -28,7 +28,7 @@ pub(crate) struct Series {
     pub(crate) points: Vec<(f64, f64)>,
     /// Lines of the same group have the same colour.
     pub(crate) group: usize,
-    /// Tells apart the lines of a group.
+    /// Distinguishes the lines of a group.
     pub(crate) dashed: bool,
 }
 
@@ -41,20 +41,20 @@ pub(crate) struct LineChart {
     /// The horizontal axis is logarithmic, to the base 2; its values are positive.
     pub(crate) log2: bool,
     pub(crate) series: Vec<Series>,
-    /// A point to show, with a word about it.
+    /// A point to mark, with a label.
     pub(crate) mark: Option<(f64, f64, String)>,
 }
 
-/// Says before minutes of measuring that a chart of `input` could not be written to `file` afterwards. What is there stays
-/// as it is until then.
+/// Finds out, before minutes of measuring, that a chart of `input` could not be written to `file` afterwards. An existing file is
+/// not changed until then.
 pub(crate) fn check_target(file: Option<&Path>, input: &Path) -> Result<(), CliError> {
     let Some(file) = file else { return Ok(()) };
     CliError::refuse_output(file, &[input])?;
     if file.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) {
-        // Whoever reads from a pipe would see it end.
+        // The reader of a pipe would see its end.
         return Ok(());
     }
-    // Not through links: the one who made one wants to keep it.
+    // Does not follow links, because the user wants to keep the target.
     let is_new = file.symlink_metadata().is_err();
     let opened = File::options().write(true).create(true).truncate(false).open(file);
     opened.and_then(|_| if is_new { fs::remove_file(file) } else { Ok(()) }).map_err(CliError::file(file, WRITE))
@@ -62,7 +62,7 @@ pub(crate) fn check_target(file: Option<&Path>, input: &Path) -> Result<(), CliE
 
 const WRITE: &str = "write the chart";
 
-/// Where values lie in the picture.
+/// The position of values in the picture.
 struct Scale {
     log2: bool,
     x: (f64, f64),
@@ -200,7 +200,7 @@ fn line(out: &mut String, scale: &Scale, series: &Series, legend: f64) {
     );
 }
 
-/// How every picture begins; `</svg>` ends it. In pixels.
+/// The beginning of every picture, in pixels; `</svg>` ends it.
 fn head(width: f64, height: f64) -> String {
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} \
@@ -217,7 +217,7 @@ fn steps(max: f64) -> Vec<f64> {
     (0..).map(|i| f64::from(i) * step).take_while(|v| *v <= max && v.is_finite()).take(20).collect()
 }
 
-/// A number without digits that mean nothing.
+/// A number without meaningless digits.
 fn number(value: f64) -> String {
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()

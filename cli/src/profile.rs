@@ -28,30 +28,30 @@ pub(crate) struct Phase {
     pub(crate) hits: u64,
     /// Experts that had to be read.
     pub(crate) misses: u64,
-    /// Prefetched experts: read before the router has asked for them.
+    /// Prefetched experts: those read before the router asked for them.
     pub(crate) prefetched: u64,
-    /// Of which used before they left memory.
+    /// Prefetched experts that were used before they left memory.
     pub(crate) prefetched_used: u64,
-    /// Of which left memory, or were given up, unused.
+    /// Prefetched experts that left memory, or were given up, unused.
     pub(crate) prefetched_wasted: u64,
-    /// Hits among both; `None` when no expert was needed.
+    /// Hits as a part of both; `None` if no expert was needed.
     pub(crate) hit_rate: Option<f64>,
-    /// Of both: chosen in place of the routers' own, because those in memory were preferred.
+    /// Hits and misses that were chosen instead of the routers' own, because experts in memory were preferred.
     pub(crate) replaced: u64,
-    /// Of the time: waiting for experts.
+    /// Part of the time spent waiting for experts.
     pub(crate) io_wait_seconds: f64,
-    /// Of the time: attention.
+    /// Part of the time spent in attention.
     pub(crate) attention_seconds: f64,
-    /// Of the time: routed experts.
+    /// Part of the time spent in routed experts.
     pub(crate) expert_seconds: f64,
-    /// Of the time: output head.
+    /// Part of the time spent in the output head.
     pub(crate) head_seconds: f64,
     /// The rest.
     pub(crate) other_seconds: f64,
 }
 
 impl Phase {
-    /// What happened since `before` was taken.
+    /// The difference since `before` was taken.
     pub(crate) fn since(before: &(Instant, Stats), engine: &Engine) -> Phase {
         Self::between(&before.1, &engine.stats(), before.0.elapsed().as_secs_f64())
     }
@@ -86,7 +86,7 @@ impl Phase {
         }
     }
 
-    /// Without rows that gave no token: of so many proposals that did not come true.
+    /// The phase without rows that gave no token: this many proposals did not come true.
     pub(crate) fn without(self, rejected: u64) -> Phase {
         let tokens = self.tokens.saturating_sub(rejected);
         let each = |total: f64, by: f64| if by > 0.0 { total / by } else { 0.0 };
@@ -119,7 +119,7 @@ impl Phase {
         let mut out = format!("{name:<9} {tokens} tokens in {}: {rate:.2} tokens/s", seconds(self.seconds));
         let part = |value| percent(value, self.seconds);
         let mut experts = String::new();
-        // None is needed where a model has none.
+        // There is no rate if a model has no experts.
         if let Some(hit_rate) = self.hit_rate {
             let _ = write!(
                 out,
@@ -155,21 +155,21 @@ pub(crate) struct Profile {
     pub(crate) open_seconds: f64,
     pub(crate) prefill: Phase,
     pub(crate) decode: Phase,
-    /// What became of proposed tokens.
+    /// The outcome of proposed tokens.
     pub(crate) drafts: DraftCounts,
     /// Bytes of dense weights and embedding read.
     pub(crate) dense_bytes_read: u64,
     pub(crate) memory: MemoryPlan,
-    /// What reads the file, in words.
+    /// How the file is read, in words.
     pub(crate) read_path: String,
     pub(crate) read_tuning: ReadTuning,
     pub(crate) isa: &'static str,
     pub(crate) threads: usize,
-    /// How experts were chosen otherwise than the model's routers say, in words; `None` if they were not.
+    /// How experts were chosen otherwise than by the model's routers, in words; `None` if they were not.
     pub(crate) lossy: Option<String>,
 }
 
-/// In which pieces the file is read.
+/// The pieces in which the file is read.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct ReadTuning {
     /// Short name of the engine in use.
@@ -177,7 +177,7 @@ pub(crate) struct ReadTuning {
     chunk_bytes: usize,
     depth: usize,
     prefetch_depth: usize,
-    /// Found by `sluice bench disk` on this drive.
+    /// Whether `sluice bench disk` found these settings on this drive.
     calibrated: bool,
     /// Why a calibration was not used.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -211,7 +211,7 @@ impl ReadTuning {
     }
 }
 
-/// How experts are chosen otherwise than the model's routers say, in words, if they are.
+/// How experts are chosen otherwise than by the model's routers, in words, if they are.
 pub(crate) fn lossy(engine: &Engine) -> Option<String> {
     let thrift = engine.thrift();
     (!thrift.is_exact()).then(|| thrift.to_string())
@@ -234,7 +234,7 @@ impl Profile {
         }
     }
 
-    /// Where the time of a token went, of the answer and of the prompt.
+    /// Where the time of a token went, for the answer and for the prompt.
     pub(crate) fn chart(&self, family: &str) -> BarChart {
         let memory = Bytes(self.memory.used());
         BarChart {

@@ -1,4 +1,4 @@
-//! How far long work has come: a bar on a terminal, or JSON lines for programs, on standard error.
+//! Shows the progress of long work on standard error: a bar on a terminal, or JSON lines for programs.
 
 use std::borrow::Cow;
 use std::io;
@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 
 use crate::terminal::{ProgressKind, can_show_bars, is_coloured, say_json, wishes};
 
-/// Time between two lines of one meter.
+/// Least time between two lines of one meter.
 const BETWEEN_LINES: Duration = Duration::from_millis(500);
 
-/// Follows one piece of work. Nothing is shown where nobody can see a bar or has asked for silence; it counts all the same.
+/// Follows one piece of work. It counts even if nothing is shown, because no bar can be seen or silence was requested.
 #[derive(Debug)]
 pub(crate) struct Meter {
     bar: ProgressBar,
@@ -41,19 +41,19 @@ pub(crate) fn step_bar(what: impl Into<Cow<'static, str>>, steps: u64) -> Meter 
     Meter::new(what.into(), "steps", steps, "{prefix:.bold} {bar:32.cyan} {percent} %  {eta} left")
 }
 
-/// A sign of life, for work whose length is not known.
+/// A sign of life, for work of unknown length.
 pub(crate) fn spinner(what: &'static str) -> Meter {
     let meter = Meter::new(what.into(), "steps", 0, "{spinner} {prefix} ({elapsed})");
     meter.moved();
     meter
 }
 
-/// Progress through things that are counted, with a message behind it. It is hidden where there are no bars.
+/// Progress through things that are counted, followed by a message. It is hidden if there are no bars.
 pub(crate) fn count_bar(what: &'static str, count: u64) -> ProgressBar {
     told(count, "{prefix:.bold} {bar:24.cyan} {pos} of {len}  {wide_msg}").with_prefix(what)
 }
 
-/// A sign of life with a message. It is hidden where there are no bars.
+/// A sign of life with a message. It is hidden if there are no bars.
 pub(crate) fn message_line() -> ProgressBar {
     told(0, "{spinner} {wide_msg} ({elapsed})")
 }
@@ -96,7 +96,7 @@ impl Meter {
 
     /// Shows it below the other bars of a group.
     pub(crate) fn beside(self, group: &MultiProgress) -> Meter {
-        // The group would show what is hidden.
+        // The group would show a hidden bar.
         let bar = if self.bar.is_hidden() { self.bar } else { group.add(self.bar) };
         Meter { bar, ..self }
     }
@@ -119,7 +119,7 @@ impl Meter {
         self.bar.position()
     }
 
-    /// Forgets how fast it was until now.
+    /// Forgets the speed so far.
     pub(crate) fn reset_eta(&self) {
         self.bar.reset_eta();
     }
@@ -137,10 +137,10 @@ impl Meter {
         }
     }
 
-    /// Writes a line, if the latest was written long enough ago.
+    /// Writes a line, if the latest one is old enough.
     fn moved(&self) {
         let Some(lines) = &self.lines else { return };
-        // Whoever holds the lock writes a line.
+        // The thread that holds the lock writes a line.
         let Ok(mut latest) = lines.latest.try_lock() else { return };
         if latest.is_none_or(|latest| latest.elapsed() >= BETWEEN_LINES) {
             *latest = Some(Instant::now());

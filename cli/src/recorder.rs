@@ -10,16 +10,16 @@ use sluice_model::router::Choice;
 
 use crate::error::CliError;
 
-/// A trace that is being written.
+/// A trace while it is written.
 pub(crate) struct Recorder {
     path: PathBuf,
     writer: TraceWriter<BufWriter<File>>,
-    /// The first error: routing is observed where none can be reported.
+    /// The first error: routing is observed where errors cannot be reported.
     error: Option<io::Error>,
 }
 
 impl Recorder {
-    /// Begins a trace of what `engine` routes.
+    /// Starts a trace of the routing of `engine`.
     pub(crate) fn start(path: &Path, engine: &Engine) -> Result<Recorder, CliError> {
         let layers = &engine.spec().layers;
         let moe = || layers.iter().filter_map(|l| l.ffn.moe.as_ref());
@@ -32,14 +32,14 @@ impl Recorder {
         Ok(Recorder { path: path.to_owned(), writer, error: None })
     }
 
-    /// Adds the routing of a layer: of tokens from `position` on, `top_k` choices each.
+    /// Adds the routing of a layer for tokens from `position` on, `top_k` choices each.
     pub(crate) fn record(&mut self, layer: usize, position: usize, top_k: usize, choices: &[Choice]) {
         if self.error.is_none() {
             self.error = self.writer.record(layer, position, top_k, choices.iter().copied()).err();
         }
     }
 
-    /// Writes what is left, and reports what went wrong on the way.
+    /// Writes the rest, and reports earlier errors.
     pub(crate) fn finish(self) -> Result<(), CliError> {
         let finished = self.writer.finish().map(drop);
         self.error.map_or(finished, Err).map_err(CliError::file(&self.path, "write the trace"))

@@ -1,9 +1,9 @@
-//! Sampling options, and what follows from them and the model's own recommendation.
+//! Sampling options, and the settings that follow from them and the model's own recommendations.
 
 use sluice_generate::sampler::SamplerConfig;
 use sluice_text::{GenerationDefaults, Remark};
 
-/// How the next token is chosen. Whatever is not given comes from the model's generation_config.json; without one, and
+/// How the next token is chosen. Settings that are not given come from the model's generation_config.json; without that file, and
 /// with --ids, the likeliest token is taken.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Sampling")]
@@ -28,16 +28,16 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub(crate) repetition_penalty: Option<f32>,
 
-    /// Where the random numbers start: the same seed gives the same text [default: 0]
+    /// Seed of the random numbers: the same seed gives the same text [default: 0]
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
 }
 
 impl SamplingArgs {
-    /// The settings in force.
+    /// The settings in effect.
     pub(crate) fn config(&self, model: &GenerationDefaults) -> SamplerConfig {
         let neutral = SamplerConfig::default();
-        // Who narrows the choice wants one, even where the model's authors recommend none.
+        // A user who narrows the choice wants sampling, even if the model's authors recommend none.
         let narrowed = self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some();
         let temperature = match (self.temperature, model.effective_temperature()) {
             (Some(asked), _) => asked,
@@ -58,7 +58,8 @@ impl SamplingArgs {
         }
     }
 
-    /// What the model's files say in vain and would matter to this run, and the option that overrides it, if one does.
+    /// Settings in the model's files that have no effect but would matter to this run, with the option that overrides each, if
+    /// there is one.
     pub(crate) fn remarks<'a>(&self, model: &'a GenerationDefaults) -> Vec<(&'a Remark, Option<&'static str>)> {
         let greedy = self.config(model).temperature == 0.0;
         let matters = |remark: &&Remark| match remark.field {

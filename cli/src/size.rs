@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sluice_storage::io::sim::DriveSpeed;
 
-/// Parses how many there are to be, of what there must be one at least.
+/// Parses a count that must be at least one.
 pub(crate) fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
     text.parse().map_err(|_| "write a whole number, 1 or more".to_owned())
 }
@@ -31,7 +31,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
 /// A rate such as `3GB/s`.
 pub(crate) fn parse_speed(text: &str) -> Result<u64, String> {
     let size = text.trim().strip_suffix("/s").unwrap_or(text);
-    // Three bytes a second is what nobody means by `3`.
+    // A speed of three bytes per second is never meant by `3`.
     let has_unit = size.trim().ends_with(|c: char| c.is_ascii_alphabetic());
     match parse_size(size).and_then(|speed| if has_unit { Ok(speed) } else { Err(String::new()) }) {
         Ok(0) => Err("nothing could ever be read at that speed".into()),
@@ -40,9 +40,9 @@ pub(crate) fn parse_speed(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Latency of a drive of which nothing else is said: that of a good NVMe drive.
+/// Default latency of a drive: that of a good NVMe drive.
 const USUAL_LATENCY: Duration = Duration::from_micros(80);
-/// Most that is believed.
+/// Longest latency that is accepted, in seconds.
 const LATENCY_MAX: f64 = 10.0;
 
 /// A drive such as `7GB/s,80us` or `7GB/s`.

@@ -1,6 +1,6 @@
-//! A part of the screen on which a model is watched while it speaks: its text, and beside it which experts are in memory.
+//! A part of the screen that shows a model at work: its text, and beside it which experts are in memory.
 //!
-//! The stage is drawn where the cursor is, and again in the same place as often as something has changed.
+//! The stage is drawn at the cursor, and again at the same place whenever something has changed.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -15,24 +15,24 @@ use crate::terminal::{print_as_is, text_for_terminal};
 
 /// Lines of the stage.
 const LINES: usize = 13;
-/// Columns of the text, and of what stands beside it.
+/// Columns of the text, and of the part beside it.
 const TEXT: usize = 42;
 const SIDE: usize = 36;
-/// The smallest terminal that has room for it, and for what a program says before and after.
+/// The smallest terminal that has room for it, and for the program's output before and after.
 const LEAST: (usize, usize) = (TEXT + SIDE + 2, 24);
-/// The least time that a picture stays before the next one, so that a fast model can be watched.
+/// The least time between two pictures, so that a fast model can be watched.
 const PICTURE: Duration = Duration::from_millis(30);
 
-/// What became of an expert since the last picture.
+/// The change of an expert since the last picture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     /// On the drive.
     Drive,
     /// In memory, as before.
     Memory,
-    /// It came.
+    /// It has been read.
     Came,
-    /// It went.
+    /// It has left memory.
     Went,
 }
 
@@ -46,7 +46,7 @@ impl Place {
         }
     }
 
-    /// The character that stands for it, and its colour.
+    /// Its character and colour.
     fn look(self) -> (char, &'static str) {
         match self {
             Place::Drive => ('·', "2"),
@@ -57,13 +57,13 @@ impl Place {
     }
 }
 
-/// Where a model is watched.
+/// The place where a model is watched.
 #[derive(Debug)]
 pub(crate) struct Stage {
     colours: bool,
     title: &'static str,
     text: String,
-    /// For each layer with experts, which of them were in memory in the last picture.
+    /// For each layer with experts, the experts that were in memory in the last picture.
     before: BTreeMap<usize, Vec<bool>>,
     start: Stats,
     drawn: bool,
@@ -71,7 +71,7 @@ pub(crate) struct Stage {
 }
 
 impl Stage {
-    /// A stage, if standard output is a terminal that has room for one.
+    /// A stage, if standard output is a terminal with enough room.
     pub(crate) fn new() -> Option<Stage> {
         let Kind::Terminal { colours } = Kind::of_stdout() else { return None };
         let size = tcgetwinsize(std::io::stdout()).ok()?;
@@ -80,21 +80,21 @@ impl Stage {
         fits.then(|| Stage { colours, title: "", text, before, start, drawn: false, last: Instant::now() })
     }
 
-    /// Begins a scene: another model, or the same one anew.
+    /// Begins a scene: another model, or the same one again.
     pub(crate) fn begin(&mut self, title: &'static str, text: &str, engine: &Engine) {
         (self.title, self.text, self.start) = (title, text.to_owned(), engine.stats());
         self.before.clear();
     }
 
-    /// The model has said more.
+    /// Adds more of the model's text.
     pub(crate) fn say(&mut self, text: &str) {
         self.text += text;
     }
 
-    /// Draws the stage as things are now, and lets the reader look at it for a moment.
+    /// Draws the present state of the stage, and pauses for a moment.
     ///
     /// # Errors
-    /// When the terminal is gone.
+    /// If the terminal is gone.
     pub(crate) fn draw(&mut self, engine: &Engine) -> Result<(), CliError> {
         let side = self.side(engine);
         let text = wrapped(&text_for_terminal(&self.text), TEXT);
@@ -116,14 +116,14 @@ impl Stage {
         Ok(())
     }
 
-    /// What stands beside the text: the map, and figures.
+    /// The part beside the text: the map, and figures.
     fn side(&mut self, engine: &Engine) -> Vec<String> {
         let mut lines = vec![self.paint("1", self.title)];
         let residency = engine.residency();
         let (mut resident, mut all) = (0, 0);
         for layer in &residency {
             let before = self.before.insert(layer.layer, layer.resident.clone());
-            // In the first picture nothing has come or gone.
+            // In the first picture, nothing has been read or has left.
             let before = before.unwrap_or_else(|| layer.resident.clone());
             (resident, all) = (resident + layer.count(), all + layer.experts);
             lines.push(format!("{:>2} {}", layer.layer, self.row(&before, &layer.resident)));
@@ -173,7 +173,7 @@ impl Stage {
     }
 }
 
-/// A text in lines of at most so many characters, cut between words where there are any.
+/// A text in lines of at most this many characters, cut between words if possible.
 fn wrapped(text: &str, columns: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for line in text.split('\n') {

@@ -1,4 +1,4 @@
-//! What people see: progress, errors, numbers.
+//! Output for people: progress, errors, numbers.
 
 use std::fmt::{Display, Write as _};
 use std::io::{self, IsTerminal, Write as _};
@@ -9,10 +9,10 @@ use serde_json::json;
 
 use crate::error::CliError;
 
-/// What the command line wants to see of work that goes on, on standard error.
+/// The user's choice of output on standard error.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Wishes {
-    /// Nothing but errors.
+    /// Only errors.
     pub(crate) is_quiet: bool,
     /// How progress is shown.
     pub(crate) progress: ProgressKind,
@@ -24,7 +24,7 @@ pub(crate) enum ProgressKind {
     /// Bars where standard error is a terminal
     #[default]
     Auto,
-    /// One JSON object a line, notes and errors included
+    /// One JSON object per line, including notes and errors
     Json,
     /// Nothing
     None,
@@ -32,9 +32,9 @@ pub(crate) enum ProgressKind {
 
 static WISHES: OnceLock<Wishes> = OnceLock::new();
 
-/// Keeps the wishes of the command line: once, before anything is said.
+/// Keeps the user's choice, before anything is printed.
 pub(crate) fn keep_wishes(wishes: Wishes) {
-    // Whoever asks twice has asked the same.
+    // A second call has the same choice.
     let _ = WISHES.set(wishes);
 }
 
@@ -65,25 +65,25 @@ pub(crate) fn wants_colour(variable: impl Fn(&str) -> Option<String>, is_termina
     given("CLICOLOR").is_none_or(is_on) && given("TERM").is_none_or(|term| term != "dumb") && is_terminal
 }
 
-/// Most lines of an error or remark, and most characters of a line: about a screenful. Whoever writes a file can make a name
-/// in it as long as he likes.
+/// Most lines of an error or remark, and most characters of a line: about a screenful. The author of a file can make a name in it
+/// as long as they like.
 const MOST_LINES: usize = 24;
 const MOST_CHARACTERS: usize = 1200;
 
-/// Whether a terminal may be told to do something by it, other than to begin a line: control characters, and those that
-/// change the order in which others are shown.
+/// Whether a character could make a terminal do something other than begin a line: control characters, and those that change the
+/// order in which others are shown.
 fn is_command(c: char) -> bool {
     let reorders = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{206f}');
     c != '\n' && (c.is_control() || reorders || matches!(c, '\u{2028}' | '\u{2029}'))
 }
 
-/// A message without control characters other than line ends: names in files come from strangers, and an escape sequence in
-/// one could rewrite the terminal.
+/// A message without control characters other than line ends. Names in files come from strangers, and an escape sequence in one
+/// could rewrite the terminal.
 pub(crate) fn printable(message: &dyn Display) -> String {
     shown(&message.to_string(), is_command)
 }
 
-/// The text with the characters in question as escapes, such as `\u{1b}`.
+/// The text with the hidden characters as escapes, such as `\u{1b}`.
 fn shown(text: &str, hidden: impl Fn(char) -> bool) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -96,8 +96,8 @@ fn shown(text: &str, hidden: impl Fn(char) -> bool) -> String {
     out
 }
 
-/// A printable message of a screenful at most: of long lines and of many lines the middle is left out, for what is wrong
-/// stands at the beginning and what to do about it at the end.
+/// A printable message of at most a screenful. The middle of long lines, and of many lines, is left out, because the problem is at
+/// the beginning and the advice at the end.
 fn screenful(message: &dyn Display) -> String {
     let text = printable(message);
     let lines: Vec<&str> = text.lines().collect();
@@ -111,7 +111,7 @@ fn screenful(message: &dyn Display) -> String {
         out.extend(tail.iter().map(|line| shortened(line)));
     }
     let joined = out.join("\n");
-    // Many long lines are a long line.
+    // Many long lines count as one long line.
     if joined.chars().count() > 2 * MOST_CHARACTERS { shortened(&joined) } else { joined }
 }
 
@@ -132,7 +132,7 @@ pub(crate) fn error(message: &dyn Display) {
         return say_json(&json!({ "event": "error", "message": screenful(message) }));
     }
     let prefix = if is_coloured(&io::stderr()) { "\x1b[1;31merror:\x1b[0m" } else { "error:" };
-    // Nobody is left to tell when this fails.
+    // If this fails, there is no way to report it.
     let _ = writeln!(io::stderr().lock(), "{prefix} {}", screenful(message));
 }
 
@@ -150,7 +150,7 @@ pub(crate) fn note(message: &dyn Display) {
     }
 }
 
-/// Prints a whole report, which somebody has asked for, on standard error.
+/// Prints a report that was requested on standard error.
 pub(crate) fn report(text: &str) {
     if wishes().progress == ProgressKind::Json {
         return say_json(&json!({ "event": "report", "text": text }));
@@ -163,25 +163,25 @@ pub(crate) fn say_json(value: &serde_json::Value) {
     let _ = writeln!(io::stderr().lock(), "{}", escape_json(&value.to_string()));
 }
 
-/// Writes a report to standard output. Names in it may be strangers'.
+/// Writes a report to standard output. Names in it may come from strangers.
 pub(crate) fn print(report: &str) -> Result<(), CliError> {
     print_as_is(&printable(&report))
 }
 
-/// Writes what a model says to standard output and flushes, so that a reader sees text as it comes. A program that reads it
-/// gets every byte; a terminal gets nothing that it would obey: models repeat what they have read, and somebody may have
-/// written it for this.
+/// Writes a model's text to standard output and flushes, so that a reader sees text as it arrives. A program that reads it gets
+/// every byte. A terminal gets nothing that it would obey: models repeat what they have read, which somebody may have written for
+/// this purpose.
 pub(crate) fn print_text(text: &str) -> Result<(), CliError> {
     if io::stdout().is_terminal() { print_as_is(&text_for_terminal(text)) } else { print_as_is(text) }
 }
 
-/// Tabs and line ends are text; other control characters are shown. A sequence that begins in one piece of a text and ends in another is
-/// shown as well, because no character of it that could begin one is left.
+/// Tabs and line ends are text; other control characters are escaped. A sequence that begins in one piece of a text and ends in
+/// another is escaped too, because none of its characters that could begin one is left.
 pub(crate) fn text_for_terminal(text: &str) -> String {
     shown(text, |c| c != '\t' && is_command(c))
 }
 
-/// Writes to standard output what is known to be harmless.
+/// Writes text that is known to be harmless to standard output.
 pub(crate) fn print_as_is(text: &str) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(CliError::Output)
@@ -199,13 +199,13 @@ pub(crate) fn print_json_line(value: &impl Serialize) -> Result<(), CliError> {
     print_as_is(&(escape_json(&json) + "\n"))
 }
 
-/// A number of single precision for JSON: the shortest that means it, as it was given, and not 0.699999988079071.
+/// A single-precision number for JSON: the shortest form with the same value, not 0.699999988079071 for 0.7.
 pub(crate) fn json_number(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-/// JSON without the control characters beyond ASCII and the DEL that serde leaves as they are: terminals obey some of them. All
-/// but line ends stand in strings.
+/// JSON without DEL and the control characters beyond ASCII, which serde does not escape and some of which terminals obey. Except
+/// for line ends, they occur only in strings.
 fn escape_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {
@@ -218,12 +218,12 @@ fn escape_json(json: &str) -> String {
     out
 }
 
-/// `value` of `whole` in percent, 0 when there is no whole.
+/// `value` in percent of `whole`; 0 if `whole` is 0.
 pub(crate) fn percent(value: f64, whole: f64) -> f64 {
     if whole > 0.0 { 100.0 * value / whole } else { 0.0 }
 }
 
-/// Seconds with a precision that suits their size.
+/// Seconds with a suitable precision.
 pub(crate) fn seconds(seconds: f64) -> String {
     match seconds {
         s if s < 0.1 => format!("{:.1} ms", s * 1e3),

@@ -1,4 +1,4 @@
-//! The files of a model that make text of it: read as `run` will read them, before hours are spent on its weights.
+//! Checks the files of a model that produce text, as `run` will read them, before hours are spent on its weights.
 
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -11,27 +11,27 @@ use crate::input;
 
 /// Sampling defaults and further end tokens.
 pub(crate) const GENERATION_CONFIG: &str = "generation_config.json";
-/// The chat template, where it is a file of its own; it goes before that of `tokenizer_config.json`.
+/// The chat template, if it is a file of its own; it takes precedence over that in `tokenizer_config.json`.
 pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
-/// Tokenizers that cannot be read, by the files that they consist of.
+/// Tokenizers that cannot be read, by their files.
 const OTHER_TOKENIZERS: [&[&str]; 4] =
     [&["vocab.json", "merges.txt"], &["tokenizer.model"], &["tekken.json"], &["spiece.model"]];
 
 /// What `run` will find.
 #[derive(Debug)]
 pub(crate) struct Findings {
-    /// What will not work, or not as the files say, and how to go on.
+    /// What will not work, or not as the files say, and what to do.
     pub(crate) notes: Vec<String>,
     /// Why `run --chat` will not work, if the model has a template.
     pub(crate) broken_template: Option<TextError>,
 }
 
-/// Reads the files of a model of this shape. `file` gives their bytes by their names; `set` is the command that adds others to
-/// the model file.
+/// Reads the files of a model with this shape. `file` gives their bytes by name; `set` is the command that adds others to the model
+/// file.
 ///
 /// # Errors
-/// When a file is damaged, or end tokens are: without them a model talks on for ever.
+/// If a file or the end tokens are damaged: without end tokens, a model never stops.
 pub(crate) fn examine<'f>(
     file: impl Fn(&str) -> Option<&'f [u8]>,
     spec: &ModelSpec,
@@ -76,7 +76,7 @@ pub(crate) fn examine<'f>(
     let broken_template = match try_template(&file) {
         Ok(true) => None,
         Ok(false) => {
-            notes.push(format!("there is no chat template, so that `run --chat` will not work; {mend}"));
+            notes.push(format!("there is no chat template, so `run --chat` will not work; {mend}"));
             None
         }
         Err(problem) => {
@@ -87,13 +87,13 @@ pub(crate) fn examine<'f>(
     Ok(Findings { notes, broken_template })
 }
 
-/// Whether there is a chat template; an error if it cannot even say hello.
+/// Whether there is a chat template; an error if it cannot render a greeting.
 fn try_template<'f>(file: impl Fn(&str) -> Option<&'f [u8]>) -> Result<bool, TextError> {
     let Some(template) = ChatTemplate::find(file)? else { return Ok(false) };
     try_out(&template).map(|()| true)
 }
 
-/// Whether a template tells the model what a user says: one that leaves it out would have another prompt answered.
+/// Checks that a template passes on the user's text: without it, the model would answer another prompt.
 pub(crate) fn try_out(template: &ChatTemplate) -> Result<(), TextError> {
     const WORD: &str = "Hello";
     let rendered = template.render(&[Message::new("user", WORD)], &chat_options())?;
@@ -105,13 +105,13 @@ pub(crate) fn try_out(template: &ChatTemplate) -> Result<(), TextError> {
     Err(TextError::ChatTemplate { line: None, reason: reason.into() })
 }
 
-/// How a user's message is put into a template.
+/// How a user's message is rendered with a template.
 pub(crate) fn chat_options() -> RenderOptions {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
     RenderOptions { add_generation_prompt: true, now, ..RenderOptions::default() }
 }
 
-/// What a folder has of tokenizers that cannot be read, and how to make of them what can.
+/// The tokenizers in a folder that cannot be read, and how to convert them.
 pub(crate) fn other_tokenizers(folder: &Path) -> Option<String> {
     let there = |names: &&&[&str]| names.iter().all(|name| folder.join(name).is_file());
     let found: Vec<_> = OTHER_TOKENIZERS.iter().filter(there).map(|names| names.join(" + ")).collect();
@@ -126,8 +126,8 @@ pub(crate) fn other_tokenizers(folder: &Path) -> Option<String> {
     ))
 }
 
-/// A chat template from a file: the template itself, or JSON that has it as `chat_template`, as tokenizer_config.json and
-/// chat_template.json do.
+/// A chat template from a file: the template itself, or JSON that has it as `chat_template`, like tokenizer_config.json and
+/// chat_template.json.
 pub(crate) fn read_template(path: &Path) -> Result<Vec<u8>, CliError> {
     let bytes = input::read_side_file(path)?;
     let json: Option<serde_json::Map<String, serde_json::Value>> = sluice_format::json::from_slice(&bytes).ok();

@@ -1,5 +1,5 @@
-//! Types that a command line asks for, and whether they would change anything: who asks for what would not, would find out hours
-//! later. `convert` and `plan` say the same.
+//! Checks that requested types would change something, because the user would otherwise find out hours later. `convert` and `plan`
+//! share this.
 
 use std::path::Path;
 
@@ -19,15 +19,15 @@ fn is_expert(group: &str) -> bool {
     group.starts_with("expert.")
 }
 
-/// Whether a plan stores experts, or everything else, in a type, of all or in part.
+/// Whether a plan stores experts, or everything else, at least in part in this type.
 pub(crate) fn is_stored(plan: &Plan, experts: bool, ty: WeightType) -> bool {
     let mut groups = plan.types().iter().filter(|(group, _)| is_expert(group) == experts);
     groups.any(|(_, types)| types.iter().any(|t| t == ty.name()))
 }
 
 impl Types {
-    /// Refuses types that would change nothing of what `src` is, and returns a remark on one that does not where the other does. With a
-    /// recipe, both are for what no pattern matches, which may well be nothing: then there is nothing to check.
+    /// Refuses types that would change nothing in `src`, and returns a remark on a type that has no effect if the other one has.
+    /// With a recipe, both types apply only to what no pattern matches, which may be nothing, so nothing is checked.
     ///
     /// # Errors
     /// Usage.
@@ -48,13 +48,13 @@ impl Types {
             && !is_stored(plan, false, ty)
         {
             return Err(CliError::Usage(format!(
-                "--dense-type {ty} would change nothing: none of the weights of {src} but experts can be stored so"
+                "--dense-type {ty} would change nothing: of the weights of {src}, only experts can be stored in it"
             )));
         }
         Ok(remark)
     }
 
-    /// The part of [`check`](Self::check) that a configuration says.
+    /// The part of [`check`](Self::check) for which a configuration is enough.
     ///
     /// # Errors
     /// Usage.

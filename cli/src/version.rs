@@ -1,4 +1,4 @@
-//! What this program is: version, commit, instruction sets, and the versions of what it reads and writes.
+//! The identity of this program: version, commit, instruction sets, and the versions of what it reads and writes.
 
 use std::env::consts;
 use std::fmt::Write as _;
@@ -8,7 +8,7 @@ use sluice_format::{FORMAT_VERSION, READ_VERSIONS};
 use sluice_kernels::Kernels;
 use sluice_model::session::SESSION_VERSION;
 
-/// What `--version` says; `-V` says the first line.
+/// The output of `--version`; `-V` prints the first line.
 pub(crate) static VERSION: LazyLock<String> = LazyLock::new(|| {
     let here: Vec<_> = Kernels::available().iter().map(Kernels::isa_name).collect();
     let in_use = Kernels::detect().map_or_else(|refused| refused.to_string(), |kernels| kernels.isa_name().to_owned());

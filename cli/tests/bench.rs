@@ -1,4 +1,4 @@
-//! `sluice bench disk`, what it leaves behind for `sluice run`, and the command line of `sluice bench`.
+//! `sluice bench disk`, its effect on `sluice run`, and the command line of `sluice bench`.
 
 mod common;
 
@@ -9,13 +9,13 @@ use std::process::{Command, Output, Stdio};
 use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 use serde_json::{Value, json};
 
-/// Runs the program with a cache folder of its own.
+/// Runs the program with its own cache folder.
 fn sluice_with_cache(cache: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     command.env("XDG_CACHE_HOME", cache).args(args).stdin(Stdio::null()).output().unwrap()
 }
 
-/// The demo model may be in memory, where nothing but the page cache can be measured.
+/// The demo model may be in memory, where only the page cache can be measured.
 fn bench(args: &[&str]) -> Output {
     let direct = sluice(&[&["bench", "disk", demo_model()], args].concat());
     if direct.status.success() || !stderr(&direct).contains("--buffered") {
@@ -92,7 +92,7 @@ fn a_plot_that_cannot_be_written_is_known_before_measuring() {
             assert_fails(&output, 1, &[plot, "write the chart"]);
         }
     }
-    // A file that is there is as it was, and none is left that was not.
+    // An existing file is unchanged, and no other file is left.
     let old = at("old.svg");
     fs::write(&old, "precious").unwrap();
     for plot in [&old, &new] {
@@ -129,13 +129,13 @@ fn sequences_that_decode_together_are_measured_beside_their_bounds() {
         let number = |name: &str| run[name].as_f64().unwrap();
         let bounds = ["drive", "memory", "arithmetic"].map(|name| run["bounds"][name].as_f64().unwrap());
         assert_eq!((&run["sequences"], &run["steps"]), (&json!(3), &json!(4)));
-        // Five layers with 4 of 32 experts: of three tokens at most 12 different ones, and of one at least 4.
+        // Five layers with 4 of 32 experts: three tokens use at most 12 different experts, and one token at least 4.
         assert!((20.0..=60.0).contains(&number("union_of_experts")), "{run}");
         let largest = bounds.into_iter().fold(0.0, f64::max);
         let ratio = number("milliseconds_per_step") / largest;
         assert!((number("time_over_bound") / ratio - 1.0).abs() < 1e-9, "{run}");
     }
-    // With everything in memory, a step reads little but rows of the embedding.
+    // With everything in memory, a step reads little except rows of the embedding.
     assert!(runs[1]["bytes_per_step"].as_f64() <= runs[0]["bytes_per_step"].as_f64());
     let text = stdout(&sluice(&args));
     for word in ["3 sequences", "tokens/s in all", "different experts", "bounds of a step", "GOP/s"] {

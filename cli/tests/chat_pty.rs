@@ -312,7 +312,7 @@ fn a_line_follows_the_size_of_the_terminal() {
 fn turns_are_taken_back_and_answered_again() {
     let user = User::new();
     let mut terminal = user.open(&SHORT);
-    assert!(terminal.ask("/undo").contains("nothing to take back"));
+    assert!(terminal.ask("/undo").contains("nothing to undo"));
     assert!(terminal.ask("/retry").contains("nothing to answer"));
     terminal.ask("hello");
     let first = user.answer("chat-1");
@@ -410,7 +410,7 @@ fn commands_that_there_are_not_are_refused() {
     let user = User::new();
     let mut terminal = user.open(&SHORT);
     assert!(terminal.ask("/rest").contains("is it /reset?"));
-    assert!(terminal.ask("/frobnicate").contains("/help lists them"));
+    assert!(terminal.ask("/frobnicate").contains("/help lists the commands"));
     assert!(terminal.ask("/undo twice").contains("takes nothing"));
     terminal.ask("//etc is a folder");
     assert_eq!(user.messages("chat-1"), ["/etc is a folder"]);
@@ -664,7 +664,7 @@ fn programs_hear_of_errors() {
     for (input, words) in [
         (&b"/rest\nhello\n"[..], &["/rest", "is it /reset?"][..]),
         (b"/set temperature=hot\n", &["give a number"]),
-        (b"/undo\n", &["nothing to take back"]),
+        (b"/undo\n", &["nothing to undo"]),
         (b"\xff\xfe\n", &["standard input", "UTF-8"]),
     ] {
         let output = user.pipe(&mut user.chat(&SHORT), input);

@@ -203,7 +203,7 @@ fn models_without_a_tokenizer_speak_in_ids() {
     let model = mute_model(folder.path());
     let case = &expected()["greedy"][0];
     let ids = list(&case["prompt_ids"]);
-    // No generation_config.json either: greedy.
+    // Without generation_config.json too: greedy.
     let output = sluice(&["run", &model, "--prompt-ids", &ids, "-n", "64", "--ids", "--exact"]);
     assert_eq!(stdout(&output), list(&case["ids"]) + "\n");
     let report = json(&sluice(&["run", &model, "--prompt-ids", &ids, "-n", "2", "--json"]));
@@ -264,7 +264,7 @@ fn output_that_is_not_a_number_is_an_error() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (checkpoint, model, out) = (path("checkpoint"), path("model.sluice"), path("logits.npy"));
     copy_checkpoint(Path::new(&checkpoint), None);
-    // Weights of the last norm as large as bf16 can say: each is a number, but what they make is none.
+    // The weights of the last norm are as large as bf16 allows: each is a number, but their result is not.
     let weights = Path::new(&checkpoint).join("model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;

@@ -1,4 +1,4 @@
-//! Models without experts: nothing is said of experts that there are not, and types for them are refused everywhere alike.
+//! Models without experts: messages do not mention experts, and types for them are refused everywhere in the same way.
 
 mod common;
 
@@ -47,7 +47,7 @@ fn types_that_change_nothing_are_refused_alike() {
     assert_eq!(says(&["plan", source, "--type", "q4"]), converted);
     let config = format!("{source}/config.json");
     says(&["plan", &config, "--type", "q4"]);
-    // Where the other type does something, it is a remark.
+    // If the other type has an effect, it is only a remark.
     let planned = json(&sluice(&["plan", source, "--type", "q4", "--dense-type", "q8", "--json"]));
     let warnings = planned["warnings"].as_array().unwrap();
     assert!(warnings.iter().any(|w| w.as_str().unwrap().contains("--type q4 changes nothing")), "{warnings:?}");

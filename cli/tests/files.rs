@@ -106,7 +106,7 @@ fn verify_names_every_damaged_extent() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("damaged.sluice");
     let mut bytes = fs::read(demo_model()).unwrap();
-    // Last bytes: padding, or not. Checksums cover both.
+    // The last bytes: padding, or not. Checksums cover both.
     for name in ["layer 2 expert 7", "layer 0 dense"] {
         bytes[offset(name)] ^= 1;
     }
@@ -180,7 +180,7 @@ fn names_in_files_cannot_command_the_terminal() {
     assert!(stats.contains(r"a\u{1b}[2J") && !stats.contains('\u{1b}'), "{stats}");
 }
 
-/// A named pipe that nobody writes to.
+/// A named pipe without a writer.
 fn pipe(folder: &Path, name: &str) -> String {
     let path = folder.join(name);
     let _ = fs::remove_file(&path);
@@ -265,7 +265,7 @@ fn only_model_files_are_replaced_and_only_by_model_files() {
     assert_fails(&sluice(&["convert", source, &own, "--overwrite"]), 1, &["own", "no model file"]);
     assert_fails(&sluice(&["convert", source, &at(""), "--overwrite"]), 1, &["it is a folder"]);
     assert_fails(&sluice(&["convert", source, &at("nowhere/x")]), 1, &["nowhere does not exist"]);
-    // A rehearsal says it too.
+    // A dry run reports it too.
     for (target, word) in [(&own, "exists"), (&at("nowhere/x"), "nowhere does not exist")] {
         let rehearsal = sluice(&["convert", source, target, "--dry-run"]);
         stdout(&rehearsal);

@@ -1,4 +1,4 @@
-//! What every command has in common: versions, suggestions, quiet, progress for programs, colours.
+//! Behaviour that all commands share: versions, suggestions, quiet, progress for programs, colours.
 
 mod common;
 
@@ -46,7 +46,7 @@ fn the_nearest_command_option_and_file_are_suggested() {
     }
     fs::create_dir(path("checkpoint")).unwrap();
     assert_fails(&sluice(&["convert", &path("chekpoint"), &path("new.sluice")]), 1, &["/checkpoint?"]);
-    // Where nothing is alike, nothing is suggested.
+    // If no name is similar, none is suggested.
     let output = sluice(&["inspect", &path("zzz")]);
     assert!(!stderr(&output).contains("did you mean"), "{}", stderr(&output));
 }
@@ -96,7 +96,7 @@ fn progress_is_lines_of_json_for_programs() {
     assert!(finished["total"].as_u64() > Some(0) && finished["done"] == finished["total"], "{finished}");
     assert!(said.iter().any(|line| line["event"] == "progress"), "{said:?}");
 
-    // What a command prints stays what it was.
+    // The output of a command stays the same.
     let model = folder.path().join("m.sluice");
     let output = sluice(&["verify", model.to_str().unwrap(), "--json", "--progress=json"]);
     assert_eq!(json(&output)["intact"], true);
@@ -124,7 +124,7 @@ fn quiet_leaves_nothing_but_errors() {
     assert_fails(&sluice(&["-q", "inspect", "/no/such/file"]), 1, &["/no/such/file"]);
 }
 
-/// What a command writes to a terminal on its standard error, with these variables.
+/// The output of a command to a terminal on its standard error, with these variables.
 fn on_a_terminal(args: &[&str], variables: &[(&str, &str)]) -> String {
     let terminal = open_terminal(None);
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
@@ -185,7 +185,7 @@ fn a_doctor_says_how_to_mend_what_it_finds() {
         let is_ok = finding["verdict"] == "ok";
         assert!(is_ok == finding["mend"].is_null() && finding["verdict"] != "wrong", "{finding}");
     }
-    // What is wrong is said, and is the exit code.
+    // Errors are printed, and set the exit code.
     let folder = tempfile::tempdir().unwrap();
     let broken = folder.path().join("broken.sluice");
     fs::write(&broken, "no model").unwrap();
@@ -193,7 +193,7 @@ fn a_doctor_says_how_to_mend_what_it_finds() {
     assert_fails(&output, 1, &["one thing is wrong"]);
     let said = String::from_utf8(output.stdout).unwrap();
     assert!(said.lines().any(|line| line.starts_with("wrong") && line.contains("model")), "{said}");
-    // A folder is looked at without a model, and left as it was.
+    // A folder is checked without a model, and is not changed.
     fs::remove_file(&broken).unwrap();
     let said = stdout(&sluice(&["doctor", folder.path().to_str().unwrap()]));
     assert!(said.contains("direct reads") && !said.contains("\nwrong"), "{said}");

@@ -1,4 +1,4 @@
-//! The program and the hub: a server on this machine that does what lines and servers do, and a program that is killed.
+//! The program and the hub: a local server that behaves like connections and servers do, and a program that is killed.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -20,7 +20,7 @@ use common::{assert_fails, demo_checkpoint, json, stderr, stdout};
 use server::{Faults, Files, Server};
 use watch::Watch;
 
-/// A program that knows this server, with a folder of models of its own.
+/// A program that uses this server and has its own folder of models.
 fn command(server: &Server, home: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     for variable in [
@@ -63,8 +63,8 @@ fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).ok().map_or(default, |text| text.parse().unwrap())
 }
 
-/// 20 kills on a line that breaks (`SLUICE_HUB_KILLS` for more), each while files are downloaded and converted; in the end the branch
-/// moves on. The result is that of a local conversion, and no more than three files were here at once.
+/// 20 kills on a connection that breaks (`SLUICE_HUB_KILLS` for more), each while files are downloaded and converted; in the end
+/// the branch moves on. The result equals that of a local conversion, and no more than three files were here at once.
 #[test]
 fn a_conversion_that_is_killed_again_and_again_is_the_local_one() {
     let kills = number("SLUICE_HUB_KILLS", 20);
@@ -88,12 +88,12 @@ fn a_conversion_that_is_killed_again_and_again_is_the_local_one() {
         while pin() == before && child.try_wait().unwrap().is_none() {
             thread::sleep(Duration::from_micros(200));
         }
-        // What it was planned by has been read, and it has noted its commit: it begins. After some more requests, it ends.
+        // The files for its plan have been read, and it has recorded its commit: now it begins. After some more requests, it ends.
         let last = seen() + killed * 7 % 40;
         while seen() < last && child.try_wait().unwrap().is_none() {
             thread::sleep(Duration::from_micros(200));
         }
-        // The last kill leaves something to do.
+        // The last kill leaves work to do.
         if child.try_wait().unwrap().is_none() {
             child.kill().unwrap();
             killed += u64::from(!child.wait().unwrap().success());
@@ -187,7 +187,7 @@ fn pull_makes_a_folder_that_convert_takes() {
     assert_eq!(json(&pulled)["files"], wanted);
 }
 
-/// What is measured on the way reads each layer before its extents are made: of files that are fetched, too.
+/// A measurement reads each layer before its extents are made, also from downloaded files.
 #[test]
 fn a_conversion_that_measures_is_the_local_one() {
     let folder = tempfile::tempdir().unwrap();
@@ -199,7 +199,7 @@ fn a_conversion_that_measures_is_the_local_one() {
     stdout(&common::sluice(&[&["convert", &at("checkpoint"), &at("here.sluice")], &types[..]].concat()));
     let there = at("there.sluice");
     let args = [&["convert", "hf:a/b", &there], &types[..]].concat();
-    // Killed when it has measured and converted some: a line that is slow leaves the time to see it.
+    // It is killed after some measuring and converting; a slow connection leaves the time to see it.
     server.slow_down(2000);
     let mut child = command(&server, folder.path(), &args).spawn().unwrap();
     let journal = folder.path().join("there.sluice.partial.journal");

@@ -1,4 +1,4 @@
-//! Models in volumes: named by the name that they would have as one file, and what is known of them goes with them.
+//! Models in volumes: they are named like one file, and what is known of them goes with them.
 
 mod common;
 
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
-/// What `convert` names as the least size of a volume of the demo model.
+/// The least size of a volume for the demo model, as `convert` states it.
 fn least(dst: &str) -> String {
     let source = demo_checkpoint();
     let output = sluice(&["convert", source.to_str().unwrap(), dst, "--split-size", "1KB"]);
@@ -17,7 +17,7 @@ fn least(dst: &str) -> String {
     least.split(' ').next().unwrap().to_owned()
 }
 
-/// The demo model in volumes, as `m.sluice` of a folder, which is the name that is returned.
+/// The demo model in volumes, as `m.sluice` in a folder; returns that name.
 fn in_volumes(folder: &Path) -> String {
     let dst = folder.join("m.sluice").to_str().unwrap().to_owned();
     let (source, least) = (demo_checkpoint(), least(&dst));
@@ -48,7 +48,7 @@ fn the_name_without_numbers_is_enough_for_every_command() {
     fs::write(&template, "{{ messages[0]['content'] }}").unwrap();
     stdout(&sluice(&["set", name, "--chat-template", template.to_str().unwrap()]));
     assert_eq!(json(&sluice(&["inspect", name, "--json"]))["has_chat_template"], true);
-    // Of a model that is not there, the name that was asked for is said.
+    // For a model that does not exist, the error has the name that was requested.
     let other = folder.path().join("other.sluice");
     assert_fails(&sluice(&["inspect", other.to_str().unwrap()]), 1, &["other.sluice"]);
 }
@@ -64,7 +64,7 @@ fn what_is_known_of_the_experts_goes_with_the_model() {
     fs::create_dir(at("other")).unwrap();
     stdout(&sluice(&["upgrade", &at("m.sluice"), &at("other/n.sluice"), "--compress"]));
     assert_eq!(fs::read(at("other/n.sluice.counts")).unwrap(), counts);
-    // Into volumes in its own place, and out of them.
+    // To volumes in its own place, and back.
     let least = {
         let said = stderr(&sluice(&["upgrade", &at("m.sluice"), "--split-size", "1KB"]));
         said.split_once("the least is ").unwrap().1.split(' ').next().unwrap().to_owned()

@@ -1,5 +1,5 @@
-//! Facilities that not every filesystem has (locks, syncs, the free space) are missed with a remark, and not the end. The
-//! program runs under a filter that makes these calls fail as the kernel does where they do not exist.
+//! Facilities that not every filesystem has (locks, syncs, the free space): without them, there is a note, but no failure. The
+//! program runs under a filter that makes these calls fail as the kernel does if they do not exist.
 #![cfg(target_os = "linux")]
 
 mod common;
@@ -14,17 +14,17 @@ use common::{demo_checkpoint, stderr, stdout};
 /// A system call by its number, and the error that it gives.
 type Lack = (libc::c_long, i32);
 
-/// In the place of an error: the process ends.
+/// Instead of an error: the process ends.
 const KILLED: i32 = 0;
-/// What opens connections, and sends without.
+/// Calls that open connections, or send without one.
 const NO_CONNECTIONS: [libc::c_long; 2] = [libc::SYS_connect, libc::SYS_sendto];
 const NO_SYNC: [libc::c_long; 2] = [libc::SYS_fsync, libc::SYS_fdatasync];
 const NO_SPACE: [libc::c_long; 2] = [libc::SYS_statfs, libc::SYS_fstatfs];
 
-/// A program for the kernel: these calls fail, all others are let through.
+/// A program for the kernel: these calls fail, all others are allowed.
 fn filter(lacks: &[Lack]) -> Vec<libc::sock_filter> {
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
-    // The number of the call is the first word of what the filter sees.
+    // The number of the call is the first word of the filter's input.
     let mut program = vec![statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0)];
     for &(call, errno) in lacks {
         let code = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
@@ -37,12 +37,12 @@ fn filter(lacks: &[Lack]) -> Vec<libc::sock_filter> {
     program
 }
 
-/// Runs the program where these calls do not exist.
+/// Runs the program without these calls.
 fn sluice_without(lacks: &[Lack], args: &[&str]) -> Output {
     let mut program = filter(lacks);
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     command.args(args).stdin(Stdio::null()).env("XDG_CACHE_HOME", std::env::temp_dir().join("sluice-no-calibration"));
-    // A hub that nobody is.
+    // There is no hub at this address.
     command.env("HF_ENDPOINT", "http://127.0.0.1:9");
     let install = move || {
         let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
@@ -63,7 +63,7 @@ fn failing(calls: &[libc::c_long], errno: i32) -> Vec<Lack> {
     calls.iter().map(|&call| (call, errno)).collect()
 }
 
-/// Every command that writes or reads large files, with one set of calls that fail; returns what they remark.
+/// Runs every command that writes or reads large files with these calls failing; returns their notes.
 fn files_work_without(lacks: &[Lack], folder: &Path) -> String {
     let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();
     let (checkpoint, model, random, text) = (demo_checkpoint(), at("m.sluice"), at("s.sluice"), at("t.txt"));
@@ -87,7 +87,7 @@ fn files_work_without(lacks: &[Lack], folder: &Path) -> String {
     remarks
 }
 
-/// Measurements, on the model that has been made before.
+/// Measures the model that was made before.
 fn benches_work_without(lacks: &[Lack], folder: &Path) {
     let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();
     for args in [
@@ -105,7 +105,7 @@ fn nothing_ends_for_want_of_locks_syncs_or_the_free_space() {
         (&[libc::SYS_flock][..], libc::ENOSYS, "cannot lock files"),
         (&[libc::SYS_flock], libc::ENOLCK, "cannot lock files"),
         (&[libc::SYS_flock], libc::EOPNOTSUPP, "cannot lock files"),
-        // As sandboxes answer.
+        // The errors that sandboxes give.
         (&[libc::SYS_flock], libc::EPERM, "cannot lock files"),
         (&NO_SPACE, libc::EPERM, "how much space is free"),
         (&NO_SYNC, libc::EINVAL, "cannot sync files"),
@@ -114,7 +114,7 @@ fn nothing_ends_for_want_of_locks_syncs_or_the_free_space() {
         (&NO_SPACE, libc::ENOSYS, "how much space is free"),
     ] {
         let remarks = files_work_without(&failing(calls, errno), folder.path());
-        // Once for each file that is written with care.
+        // Once for each file that is written durably.
         assert_eq!(remarks.matches(remark).count(), 2, "{errno}: {remarks}");
     }
     let advice = [libc::SYS_fallocate, libc::SYS_fadvise64, libc::SYS_madvise, libc::SYS_mincore, libc::SYS_statx];
@@ -156,7 +156,7 @@ fn only_the_hub_s_commands_open_connections() {
         let output = sluice_without(&lacks, args);
         assert!(output.status.code().is_some(), "{args:?} was killed: {}", stderr(&output));
     }
-    // The filter would have shown it.
+    // The filter would have shown a connection.
     let output = sluice_without(&lacks, &["pull", "a/b", "--to", folder.path().join("b").to_str().unwrap()]);
     assert_eq!(output.status.code(), None, "{}", stderr(&output));
 }

@@ -1,4 +1,4 @@
-//! `convert` killed by the system, and what `verify --source` says of sources.
+//! `convert` when it is killed, and what `verify --source` reports about sources.
 
 mod common;
 
@@ -44,7 +44,7 @@ fn killed_at_any_moment_while_the_source_changes_it_gets_to_the_clean_file() {
             .spawn()
             .unwrap();
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        // Some at once, so that some are killed on any machine.
+        // Some are killed at once, so that some are killed on any machine.
         std::thread::sleep(Duration::from_micros(if round % 4 == 0 { 0 } else { (state >> 33) % 120_000 }));
         child.kill().unwrap();
         killed += usize::from(!child.wait().unwrap().success());
@@ -82,7 +82,7 @@ fn links_beside_the_destination_are_not_followed() {
         assert_fails(&sluice(&commands[command]), 1, &[&place, "pipe", "Remove it"]);
         fs::remove_file(&place).unwrap();
     }
-    // A file that happens to have the name is somebody's.
+    // A file that happens to have the name belongs to somebody else.
     fs::write(target.clone() + ".partial", "a novel").unwrap();
     for command in &commands {
         assert_fails(&sluice(command), 1, &[".partial", "not what a conversion leaves"]);

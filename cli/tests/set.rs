@@ -1,4 +1,4 @@
-//! What is found out about a model's text files at `convert`, and how it is mended: `sluice set`, `run --chat-template`.
+//! Faults in a model's text files that `convert` finds, and ways to mend them: `sluice set`, `run --chat-template`.
 
 mod common;
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
 
-/// Files by name, with their new content, or without any.
+/// Files by name, with their new contents, or missing.
 type Files<'a> = &'a [(&'a str, Option<&'a str>)];
 
 /// A folder with the demo checkpoint, some of whose files are replaced or, with `None`, missing.
@@ -27,7 +27,7 @@ fn checkpoint(folder: &Path, files: Files<'_>) -> PathBuf {
     source
 }
 
-/// Converts it; returns the model file, and what was said on the way.
+/// Converts it; returns the model file and the notes.
 fn convert(folder: &Path, files: Files<'_>) -> (String, String) {
     let model = folder.join("m.sluice").to_str().unwrap().to_owned();
     let output = sluice(&["convert", checkpoint(folder, files).to_str().unwrap(), &model, "--overwrite"]);
@@ -96,7 +96,7 @@ fn convert_says_what_run_would_find() {
     let (model, said) = convert(folder.path(), &[("chat_template.json", Some(&json))]);
     assert_eq!(said, "");
     assert_eq!(run(&model, &["--chat", "--prompt", "Hello"]), run(&model, &["--prompt", "user: Hello\n"]));
-    // What cannot be mended by a note: a model that would never stop, and files that are damaged.
+    // A note cannot mend these: a model that would never stop, and damaged files.
     for (name, content, word) in [
         ("generation_config.json", r#"{"eos_token_id": "two"}"#, "eos_token_id"),
         ("generation_config.json", "{", "generation_config.json"),
@@ -201,7 +201,7 @@ fn a_tokenizer_is_added_without_converting_again() {
     assert!(fs::read(&model).unwrap()[4096..end] == before[4096..end]);
     assert_eq!(json(&sluice(&["verify", &model, "--json"]))["intact"], true);
 
-    // The same file as if it had been there from the beginning.
+    // The same file as if it had existed from the beginning.
     let complete = folder.path().join("complete.sluice");
     stdout(&sluice(&["convert", source.to_str().unwrap(), complete.to_str().unwrap()]));
     assert_eq!(run(&model, &["--prompt", "ROMEO:"]), run(complete.to_str().unwrap(), &["--prompt", "ROMEO:"]));
@@ -236,13 +236,13 @@ fn a_template_for_good_or_for_one_run() {
     assert_eq!(run(&model, &chat), run(&model, &["--prompt", "user: Hello\n"]));
     assert_eq!(fs::read(format!("{model}.counts")).unwrap(), counts);
 
-    // One within JSON, as tokenizer_config.json has it, goes before what is set.
+    // A template within JSON, as in tokenizer_config.json, takes precedence over the one that is set.
     let config = write(folder.path(), "c.json", &json!({"chat_template": "{{ messages[0].content }}!"}).to_string());
     assert_eq!(run(&model, &[&chat[..], &["--chat-template", &config]].concat()), run(&model, &["--prompt", "Hello!"]));
     assert_fails(&sluice(&["run", &model, "--prompt", "a", "--system", "b"]), 2, &["--chat"]);
 }
 
-/// Whoever has set a template for a model of 600 GB is not told to convert it again.
+/// A user who has set a template for a model of 600 GB is not told to convert it again.
 #[test]
 fn what_is_set_differs_from_the_source_and_nothing_else_does() {
     let folder = tempfile::tempdir().unwrap();
@@ -251,7 +251,7 @@ fn what_is_set_differs_from_the_source_and_nothing_else_does() {
     stdout(&sluice(&["set", &model, "--chat-template", &template]));
     let verify = sluice(&["verify", &model, "--source", source.to_str().unwrap()]);
     assert_fails(&verify, 1, &["only files differ that `sluice set` replaces", "no need to convert"]);
-    // And the other way round.
+    // The reverse.
     let other = checkpoint(folder.path(), &[("chat_template.jinja", Some(TEMPLATE))]);
     let verify = sluice(&["verify", demo_model(), "--source", other.to_str().unwrap()]);
     assert_fails(&verify, 1, &["no need to convert"]);
@@ -295,7 +295,7 @@ fn an_interrupted_change_is_finished_or_undone() {
     let folder = tempfile::tempdir().unwrap();
     let model = copy_of_demo(folder.path());
     let before = fs::read(&model).unwrap();
-    // As if the log had been cut off.
+    // The file as if the log had been cut off.
     fs::write(&model, [&before[..], &[0; 8192]].concat()).unwrap();
     assert_fails(&sluice(&["run", &model, "--prompt", "a"]), 1, &["sluice set"]);
     let undone = sluice(&["set", &model]);

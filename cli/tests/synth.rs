@@ -1,4 +1,4 @@
-//! The commands about models that are not there: plan, synth.
+//! The commands about models that do not exist yet: plan, synth.
 
 mod common;
 
@@ -83,7 +83,7 @@ fn a_plan_of_a_known_model() {
     assert!(wide["speed"]["tokens_per_second"].as_f64() < plan["speed"]["tokens_per_second"].as_f64());
 }
 
-/// Without types, a plan is of what `convert` writes: as published, and the plan says so.
+/// Without types, a plan describes what `convert` writes: the published types, and the plan says so.
 #[test]
 fn a_plan_is_of_what_convert_writes() {
     let planned =
@@ -93,7 +93,7 @@ fn a_plan_is_of_what_convert_writes() {
         ("kimi-k2", "fp8", vec!["fp8", "bf16"], 1033.3),
         ("gpt-oss-120b", "mxfp4", vec!["bf16"], 65.6),
         ("qwen3-30b", "bf16", vec!["bf16"], 61.1),
-        // Which nobody has released.
+        // This one has never been released.
         ("bench-34x128", "int4", vec!["q8"], 12.5),
     ] {
         let plan = planned(name, &[]);
@@ -125,11 +125,11 @@ fn a_plan_is_of_what_convert_writes() {
         let [plan, made] = [&plan, &made].map(|p| p["disk_bytes"].as_u64().unwrap());
         assert!(plan >= made && plan - made <= 128 << 10, "{family}: {plan} {made}");
     }
-    // With nothing but `config.json`, what that says.
+    // With only `config.json`, the plan follows that.
     let config = golden.join("deepseek_v3_fp8/config.json");
     let alone = planned(config.to_str().unwrap(), &[]);
     assert_eq!(alone["expert_types"], serde_json::json!(["fp8"]));
-    // One that convert would refuse is planned all the same, and why is said.
+    // A checkpoint that convert would refuse is still planned, with the reason.
     let broken = folder.path().join("broken");
     fs::create_dir(&broken).unwrap();
     fs::copy(&config, broken.join("config.json")).unwrap();
@@ -190,7 +190,7 @@ fn a_plan_of_a_file() {
     assert_fails(&sluice(&["plan", "no-such-model"]), 2, &["no-such-model", "deepseek-r1"]);
     assert_fails(&sluice(&["plan", "deepseek-r1", "--ssd", "fast"]), 2, &["fast", "3GB/s"]);
     assert!(stderr(&sluice(&["plan", demo_model()])).is_empty());
-    // Figures of another context than was asked for say so.
+    // Figures for another context than the requested one say so.
     for command in ["plan", "inspect"] {
         let said = stderr(&sluice(&[command, demo_model(), "--context", "100000"]));
         assert!(said.contains("note: this is for 512 tokens"), "{said}");

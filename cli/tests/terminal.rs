@@ -1,4 +1,4 @@
-//! What a model says cannot command the terminal that shows it.
+//! A model's text cannot control the terminal that shows it.
 
 mod common;
 
@@ -48,7 +48,7 @@ fn escape_sequences_reach_programs_and_no_terminal() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     command.args(args).stdin(Stdio::null()).stdout(terminal.slave).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
-    // The last of ours: a terminal ends when nobody can write to it.
+    // This is our last handle: a terminal ends when no process can write to it.
     drop(command);
     let mut shown = Vec::new();
     // On Linux it ends with an error.
@@ -57,7 +57,7 @@ fn escape_sequences_reach_programs_and_no_terminal() {
     let shown = String::from_utf8(shown).unwrap();
     assert!(shown.contains("\\u{1b}]0;owned\\u{7}"), "{shown:?}");
     assert!(!shown.contains(['\u{1b}', '\u{7}']), "{shown:?}");
-    // Line ends are line ends: a terminal makes them \r\n.
+    // Line ends stay line ends: a terminal turns them into \r\n.
     let unescaped = shown.replace("\r\n", "\n").replace("\\u{1b}", "\u{1b}").replace("\\u{7}", "\u{7}");
     assert_eq!(unescaped, piped);
 }

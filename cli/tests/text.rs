@@ -1,4 +1,4 @@
-//! Text as users meet it: what the files beside tokenizer.json change, special tokens, and `sluice tokenize`.
+//! Text for users: the effect of the files beside tokenizer.json, special tokens, and `sluice tokenize`.
 
 mod common;
 
@@ -12,7 +12,7 @@ fn read(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// The demo's file of this name.
+/// The demo's file with this name.
 fn demo(name: &str) -> Value {
     read(&demo_checkpoint().join(name))
 }
@@ -43,14 +43,14 @@ impl Model {
         self.folder.path().join("model.sluice").to_str().unwrap().to_owned()
     }
 
-    /// What `run --json` says, greedy.
+    /// The output of `run --json`, greedy.
     fn run(&self, more: &[&str]) -> Value {
         let file = self.file();
         json(&sluice(&[&["run", &file, "--json", "--forget", "--temperature", "0"], more].concat()))
     }
 }
 
-/// The demo's tokenizer in which token 17 (`.`, which the model writes often) is an added token.
+/// The demo's tokenizer with token 17 (`.`, which the model writes often) as an added token.
 fn with_marker(content: &str, special: bool) -> Value {
     let mut tokenizer = demo("tokenizer.json");
     let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
@@ -84,7 +84,7 @@ fn a_stop_string_may_be_a_special_token() {
     let longer = special.run(&[&PROMPT[..], &["--stop", &format!("{tail}<|im_end|>")]].concat());
     assert_eq!((longer["finish"].as_str(), longer["text"].as_str()), (Some("stop_string"), Some(before)));
 
-    // Nothing to stop at: the token is in the ids and, unless asked for, not in the text.
+    // There is nothing to stop at: the token is among the ids and, by default, not in the text.
     let hidden = special.run(&PROMPT);
     let shown = special.run(&[&PROMPT[..], &["--special"]].concat());
     assert_eq!(hidden["ids"], shown["ids"]);
@@ -153,7 +153,7 @@ fn hostile_tokenizers_are_refused_at_convert() {
     for (part, value) in [
         ("normalizer", json!({"type": "Sequence", "normalizers": vec![replace.clone(); 24]})),
         ("decoder", json!({"type": "Sequence", "decoders": vec![replace; 24]})),
-        // These make the library panic, which is nobody's business.
+        // These make the library panic, which users must not notice.
         ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
         (
             "model",

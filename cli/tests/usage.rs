@@ -131,7 +131,7 @@ fn a_full_context_can_drop_its_oldest_tokens() {
     let output = run(&["-n", "30", "--when-full", "drop-oldest", "--keep", "2"]);
     let report = common::json(&output);
     assert_eq!((&report["finish"], report["ids"].as_array().unwrap().len()), (&"length".into(), 30));
-    // 13 tokens are one too many: of the 11 others 5 go, and again whenever 5 more have come.
+    // 13 tokens are one too many: 5 of the 11 others are dropped, and again whenever 5 more have come.
     assert_eq!(report["dropped_tokens"], 20);
     assert!(stderr(&output).contains("of the oldest tokens 20 were dropped"), "{}", stderr(&output));
     assert_eq!(common::json(&run(&["-n", "9"]))["dropped_tokens"], 0);
@@ -174,7 +174,7 @@ fn the_demo_keeps_what_it_finds() {
     assert_fails(&sluice(&["demo", "--keep", keep]), 1, &["checkpoint/config.json"]);
     assert!(!path("checkpoint/elsewhere").exists());
     std::fs::remove_file(path("checkpoint/config.json")).unwrap();
-    // Its own files are no obstacle.
+    // Its own files do not prevent it.
     for _ in 0..2 {
         stdout(&sluice(&["demo", "--keep", keep]));
     }

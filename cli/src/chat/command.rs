@@ -1,4 +1,4 @@
-//! What a user has typed: a message, or a command that begins with a slash.
+//! Interprets typed text: a message, or a command that begins with a slash.
 
 use crate::chat::nearest;
 
@@ -9,30 +9,30 @@ pub(crate) enum Entry {
     Nothing,
     /// A message for the model.
     Message(String),
-    /// Something for the program.
+    /// A command for the program.
     Command(Command),
-    /// A command that there is not, or that is used wrongly.
+    /// A command that does not exist, or that is used wrongly.
     Wrong(String),
 }
 
-/// Something that the program does.
+/// A command for the program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
     /// Lists the commands.
     Help,
-    /// Shows the system message, or changes it; empty: takes it away.
+    /// Shows the system message, or changes it; an empty text removes it.
     System(Option<String>),
-    /// Begins anew.
+    /// Starts a new conversation.
     Reset,
-    /// Takes the last message and its answer back.
+    /// Removes the last message and its answer.
     Undo,
     /// Answers the last message again.
     Retry,
-    /// Keeps the conversation under a name, or says where it is kept.
+    /// Keeps the conversation under a name, or reports its name.
     Save(Option<String>),
-    /// Goes on with another conversation, or lists them.
+    /// Continues another conversation, or lists them.
     Load(Option<String>),
-    /// Says what the last answer took.
+    /// Reports tokens, time and bytes of the last answer.
     Stats,
     /// Changes settings, or lists them.
     Set(Vec<(String, String)>),
@@ -45,26 +45,26 @@ pub(crate) enum Command {
 /// The commands: name, arguments, what they do.
 pub(crate) const COMMANDS: [(&str, &str, &str); 11] = [
     ("help", "", "this list"),
-    ("system", "[TEXT]", "show the system message, or change it; `/system clear` takes it away"),
+    ("system", "[TEXT]", "show the system message, or change it; `/system clear` removes it"),
     ("reset", "", "begin a new conversation; system message and settings stay"),
-    ("undo", "", "take the last message and its answer back"),
+    ("undo", "", "remove the last message and its answer"),
     ("retry", "", "answer the last message again"),
-    ("save", "[NAME]", "keep the conversation under this name, or say what its name is"),
-    ("load", "[NAME]", "go on with another conversation, or list them"),
+    ("save", "[NAME]", "keep the conversation under this name, or show its name"),
+    ("load", "[NAME]", "continue another conversation, or list them"),
     ("stats", "", "what the last answer took: tokens, speed, experts, bytes"),
     ("set", "[NAME=VALUE …]", "change settings, such as `/set temperature=0.7 top_p=0.9`, or list them"),
     ("thinking", "", "show the thinking of the last answer"),
     ("quit", "", "end; so does Ctrl-D"),
 ];
 
-/// What else there is to know.
+/// Keys and input.
 pub(crate) const KEYS: &str = "\
 Enter sends; Alt-Enter begins a line, and so does Enter between \"\"\" and \"\"\". A pasted text is one message.
 Ctrl-C stops an answer; what has been said stays. Up and Ctrl-R find earlier messages.
 A message that begins with a slash is written with two.";
 
 impl Entry {
-    /// What this text means.
+    /// The meaning of this text.
     pub(crate) fn parse(text: &str) -> Entry {
         let trimmed = text.trim();
         if trimmed.is_empty() {
@@ -89,7 +89,7 @@ impl Entry {
         }
     }
 
-    /// Whether a text is all that its writer means to send: not if three quotes are open.
+    /// Whether a text is complete: not if three quotes are open.
     pub(crate) fn is_complete(text: &str) -> bool {
         let text = text.trim();
         !text.starts_with("\"\"\"") || (text.len() >= 6 && text.ends_with("\"\"\""))
@@ -101,7 +101,7 @@ impl Command {
         let argument = || Some(rest).filter(|rest| !rest.is_empty()).map(str::to_owned);
         let alone = |command: Command| match rest {
             "" => Ok(command),
-            _ => Err(format!("/{name} takes nothing behind it")),
+            _ => Err(format!("/{name} takes no arguments")),
         };
         match name {
             "help" | "?" => alone(Command::Help),
@@ -120,7 +120,7 @@ impl Command {
                 let names = COMMANDS.map(|command| command.0);
                 let nearest = nearest(name, &names).map_or(String::new(), |near| format!("; is it /{near}?"));
                 Err(format!(
-                    "there is no command /{name}{nearest} /help lists them, and // begins a message with a slash"
+                    "there is no command /{name}{nearest} /help lists the commands, and // begins a message with a slash"
                 ))
             }
         }
@@ -132,7 +132,7 @@ fn assignments(text: &str) -> Result<Vec<(String, String)>, String> {
     let mut pairs = Vec::new();
     let mut rest = text;
     while !rest.is_empty() {
-        let wrong = || format!("`{rest}` is no setting: write /set NAME=VALUE, such as /set temperature=0.7");
+        let wrong = || format!("`{rest}` is not a setting: write /set NAME=VALUE, such as /set temperature=0.7");
         let (name, behind) = rest.split_once('=').ok_or_else(wrong)?;
         let name = name.trim_end();
         if name.is_empty() || name.contains(char::is_whitespace) {

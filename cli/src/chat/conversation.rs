@@ -1,7 +1,7 @@
-//! Conversations: what was said, and the files in which they are kept.
+//! Conversations: messages and answers, and the files in which they are kept.
 //!
-//! A conversation is a JSON file `NAME.json` in a folder, replaced as a whole before and after every answer, so that a program that is
-//! killed loses the running answer at most. The file is locked while a chat has it open.
+//! A conversation is a JSON file `NAME.json` in a folder. The file is replaced as a whole before and after every answer, so a
+//! program that is killed loses at most the running answer. It is locked while a chat has it open.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Read as _, Write as _};
@@ -17,22 +17,22 @@ use sluice_text::Message;
 use crate::chat::settings::Choices;
 use crate::error::CliError;
 
-/// The form of the files.
+/// Version of the files.
 const VERSION: u32 = 1;
 /// Most bytes of a file.
 const MOST_BYTES: u64 = 256 << 20;
 /// Most characters of a name.
 const LONGEST_NAME: usize = 64;
-/// What a conversation is called that nobody has named, before a number.
+/// Prefix of the name of an unnamed conversation, before a number.
 const UNNAMED: &str = "chat-";
 
-/// What was said, and how answers are made.
+/// Messages and answers, and how answers are made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Conversation {
     version: u32,
-    /// The state id of the model that has it.
+    /// The state id of its model.
     pub(crate) model: String,
-    /// When it began, in seconds since 1970: templates are told this time, so that the prompt is the same on another day.
+    /// When it began, in seconds since 1970. Templates get this time, so that the prompt is the same on another day.
     pub(crate) begun: i64,
     /// The system message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -41,16 +41,16 @@ pub(crate) struct Conversation {
     pub(crate) turns: Vec<Turn>,
     /// How answers are made.
     pub(crate) settings: Choices,
-    /// Answers so far, those that were taken back included.
+    /// Answers so far, including those that were removed.
     pub(crate) answers: u64,
 }
 
 /// A message and its answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Turn {
-    /// What the user wrote.
+    /// The user's text.
     pub(crate) message: String,
-    /// What the model wrote; `None` if the program ended before.
+    /// The model's text; `None` if the program ended before there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) answer: Option<Said>,
 }
@@ -58,10 +58,10 @@ pub(crate) struct Turn {
 /// An answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Said {
-    /// What it thought.
+    /// The thinking.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub(crate) thinking: String,
-    /// What it said.
+    /// The text.
     pub(crate) text: String,
 }
 
@@ -78,7 +78,7 @@ impl Conversation {
         Self::new(self.model.clone(), self.system.clone(), self.settings.clone())
     }
 
-    /// The messages as templates want them.
+    /// The messages in the form that templates take.
     pub(crate) fn messages(&self) -> Vec<Message> {
         let mut messages: Vec<Message> = self.system.iter().map(|text| Message::new("system", text)).collect();
         for turn in &self.turns {
@@ -99,7 +99,7 @@ impl Conversation {
 #[derive(Clone, Debug)]
 pub(crate) struct Folder(PathBuf);
 
-/// Where a conversation is kept. No other program has it as long as this lives.
+/// The place of a conversation. No other program can open it while this exists.
 #[derive(Debug)]
 pub(crate) struct Kept {
     pub(crate) name: String,
@@ -114,25 +114,25 @@ pub(crate) struct Listed {
     pub(crate) changed: SystemTime,
     /// Messages of the user.
     pub(crate) turns: usize,
-    /// The first of them.
+    /// The first message.
     pub(crate) first: String,
 }
 
 impl Folder {
-    /// The folder, which is made if it is not there, readable by its owner alone.
+    /// Opens the folder; creates it if necessary, readable only by its owner.
     ///
     /// # Errors
-    /// What the filesystem says.
+    /// The filesystem's error.
     pub(crate) fn open(path: &Path) -> Result<Self, CliError> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
         made.map_err(CliError::file(path, "make this folder"))?;
         Ok(Folder(path.to_owned()))
     }
 
-    /// The conversation of a name, which is locked from then on.
+    /// Loads the conversation with a name, and locks it.
     ///
     /// # Errors
-    /// When there is none, another program has it, or its file is none of ours.
+    /// If there is none, another program has it open, or its file is not a conversation.
     pub(crate) fn load(&self, name: &str) -> Result<(Conversation, Kept), CliError> {
         let path = self.path(name)?;
         let mut file = loop {
@@ -141,7 +141,7 @@ impl Folder {
                 _ => CliError::file(&path, "read this conversation")(error),
             })?;
             lock(&file, &path)?;
-            // Whoever had it may have replaced it in between.
+            // The program that had it open may have replaced it meanwhile.
             let same =
                 |here: &fs::Metadata, there: &fs::Metadata| (here.dev(), here.ino()) == (there.dev(), there.ino());
             if let (Ok(here), Ok(there)) = (file.metadata(), path.symlink_metadata())
@@ -155,10 +155,10 @@ impl Folder {
         Ok((conversation, Kept { name: name.to_owned(), _file: file }))
     }
 
-    /// Writes a conversation under a name that no other one has. Without a name it gets one with a number.
+    /// Writes a conversation under a name that no other one has. Without a name, it gets one with a number.
     ///
     /// # Errors
-    /// When the name is taken, or what the filesystem says.
+    /// If the name is taken, or the filesystem's error.
     pub(crate) fn create(&self, name: Option<&str>, conversation: &Conversation) -> Result<Kept, CliError> {
         if let Some(name) = name {
             let path = self.path(name)?;
@@ -185,10 +185,10 @@ impl Folder {
         }
     }
 
-    /// Replaces a conversation by what has become of it.
+    /// Replaces a conversation by its present state.
     ///
     /// # Errors
-    /// What the filesystem says. The file is then what it was.
+    /// The filesystem's error. The file is then unchanged.
     pub(crate) fn replace(&self, kept: &mut Kept, conversation: &Conversation) -> Result<(), CliError> {
         let path = self.path(&kept.name)?;
         let written = self.written(conversation)?;
@@ -197,20 +197,20 @@ impl Folder {
         Ok(())
     }
 
-    /// Deletes a conversation that nobody has named, once it has a name.
+    /// Deletes an unnamed conversation, once it has a name.
     pub(crate) fn remove_unnamed(&self, kept: Kept) {
         if kept.name.starts_with(UNNAMED)
             && let Ok(path) = self.path(&kept.name)
         {
-            // It would only be there twice.
+            // If this fails, it merely exists twice.
             let _ = fs::remove_file(path);
         }
     }
 
-    /// All conversations, those that were changed last first. What cannot be read is left out.
+    /// All conversations, the most recently changed first. Files that cannot be read are left out.
     ///
     /// # Errors
-    /// When the folder cannot be read.
+    /// If the folder cannot be read.
     pub(crate) fn list(&self) -> Result<Vec<Listed>, CliError> {
         let mut list = Vec::new();
         for name in self.names()? {
@@ -229,7 +229,7 @@ impl Folder {
     /// The names of all conversations.
     ///
     /// # Errors
-    /// When the folder cannot be read.
+    /// If the folder cannot be read.
     pub(crate) fn names(&self) -> Result<Vec<String>, CliError> {
         let entries = fs::read_dir(&self.0).map_err(CliError::file(&self.0, "list the conversations"))?;
         let name = |entry: fs::DirEntry| Some(entry.file_name().to_str()?.strip_suffix(".json")?.to_owned());
@@ -242,7 +242,7 @@ impl Folder {
         let known: Vec<&str> = names.iter().map(String::as_str).collect();
         match crate::chat::nearest(name, &known) {
             Some(near) => format!("there is no conversation `{name}`; is it `{near}`? /load lists all of them"),
-            None => format!("there is no conversation `{name}`: /load in a chat lists those that there are"),
+            None => format!("there is no conversation `{name}`: /load in a chat lists all of them"),
         }
     }
 
@@ -256,7 +256,7 @@ impl Folder {
         )))
     }
 
-    /// A file with the conversation, locked, that has no name yet.
+    /// A file with the conversation, locked, without a name yet.
     fn written(&self, conversation: &Conversation) -> Result<tempfile::NamedTempFile, CliError> {
         let write = || {
             let mut file = tempfile::Builder::new().prefix(".").suffix(".partial").tempfile_in(&self.0)?;
@@ -284,7 +284,7 @@ fn lock(file: &File, path: &Path) -> Result<(), CliError> {
             let path = path.display();
             Err(CliError::Failure(format!("{path}: this conversation is open in another chat: end that one first")))
         }
-        // Where nothing can be locked, the user sees to it that one chat has a conversation.
+        // If files cannot be locked, the user must make sure that only one chat has the conversation open.
         Err(TryLockError::Error(_)) => Ok(()),
     }
 }
@@ -297,7 +297,7 @@ fn read(file: &mut File) -> io::Result<Conversation> {
         return Err(invalid("it is larger than any conversation".into()));
     }
     let conversation: Conversation =
-        serde_json::from_slice(&bytes).map_err(|error| invalid(format!("it is no conversation: {error}")))?;
+        serde_json::from_slice(&bytes).map_err(|error| invalid(format!("it is not a conversation: {error}")))?;
     match conversation.version {
         VERSION => Ok(conversation),
         other => Err(invalid(format!("it has version {other}, and this program reads version {VERSION}"))),

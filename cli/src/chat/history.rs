@@ -1,4 +1,4 @@
-//! Earlier messages, for the arrow keys: a file with a JSON string on each line.
+//! Earlier messages, for the arrow keys: a file with one JSON string per line.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
@@ -9,26 +9,26 @@ use sluice_format::{open_no_link, replace_private_file_with};
 
 /// Most messages that are remembered.
 pub(crate) const MOST: usize = 1000;
-/// Most bytes that are read of the file. What was written before is forgotten.
+/// Most bytes of the file that are read. Older messages are forgotten.
 const MOST_BYTES: u64 = 4 << 20;
 
 /// The file. Several chats can append to it at the same time.
 #[derive(Debug)]
 pub(crate) struct History {
-    /// `None`: messages are remembered by nobody.
+    /// `None`: messages are not saved.
     path: Option<PathBuf>,
 }
 
 impl History {
-    /// A file that need not be there yet, or nothing.
+    /// A file, which need not exist yet, or none.
     pub(crate) fn new(path: Option<PathBuf>) -> Self {
         History { path }
     }
 
-    /// The messages, the latest last. A file that has become long is made short.
+    /// The messages, the latest last. If the file has become long, it is shortened.
     pub(crate) fn load(&self) -> Vec<String> {
         let Some(path) = &self.path else { return Vec::new() };
-        // A convenience: a file that cannot be read is no reason to complain.
+        // History is a convenience, so a file that cannot be read is not an error.
         let Ok(lines) = read(path) else { return Vec::new() };
         let from = lines.len().saturating_sub(MOST);
         if from >= MOST {
@@ -58,7 +58,7 @@ fn read(path: &Path) -> io::Result<Vec<String>> {
     file.seek(SeekFrom::Start(length.saturating_sub(MOST_BYTES)))?;
     let mut bytes = Vec::new();
     file.take(MOST_BYTES).read_to_end(&mut bytes)?;
-    // A line of which the beginning is missing is no JSON.
+    // A line whose beginning is missing is not JSON.
     let lines = bytes.split(|&byte| byte == b'\n');
     Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
 }

@@ -1,4 +1,4 @@
-//! What a user types: with a line editor on a terminal, line by line elsewhere.
+//! Reads what the user types: with a line editor on a terminal, line by line elsewhere.
 
 use std::borrow::Cow;
 use std::io::{self, BufRead as _, IsTerminal as _, Read as _, Write as _};
@@ -18,10 +18,10 @@ use crate::chat::settings::SETTINGS;
 use crate::error::CliError;
 use crate::input::MAX_TEXT;
 
-/// What stands before a message.
+/// The prompt before a message.
 const PROMPT: &str = "> ";
 
-/// What came in.
+/// One input of the user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Typed {
     /// A message or a command, which can have several lines.
@@ -32,22 +32,22 @@ pub(crate) enum Typed {
     End,
 }
 
-/// Where messages come from.
+/// The source of messages.
 pub(crate) enum Input {
     /// A terminal, with a line editor.
     Editor(Box<Editor<Assistant, MemHistory>>, History),
-    /// Lines; `prompt`: whether somebody types them.
+    /// Lines; `prompt`: whether a person types them.
     Lines {
-        /// Whether to ask for each.
+        /// Whether to print a prompt for each.
         prompt: bool,
     },
 }
 
 impl Input {
-    /// What standard input is. The editor needs a terminal on both sides that can move its cursor.
+    /// The source that standard input allows. The editor needs a terminal for both input and output that can move its cursor.
     ///
     /// # Errors
-    /// When the editor cannot be set up.
+    /// If the editor cannot be set up.
     pub(crate) fn new(screen: Kind, history: History) -> Result<Self, CliError> {
         let is_terminal = io::stdin().is_terminal();
         let Kind::Terminal { colours } = screen else { return Ok(Input::Lines { prompt: is_terminal }) };
@@ -66,10 +66,10 @@ impl Input {
         Ok(Input::Editor(Box::new(editor), history))
     }
 
-    /// Waits for the next message or command. `names`: conversations, to complete `/load` with.
+    /// Waits for the next message or command. `names`: conversations, for completing `/load`.
     ///
     /// # Errors
-    /// When standard input cannot be read, or is no text.
+    /// If standard input cannot be read, or is not text.
     pub(crate) fn next(&mut self, names: Vec<String>) -> Result<Typed, CliError> {
         match self {
             Input::Editor(editor, history) => {
@@ -101,7 +101,7 @@ fn broken(error: ReadlineError) -> CliError {
     }
 }
 
-/// Reads a line, and the following ones where three quotes are open.
+/// Reads a line, and the following ones while three quotes are open.
 fn lines(prompt: bool) -> Result<Typed, CliError> {
     let mut text = String::new();
     let mut stdin = io::stdin().lock();
@@ -160,7 +160,7 @@ impl Completer for Assistant {
     }
 }
 
-/// Where the last word of a command begins, and what it can become.
+/// The position at which the last word of a command begins, and its completions.
 fn candidates(line: &str, names: &[String]) -> (usize, Vec<String>) {
     let begins = |from: usize, all: &mut dyn Iterator<Item = String>| {
         (from, all.filter(|candidate| candidate.starts_with(&line[from..])).collect())

@@ -1,7 +1,7 @@
-//! A conversation with a model in a terminal: what is typed goes to the model or to the program, and what was said is kept.
+//! A conversation with a model in a terminal: typed text goes to the model or to the program, and the conversation is kept.
 //!
-//! [`input`] reads what is typed, [`command`] says what it means, [`talk`] asks the model and shows its answer on the [`screen`],
-//! [`conversation`] keeps what was said in a file. What the model remembers of it is kept by the store of sessions, beside these files.
+//! [`input`] reads what is typed, [`command`] interprets it, [`talk`] asks the model and shows its answer on the [`screen`],
+//! [`conversation`] keeps messages and answers in a file. The store of sessions keeps what the model remembers, beside these files.
 
 pub(crate) mod command;
 pub(crate) mod conversation;
@@ -26,43 +26,43 @@ use input::{Input, Typed};
 use screen::Screen;
 use talk::{Failure, How, Outcome, Talk, Took};
 
-/// Least likeness, by Jaro and Winkler, of a name to one that was meant.
+/// Least similarity, by Jaro and Winkler, of an unknown name to the one that is suggested.
 const LIKE: f64 = 0.8;
-/// How often `/stats` looks for a report of the model.
+/// How often `/stats` checks for a report of the model.
 const LOOKS: usize = 50;
 /// Conversations that a list shows.
 const LISTED: usize = 20;
 
-/// The known name that is most like one that is not known, if any is.
+/// The known name that is most similar to an unknown one, if any is similar.
 pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let likeness = |other: &&'a str| (strsim::jaro_winkler(name, other), *other);
     let best = known.iter().map(likeness).max_by(|a, b| a.0.total_cmp(&b.0))?;
     (best.0 >= LIKE).then_some(best.1)
 }
 
-/// A chat that goes on.
+/// A running chat.
 pub(crate) struct Session {
-    /// How the model file is named on the command line.
+    /// The name of the model file on the command line.
     pub(crate) file: String,
     pub(crate) talk: Talk,
     pub(crate) screen: Screen,
     pub(crate) input: Input,
     pub(crate) conversation: Conversation,
-    /// Where conversations are kept; `None`: nowhere.
+    /// The folder of conversations; `None`: they are not kept.
     pub(crate) folder: Option<Folder>,
-    /// The file of this one, once something has been said.
+    /// The file of this conversation, once there is a message.
     pub(crate) kept: Option<Kept>,
     /// What the model remembers, on the drive.
     pub(crate) store: Option<Arc<Store>>,
-    /// What the last answer took.
+    /// Tokens, time and bytes of the last answer.
     pub(crate) took: Option<Took>,
 }
 
 impl Session {
-    /// Reads and answers until the user ends it.
+    /// Reads and answers until the user ends the chat.
     ///
     /// # Errors
-    /// When the terminal or the input is gone; where no person reads the output, also what goes wrong with an answer or a command.
+    /// If the terminal or the input is gone. If the output is not a terminal, also errors of an answer or a command.
     pub(crate) fn run(mut self) -> Result<(), CliError> {
         self.greet()?;
         loop {
@@ -107,7 +107,7 @@ impl Session {
         Ok(())
     }
 
-    /// What is wrong with what was typed: a person can type something else, a program cannot.
+    /// Reports an error in what was typed: a person can type something else, a program cannot.
     fn refuse(&mut self, message: String) -> Result<(), CliError> {
         match self.screen.is_terminal() {
             true => self.screen.complain(&message),
@@ -120,9 +120,9 @@ impl Session {
         list.unwrap_or_default()
     }
 
-    /// Has the last message answered. `before`: the answer that it had.
+    /// Gets an answer to the last message. `before`: its earlier answer.
     fn answer(&mut self, before: Option<Said>) -> Result<ControlFlow<()>, CliError> {
-        // If the program is killed now, the message is there, or the answer that it had.
+        // If the program is killed now, the message or its earlier answer is kept.
         if before.is_none() {
             self.keep()?;
         }
@@ -158,7 +158,7 @@ impl Session {
         }
     }
 
-    /// The last message has no answer: it keeps the one that it had, or goes.
+    /// The last message has no answer: it keeps its earlier answer, or is removed.
     fn take_back(&mut self, before: Option<Said>) -> Result<(), CliError> {
         match (before, self.conversation.turns.last_mut()) {
             (Some(before), Some(turn)) => turn.answer = Some(before),
@@ -173,7 +173,7 @@ impl Session {
         if is_empty && matches!(ending, How::Stopped(_)) {
             let what = match before {
                 Some(_) => "the earlier one stays",
-                None => "the message is taken back, and the up arrow shows it",
+                None => "the message is removed, and the up arrow shows it",
             };
             self.take_back(before)?;
             self.screen.remark(&format!("[stopped before the answer began: {what}]"))?;
@@ -183,7 +183,7 @@ impl Session {
             let is_answer = !is_empty || matches!(ending, How::Ended(_));
             turn.answer = if is_answer { Some(said) } else { before };
         }
-        // A file that somebody has edited may have any number.
+        // A file that somebody has edited may contain any number.
         self.conversation.answers = self.conversation.answers.wrapping_add(1);
         self.keep()?;
         let context = self.talk.served().context();
@@ -203,7 +203,7 @@ impl Session {
             }
         };
         self.took = Some(took);
-        // What the model remembers is on the drive before the next message: whatever ends the program then, only that one is lost.
+        // What the model remembers is on the drive before the next message, so if the program ends then, only that message is lost.
         if flow.is_continue() {
             self.store.iter().for_each(|store| store.flush());
         }
@@ -218,7 +218,7 @@ impl Session {
             None if self.conversation.turns.is_empty() => return Ok(()),
             None => folder.create(None, &self.conversation).map(|kept| self.kept = Some(kept)),
         };
-        // A full drive is no reason to stop talking.
+        // A full drive is no reason to end the conversation.
         if let Err(error) = written {
             self.folder = None;
             self.screen.complain(&format!("note: the conversation is not kept from now on: {error}"))?;
@@ -268,7 +268,7 @@ impl Session {
 
     fn undo(&mut self) -> Result<(), CliError> {
         match self.conversation.turns.pop() {
-            None => self.refuse("there is nothing to take back".into()),
+            None => self.refuse("there is nothing to undo".into()),
             Some(turn) => {
                 self.took = None;
                 self.keep()?;
@@ -335,22 +335,22 @@ impl Session {
         }
     }
 
-    /// A conversation that was loaded goes on with this model.
+    /// Continues a conversation that was loaded with this model.
     pub(crate) fn take_over(&mut self, model: String) -> Result<(), CliError> {
         if self.conversation.model != model && !self.conversation.turns.is_empty() {
-            self.screen.complain("note: this conversation was with another model, which has to read it first")?;
+            self.screen.complain("note: this conversation was with another model; this one has to read it first")?;
         }
         self.conversation.model = model;
         Ok(())
     }
 
-    /// Reminds the user of what was said last.
+    /// Shows the user the last message and answer.
     fn show_last(&mut self) -> Result<(), CliError> {
         let name = self.kept.as_ref().map_or_else(String::new, |kept| kept.name.clone());
         let turns = self.conversation.turns.len();
         self.screen.remark(&format!("[`{name}`: {turns} {}]", if turns == 1 { "message" } else { "messages" }))?;
         let Some(Turn { message, answer }) = self.conversation.turns.last().cloned() else { return Ok(()) };
-        // A program has not asked for it.
+        // A program did not ask for it.
         if !self.screen.is_terminal() {
             return Ok(());
         }
@@ -365,7 +365,7 @@ impl Session {
     fn stats(&mut self) -> Result<(), CliError> {
         let served = self.talk.served();
         let mut text = format!("model    {}, {} tokens of context\n", served.id, served.context());
-        // The model makes one when it is asked for the first time.
+        // The model makes a report only when it is asked for the first one.
         let looks = (0..LOOKS).map(|look| {
             std::thread::sleep(Duration::from_millis(if look == 0 { 0 } else { 20 }));
             served.model().report()
@@ -413,7 +413,7 @@ impl Session {
     }
 }
 
-/// The first line of a message, short.
+/// The first line of a message, shortened.
 fn title(message: &str) -> String {
     const MOST: usize = 60;
     let line = message.lines().next().unwrap_or_default();
@@ -428,7 +428,7 @@ fn help() -> String {
     lines.join("\n") + "\n\n" + KEYS
 }
 
-/// A list of conversations, a line for each.
+/// A list of conversations, one line each.
 fn described(list: &[Listed]) -> String {
     if list.is_empty() {
         return "there are no conversations yet".into();

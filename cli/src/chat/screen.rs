@@ -1,4 +1,4 @@
-//! What a chat writes: answers, thinking, lines of its own, and a line that passes.
+//! The output of a chat: answers, thinking, lines of its own, and a transient line.
 
 use std::io::{self, IsTerminal};
 
@@ -7,25 +7,25 @@ use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcgetwins
 use crate::error::CliError;
 use crate::terminal::{note, print_as_is, print_text, printable, text_for_terminal, wants_colour};
 
-/// Columns of a terminal that does not say how many it has.
+/// Columns of a terminal that does not report its width.
 const COLUMNS: usize = 80;
 
-/// Where a chat writes.
+/// The kind of output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// A terminal that obeys escape sequences; `colours`: those of colours as well.
+    /// A terminal that obeys escape sequences; `colours`: whether it shows colours.
     Terminal {
         /// Whether to use them.
         colours: bool,
     },
-    /// A terminal that shows text and nothing else.
+    /// A terminal that can only show text.
     Plain,
     /// Another program, or a file.
     Pipe,
 }
 
 impl Kind {
-    /// What standard output is. Of the variables, `variable` knows the values.
+    /// The kind of standard output. `variable` gives the values of environment variables.
     fn of(is_terminal: bool, variable: impl Fn(&str) -> Option<String>) -> Kind {
         match (is_terminal, variable("TERM").is_none_or(|term| term.is_empty() || term == "dumb")) {
             (false, _) => Kind::Pipe,
@@ -34,30 +34,30 @@ impl Kind {
         }
     }
 
-    /// What standard output is.
+    /// The kind of standard output.
     pub(crate) fn of_stdout() -> Kind {
         Kind::of(io::stdout().is_terminal(), |name| std::env::var(name).ok())
     }
 }
 
-/// What a chat writes.
+/// The output of a chat.
 #[derive(Debug)]
 pub(crate) struct Screen {
     kind: Kind,
     /// Whether the cursor is at the beginning of a line.
     at_start: bool,
-    /// Whether the line that passes is shown.
+    /// Whether the transient line is shown.
     passing: bool,
     dim: bool,
 }
 
 impl Screen {
-    /// A screen that has nothing on it.
+    /// An empty screen.
     pub(crate) fn new(kind: Kind) -> Self {
         Screen { kind, at_start: true, passing: false, dim: false }
     }
 
-    /// What it is.
+    /// The kind of output.
     pub(crate) fn kind(&self) -> Kind {
         self.kind
     }
@@ -67,13 +67,13 @@ impl Screen {
         self.kind != Kind::Pipe
     }
 
-    /// Writes what a model says: on a terminal without anything that it would obey, elsewhere byte for byte.
+    /// Writes the model's text: on a terminal without anything that the terminal would obey, elsewhere byte for byte.
     pub(crate) fn said(&mut self, text: &str) -> Result<(), CliError> {
         self.bright()?;
         self.model(text)
     }
 
-    /// Writes what a model thinks, dimmed.
+    /// Writes the model's thinking, dimmed.
     pub(crate) fn thought(&mut self, text: &str) -> Result<(), CliError> {
         self.clear()?;
         if self.kind == (Kind::Terminal { colours: true }) && !self.dim {
@@ -101,13 +101,13 @@ impl Screen {
         Ok(())
     }
 
-    /// A report that the user has asked for, on lines of its own.
+    /// Writes a report that the user asked for, on lines of its own.
     pub(crate) fn report(&mut self, text: &str) -> Result<(), CliError> {
         self.end_line()?;
         print_as_is(&(printable(&text) + "\n"))
     }
 
-    /// A line about what goes on, dimmed; only for people.
+    /// Writes a line about the state of the chat, dimmed; only on terminals.
     pub(crate) fn remark(&mut self, text: &str) -> Result<(), CliError> {
         if !self.is_terminal() {
             return Ok(());
@@ -120,17 +120,17 @@ impl Screen {
         }
     }
 
-    /// What is wrong, or went wrong: a line on standard error.
+    /// Writes an error to standard error, on a line of its own.
     pub(crate) fn complain(&mut self, text: &str) -> Result<(), CliError> {
         self.end_line()?;
         note(&text);
         Ok(())
     }
 
-    /// Shows a line that the next one, or whatever else is written, takes the place of. Only on a terminal that can do that.
+    /// Shows a transient line, which any further output replaces. Only on a terminal that can do that.
     pub(crate) fn pass(&mut self, text: &str) -> Result<(), CliError> {
         let Kind::Terminal { colours } = self.kind else { return Ok(()) };
-        // In the middle of a line there is no place for it.
+        // In the middle of a line there is no room for it.
         if !self.at_start {
             return Ok(());
         }
@@ -165,7 +165,7 @@ pub(crate) fn columns() -> usize {
         .unwrap_or(COLUMNS)
 }
 
-/// As long as it lives, the terminal does not show what is typed, which waits for the next prompt. Ctrl-C still is a signal.
+/// While this exists, the terminal does not show typed text, which waits for the next prompt. Ctrl-C is still a signal.
 pub(crate) struct Quiet(Option<Termios>);
 
 impl Quiet {
@@ -174,7 +174,7 @@ impl Quiet {
         if let Some(before) = &before {
             let mut quiet = before.clone();
             quiet.local_modes.remove(LocalModes::ECHO);
-            // It only looks worse.
+            // If this fails, typed text merely appears.
             let _ = tcsetattr(io::stdin(), OptionalActions::Now, &quiet);
         }
         Quiet(before)

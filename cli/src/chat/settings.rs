@@ -1,4 +1,4 @@
-//! How answers are made: what `/set` changes.
+//! The settings of answers, which `/set` changes.
 
 use serde::{Deserialize, Serialize};
 use sluice_generate::Penalties;
@@ -7,18 +7,18 @@ use sluice_server::ask::{Settings, Thinking};
 use crate::chat::nearest;
 use crate::sampling::SamplingArgs;
 
-/// What becomes of thinking on a terminal.
+/// How thinking appears on a terminal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Shown {
-    /// It is shown as it comes.
+    /// It is shown as it arrives.
     #[default]
     Open,
-    /// A line says how long it is.
+    /// One line reports its length.
     Folded,
 }
 
-/// How answers are made. What is not given is as the model's authors recommend.
+/// The settings of answers. Those that are not given are as the model's authors recommend.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Choices {
@@ -36,16 +36,16 @@ pub(crate) struct Choices {
     presence_penalty: Option<f32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     frequency_penalty: Option<f32>,
-    /// `None`: another one for each answer.
+    /// `None`: a different seed for each answer.
     seed: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_tokens: Option<usize>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     stop: Vec<String>,
-    /// `on`, `off`, or how hard; `None`: as the template has it.
+    /// `on`, `off`, or how hard; `None`: as the template decides.
     #[serde(skip_serializing_if = "Option::is_none")]
     thinking: Option<String>,
-    /// What becomes of thinking on a terminal.
+    /// How thinking appears on a terminal.
     show_thinking: Shown,
 }
 
@@ -80,7 +80,7 @@ pub(crate) const SETTINGS: [Described; 12] = [
     ("repetition_penalty", "makes tokens that have occurred less likely (above 1)"),
     ("presence_penalty", "subtracted once for each token of the answer so far, -2 to 2"),
     ("frequency_penalty", "subtracted as often as a token has occurred in the answer, -2 to 2"),
-    ("seed", "where the random numbers start: a number, or `random`"),
+    ("seed", "seed of the random numbers: a number, or `random`"),
     ("max_tokens", "most tokens of an answer"),
     ("stop", "ends an answer before this text; may be set several times"),
     ("thinking", "on, off, or how hard: low, medium, high"),
@@ -88,10 +88,10 @@ pub(crate) const SETTINGS: [Described; 12] = [
 ];
 
 impl Choices {
-    /// Takes over what the command line says.
+    /// Takes the settings of the command line.
     ///
     /// # Errors
-    /// When a value makes no sense.
+    /// If a value is invalid.
     pub(crate) fn take(
         &mut self,
         sampling: &SamplingArgs,
@@ -111,20 +111,20 @@ impl Choices {
         self.server(0).check().map_err(|error| error.to_string())
     }
 
-    /// What becomes of thinking on a terminal.
+    /// How thinking appears on a terminal.
     pub(crate) fn shown(&self) -> Shown {
         self.show_thinking
     }
 
-    /// Whether answers are the likeliest ones, as far as the user has said.
+    /// Whether the user has chosen the likeliest tokens.
     pub(crate) fn is_greedy(&self) -> bool {
         self.temperature == Some(0.0)
     }
 
-    /// Changes a setting; `default` takes the change back.
+    /// Changes a setting; `default` undoes the change.
     ///
     /// # Errors
-    /// What is wrong with the name or the value. Nothing is changed then.
+    /// If the name or the value is invalid. Nothing is changed then.
     pub(crate) fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
         let mut changed = self.clone();
         changed.change(&name.replace('-', "_"), value)?;
@@ -171,7 +171,7 @@ impl Choices {
         Ok(())
     }
 
-    /// A line for each setting: its name, its value, what it does.
+    /// A line for each setting: its name, its value, and its meaning.
     pub(crate) fn list(&self) -> Vec<String> {
         SETTINGS.iter().map(|(name, what)| format!("{name:<19} {:<9} {what}", self.value(name))).collect()
     }
@@ -202,7 +202,8 @@ impl Choices {
         }
     }
 
-    /// The settings of the answer with this number. Each has a seed of its own, so that another answer to the same question is another.
+    /// The settings of the answer with this number. Each answer has its own seed, so that another answer to the same question
+    /// differs.
     pub(crate) fn server(&self, answer: u64) -> Settings {
         Settings {
             max_tokens: self.max_tokens,
@@ -221,7 +222,7 @@ impl Choices {
         }
     }
 
-    /// Whether and how much the model is to think.
+    /// Whether and how hard the model should think.
     pub(crate) fn thinking(&self) -> Thinking {
         match self.thinking.as_deref() {
             None => Thinking::default(),
@@ -232,7 +233,7 @@ impl Choices {
     }
 }
 
-/// A number, or nothing for `default`.
+/// A number, or `None` for `default`.
 fn number<T: std::str::FromStr>(name: &str, value: &str) -> Result<Option<T>, String> {
     match value {
         "default" => Ok(None),

@@ -1,4 +1,4 @@
-//! One answer: asked for, shown while it comes, stopped by Ctrl-C, and measured.
+//! One answer: it is requested, shown as it arrives, stopped by Ctrl-C, and measured.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,12 +21,12 @@ use crate::chat::settings::Shown;
 use crate::error::CliError;
 use crate::terminal::{percent, seconds};
 
-/// How often the line that passes is written anew.
+/// How often the transient line is written.
 const TICK: Duration = Duration::from_millis(100);
-/// Before this time nothing is said of how long a prompt takes: it would be wrong.
+/// Until this time, nothing is said about how long a prompt takes, because it would be inaccurate.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Why an answer has no end of its own.
+/// Why an answer did not end by itself.
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// The model, or the request.
@@ -41,7 +41,7 @@ impl From<CliError> for Failure {
     }
 }
 
-/// What became of a question.
+/// The outcome of a question.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) said: Said,
@@ -56,32 +56,32 @@ pub(crate) enum How {
     Ended(Ending),
     /// By Ctrl-C.
     Stopped(Ending),
-    /// By a second Ctrl-C: whoever pressed it waits for nothing any more.
+    /// By a second Ctrl-C: the user does not want to wait.
     Abandoned,
     /// Something went wrong.
     Failed(ApiError),
 }
 
-/// What an answer took.
+/// Tokens, time and bytes of an answer.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Took {
-    /// Tokens of the prompt, and those of them that did not have to be read.
+    /// Tokens of the prompt, and the number of them that did not have to be read.
     pub(crate) prompt: usize,
     pub(crate) cached: usize,
-    /// Tokens of the answer, and those of them that were thinking.
+    /// Tokens of the answer, and the number of them that were thinking.
     pub(crate) generated: usize,
     pub(crate) thinking: usize,
-    /// Until the first tokens came, and from there to the end.
+    /// Time until the first tokens, and from there to the end.
     prompt_seconds: f64,
     answer_seconds: f64,
-    /// Tokens that came in the latter time.
+    /// Tokens that arrived in the latter time.
     timed: usize,
-    /// What the engine did for the prompt, and for the answer.
+    /// The engine's work for the prompt, and for the answer.
     for_prompt: Work,
     for_answer: Work,
 }
 
-/// What the engine did.
+/// The engine's work.
 #[derive(Clone, Copy, Debug, Default)]
 struct Work {
     hits: u64,
@@ -100,7 +100,7 @@ impl Work {
         }
     }
 
-    /// Experts that were found in memory, in percent; `None` where none were needed.
+    /// Experts that were found in memory, in percent; `None` if none were needed.
     fn hit_rate(&self) -> Option<f64> {
         let needed = self.hits + self.misses;
         (needed > 0).then(|| percent(self.hits as f64, needed as f64))
@@ -123,7 +123,7 @@ impl Work {
 }
 
 impl Took {
-    /// Tokens of the answer per second; those that came with the prompt do not count.
+    /// Tokens of the answer per second; those that arrived with the prompt do not count.
     fn speed(&self) -> Option<f64> {
         (self.timed > 0 && self.answer_seconds > 0.0).then(|| self.timed as f64 / self.answer_seconds)
     }
@@ -138,7 +138,7 @@ impl Took {
         format!("[{}]", parts.join(" · "))
     }
 
-    /// What `/stats` says.
+    /// The output of `/stats`.
     pub(crate) fn describe(&self) -> String {
         let read = self.prompt - self.cached.min(self.prompt);
         let thinking = if self.thinking > 0 { format!(", {} of them thinking", self.thinking) } else { String::new() };
@@ -157,7 +157,7 @@ impl Took {
     }
 }
 
-/// Asks a model, and shows what it answers.
+/// Asks a model, and shows its answers.
 pub(crate) struct Talk {
     served: Arc<Served>,
     runtime: Runtime,
@@ -170,7 +170,7 @@ impl Talk {
     /// Something that asks this model.
     ///
     /// # Errors
-    /// When the system has no means to wait for events.
+    /// If the system has no means to wait for events.
     pub(crate) fn new(served: Served) -> Result<Self, CliError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| CliError::Failure(format!("cannot wait for the model: {error}")))?;
@@ -189,10 +189,10 @@ impl Talk {
         }
     }
 
-    /// Asks, and shows the answer on the screen as it comes. On a terminal Ctrl-C stops it.
+    /// Asks, and shows the answer on the screen as it arrives. On a terminal, Ctrl-C stops it.
     ///
     /// # Errors
-    /// When there is no answer, or it cannot be shown.
+    /// If there is no answer, or it cannot be shown.
     pub(crate) fn ask(&mut self, ask: &Ask, shown: Shown, screen: &mut Screen) -> Result<Outcome, Failure> {
         let Talk { served, runtime, interrupts, live } = self;
         runtime.block_on(async {
@@ -201,7 +201,7 @@ impl Talk {
                 let listens = signal(SignalKind::interrupt());
                 *interrupts = Some(listens.map_err(|e| CliError::Failure(format!("cannot listen for Ctrl-C: {e}")))?);
             }
-            // Those of an earlier time.
+            // Discards earlier signals.
             if let Some(interrupts) = interrupts.as_mut() {
                 while timeout(Duration::ZERO, interrupts.recv()).await.is_ok_and(|came| came.is_some()) {}
             }
@@ -224,9 +224,9 @@ struct Showing<'a> {
     said: Said,
     began: Instant,
     before: Stats,
-    /// When the first tokens came, how many these were, and what the engine had done by then.
+    /// When the first tokens arrived, how many there were, and the engine's statistics at that time.
     first: Option<(Instant, usize, Stats)>,
-    /// Tokens of the prompt that were remembered, as far as is known.
+    /// Tokens of the prompt that were remembered, if known.
     cached: Option<usize>,
     /// Whether the last piece was thinking.
     thinks: bool,
@@ -287,7 +287,7 @@ impl<'a> Showing<'a> {
             Piece::Thinking(text) => {
                 self.said.thinking += &text;
                 let begins = !std::mem::replace(&mut self.thinks, true);
-                // A program gets the answer alone.
+                // A program gets only the answer.
                 if self.shown == Shown::Folded || !self.screen.is_terminal() {
                     return Ok(());
                 }
@@ -297,7 +297,7 @@ impl<'a> Showing<'a> {
                 self.screen.thought(&text)
             }
             Piece::Text(text) => self.say(&text),
-            // There are no tools here: what looks like a call is text.
+            // There are no tools here: text that looks like a call is text.
             Piece::Call { name, .. } => self.say(&format!("{name} ")),
             Piece::Arguments { delta, .. } => self.say(&delta),
         }
@@ -307,7 +307,7 @@ impl<'a> Showing<'a> {
         self.end_thinking()?;
         let begins = self.said.text.trim().is_empty();
         self.said.text += text;
-        // People need no empty lines before an answer. Programs get it as it is.
+        // People need no empty lines before an answer. Programs get the answer unchanged.
         let text = if begins && self.screen.is_terminal() { text.trim_start() } else { text };
         self.screen.said(text)
     }
@@ -323,7 +323,7 @@ impl<'a> Showing<'a> {
         }
     }
 
-    /// The first tokens have come.
+    /// The first tokens have arrived.
     fn begin(&mut self) {
         if self.first.is_none() {
             let tokens = match self.answer.waiting() {
@@ -334,7 +334,7 @@ impl<'a> Showing<'a> {
         }
     }
 
-    /// Says what goes on while there is nothing to read.
+    /// Reports progress while there is nothing to read.
     fn tick(&mut self) -> Result<(), CliError> {
         let waiting = self.answer.waiting();
         if matches!(waiting, Waiting::Generating { generated } if generated > 0) {
@@ -353,7 +353,7 @@ impl<'a> Showing<'a> {
         self.screen.pass(&line)
     }
 
-    /// How far the prompt is read: tokens, layers, time left.
+    /// How much of the prompt has been read: tokens, layers, time left.
     fn reading(&mut self, read: usize, prompt: usize) -> String {
         let model = self.answer.served().model();
         let cached = *self.cached.get_or_insert(read);
@@ -392,7 +392,7 @@ impl<'a> Showing<'a> {
 }
 
 impl How {
-    /// What the reader should know of the end, if it is no usual one. `room`: whether the context has room for more.
+    /// What the reader should know about the end, if it is unusual. `room`: whether the context has room for more.
     pub(crate) fn remark(&self, room: bool) -> Option<String> {
         match self {
             How::Stopped(_) => Some("[stopped]".into()),
@@ -405,7 +405,7 @@ impl How {
     }
 }
 
-/// Waits for Ctrl-C; for ever, if nobody listens for it.
+/// Waits for Ctrl-C; for ever, if there is no receiver for it.
 async fn next(interrupts: &mut Option<&mut Signal>) {
     let came = match interrupts {
         Some(interrupts) => interrupts.recv().await,
@@ -416,7 +416,7 @@ async fn next(interrupts: &mut Option<&mut Signal>) {
     }
 }
 
-/// The time that is left when so much of the whole has taken so long, in words; `None` where nothing can be said yet.
+/// The remaining time, in words, if this part of the whole has taken so long; `None` if it cannot be estimated yet.
 fn time_left(done: f64, elapsed: Duration) -> Option<String> {
     if done <= 0.0 || elapsed < SETTLE {
         return None;

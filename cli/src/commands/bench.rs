@@ -32,7 +32,7 @@ enum What {
 }
 
 impl Args {
-    /// The model file that is measured, if one is.
+    /// The model file that is measured, if there is one.
     pub(crate) fn file(&mut self) -> Option<&mut PathBuf> {
         match &mut self.what {
             What::Decode(args) => Some(&mut args.file),

@@ -1,4 +1,4 @@
-//! `sluice bench decode --sequences N`: how fast tokens come when many sequences decode together.
+//! `sluice bench decode --sequences N`: how fast tokens are generated when many sequences decode together.
 
 use std::path::Path;
 use std::time::Instant;
@@ -24,7 +24,7 @@ const MEMORY_BYTES: usize = 256 << 20;
 /// Rows of the products that measure the arithmetic.
 const GEMM_ROWS: usize = 64;
 
-/// What one run gave. Rates are per second, of all sequences together.
+/// The result of one run. Rates are per second, for all sequences together.
 #[derive(Debug, Serialize)]
 struct Outcome {
     sequences: usize,
@@ -37,17 +37,18 @@ struct Outcome {
     milliseconds_per_step: f64,
     bytes_per_step: f64,
     bytes_per_token: f64,
-    /// How experts were chosen otherwise than the model's routers say, in words.
+    /// How experts were chosen otherwise than by the model's routers, in words.
     lossy: Option<String>,
     /// Distinct experts that a step uses, over all layers.
     union_of_experts: f64,
     hit_rate: f64,
     bounds: Bounds,
-    /// Step time ÷ the largest of the bounds.
+    /// Time of a step ÷ the largest of the bounds.
     time_over_bound: f64,
 }
 
-/// What a step cannot be faster than: milliseconds of each. The rates of memory and arithmetic are measured on this machine around it.
+/// Lower bounds for the time of a step, in milliseconds. The rates of memory and arithmetic are measured on this machine at about
+/// the same time.
 #[derive(Debug, Serialize)]
 pub(super) struct Bounds {
     drive_bytes_per_second: f64,
@@ -59,8 +60,8 @@ pub(super) struct Bounds {
 }
 
 impl Bounds {
-    /// Of a step that reads `bytes` from a drive of `bytes_per_second` and does `work`. The engine gives its memory back first:
-    /// what measures the machine needs memory too, and the two together would exceed the budget.
+    /// The bounds of a step that reads `bytes` from a drive of `bytes_per_second` and does `work`. The engine gives its memory back
+    /// first: the measurement of the machine needs memory too, and together they would exceed the budget.
     pub(super) fn of(
         engine: &mut Engine,
         bytes: f64,
@@ -98,7 +99,7 @@ impl Bounds {
     }
 }
 
-/// Sequences that decode together, each a stream of its own topics.
+/// Sequences that decode together, each a stream with its own topics.
 pub(super) struct Batch {
     pub(super) engine: Engine,
     sequences: Vec<Sequence>,
@@ -106,7 +107,7 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    /// `tokens`: of each of `count` sequences.
+    /// `tokens`: those of each of `count` sequences.
     pub(super) fn open(file: &Path, options: EngineOptions, count: usize, tokens: usize) -> Result<Self, CliError> {
         let engine = Engine::open(file, &EngineOptions { sequences: Some(count), ..options })?;
         let vocab = engine.spec().vocab_size;
@@ -114,7 +115,7 @@ impl Batch {
         Ok(Batch { sequences: (0..count).map(|_| engine.new_sequence()).collect(), engine, streams })
     }
 
-    /// One token of every sequence.
+    /// Decodes one token of every sequence.
     pub(super) fn step(&mut self) -> Result<(), RuntimeError> {
         let mut spans: Vec<_> = self
             .sequences
@@ -129,7 +130,7 @@ impl Batch {
     }
 }
 
-/// Measures and prints; `total`: tokens of each sequence, warm-up included.
+/// Measures and prints; `total`: tokens of each sequence, including warm-up.
 pub(crate) fn run(args: &Args, count: usize, total: usize) -> Result<(), CliError> {
     let budgets = args.all_budgets();
     let outcomes = budgets.into_iter().map(|budget| measure(args, budget, count, total));
@@ -191,8 +192,7 @@ fn measure(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Resu
     })
 }
 
-/// Bytes per second of the memory, and operations per second with weights of the type that the experts have (or, without
-/// experts, the head).
+/// Bytes per second of the memory, and operations per second with weights of the experts' type (or, without experts, the head's).
 pub(crate) fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), CliError> {
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
     let data = vec![TAME; MEMORY_BYTES];

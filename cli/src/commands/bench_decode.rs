@@ -1,4 +1,4 @@
-//! `sluice bench decode`: how fast tokens come, and how close that is to what drive and memory allow.
+//! `sluice bench decode`: how fast tokens are generated, and how close that is to what drive and memory allow.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -39,22 +39,22 @@ Examples:
   sluice bench decode r1.sluice --budget 16GiB --drive 7GB/s,80us
   sluice bench decode bf16.sluice --budget 16GiB --drive 1GB/s --compressed";
 
-/// Tokens per second, bytes per token, and achieved against attainable bandwidth
+/// Measure tokens per second, bytes per token, and achieved against attainable bandwidth
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// Model file, or hf:NAME
     pub(crate) file: PathBuf,
 
-    /// Tokens that are decoded and measured, for each budget
+    /// Number of tokens to decode and measure, for each budget
     #[arg(short, long, value_name = "N", default_value_t = 64)]
     pub(crate) n: usize,
 
-    /// Tokens that are decoded first, to fill the cache
+    /// Number of tokens to decode first, to fill the cache
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub(crate) warm_up: usize,
 
-    /// Sequences that decode together, each a stream of its own topics; every step takes one token of each
+    /// Sequences that decode together, each a stream with its own topics; every step takes one token of each
     #[arg(long, value_name = "N", value_parser = parse_count, conflicts_with_all = ["compare", "plot"])]
     sequences: Option<NonZeroUsize>,
 
@@ -62,15 +62,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SPEED[,LATENCY]", value_parser = parse_drive, conflicts_with_all = ["compare", "plot", "engine"])]
     drive: Option<DriveSpeed>,
 
-    /// On the simulated drive, compress the experts, whatever the file does
+    /// Compress the experts on the simulated drive, whether the file compresses them or not
     #[arg(long, requires = "drive")]
     pub(crate) compressed: bool,
 
-    /// Several budgets, one after the other
+    /// Several budgets, measured one after the other
     #[arg(long, value_name = "LIST", value_parser = parse_size, value_delimiter = ',', conflicts_with = "budget")]
     budgets: Vec<u64>,
 
-    /// Compare two ways in alternating pairs: the one that is asked for, and the other; with one budget
+    /// Compare two ways in alternating pairs: the one that is asked for, and the other; only with one budget
     #[arg(long, value_name = "WHAT", conflicts_with_all = ["budgets", "plot"])]
     compare: Option<Compare>,
 
@@ -91,7 +91,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// The budgets to measure, in their order; none stands for as much as is useful.
+    /// The budgets to measure, in order; `None` means as much as is useful.
     pub(crate) fn all_budgets(&self) -> Vec<Option<u64>> {
         match self.budgets.as_slice() {
             [] => vec![self.engine.budget],
@@ -100,19 +100,19 @@ impl Args {
     }
 }
 
-/// What is compared.
+/// The comparisons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Compare {
-    /// Reading ahead of the router, against not
+    /// Reading ahead of the router, or not
     Prefetch,
-    /// Verifying checksums, against not
+    /// Verifying checksums, or not
     Checksums,
-    /// io_uring, against a pool of threads
+    /// io_uring, or a pool of threads
     Engine,
 }
 
-/// What one run gave. Rates are in bytes per second.
+/// The result of one run. Rates are in bytes per second.
 #[derive(Clone, Debug, Serialize)]
 struct Outcome {
     budget: Option<u64>,
@@ -125,13 +125,13 @@ struct Outcome {
     hit_rate: f64,
     prefetched: u64,
     prefetched_used: u64,
-    /// How experts were chosen otherwise than the model's routers say, in words.
+    /// How experts were chosen otherwise than by the model's routers, in words.
     lossy: Option<String>,
-    /// Experts that were not the routers' own, because those in memory were preferred.
+    /// Experts that were not the routers' own choice, because those in memory were preferred.
     replaced: u64,
     /// Bytes read ÷ time.
     achieved: f64,
-    /// What the drive gives to random direct reads, measured around the decoding: median.
+    /// The drive's rate for random direct reads, measured around the decoding: the median.
     attainable: f64,
     achieved_of_attainable: f64,
     /// Milliseconds per token.
@@ -147,11 +147,11 @@ struct Outcome {
 /// Reading must take this many times as long as computing for a token to count as limited by the drive.
 const DRIVE_BOUND: f64 = 1.5;
 
-/// Tokens that are limited by the same thing. Misses come in bursts, so that one run has both kinds.
+/// Tokens that are limited by the same thing. Misses come in bursts, so one run has both kinds.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Regime {
     tokens: usize,
-    /// Of their time together.
+    /// For all of their time together.
     achieved_of_attainable: Option<f64>,
     /// Their time ÷ the sum over tokens of the larger of computing and reading.
     time_over_roof: Option<f64>,
@@ -235,7 +235,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.json { print_json(&outcomes) } else { print(&table(&outcomes)) }
 }
 
-/// Refuses options that say which of the two ways is meant, where both are measured.
+/// Refuses options that select one of the two ways, because both are measured.
 fn refuse_one_sided(args: &Args) -> Result<(), CliError> {
     let option = match args.compare {
         Some(Compare::Prefetch) if args.engine.no_prefetch => "--no-prefetch",
@@ -260,7 +260,7 @@ impl Decoder {
         Ok(Decoder { sequence: engine.new_sequence(), engine, stream, logits: Vec::new() })
     }
 
-    /// Decodes the next `n` tokens of the stream; the time that took.
+    /// Decodes the next `n` tokens of the stream, and returns the time.
     fn decode(&mut self, n: usize, each: &dyn Fn()) -> Result<Duration, CliError> {
         let started = Instant::now();
         for _ in 0..n {
@@ -271,7 +271,7 @@ impl Decoder {
         Ok(started.elapsed())
     }
 
-    /// Decodes the next `n` tokens of the stream, and says of each what it took.
+    /// Decodes the next `n` tokens of the stream, and records the time and bytes of each.
     fn observe(&mut self, n: usize, tokens: &mut Vec<Token>, each: &dyn Fn()) -> Result<(), CliError> {
         let mut before = self.engine.stats();
         for _ in 0..n {
@@ -288,12 +288,12 @@ impl Decoder {
     }
 }
 
-/// Tokens that go through one sequence, warm-up included, as far as the model can take them.
+/// Tokens that go through one sequence, including warm-up, limited by what the model can take.
 fn total_tokens(args: &Args) -> Result<usize, CliError> {
     let most = ModelFile::open(&args.file)?.spec().max_positions;
     let measured = match (args.compare, args.drive) {
         (Some(_), _) => args.n.checked_mul(args.pairs),
-        // As many again, of which none waits for the drive.
+        // As many again, without waiting for the drive.
         (None, Some(_)) => args.n.checked_mul(2),
         (None, None) => Some(args.n),
     };
@@ -311,7 +311,7 @@ fn measure(args: &Args, budget: Option<u64>, total: usize) -> Result<Outcome, Cl
     let bar = step_bar("decoding", total as u64);
     let mut drive = Drive::open(&args.file, decoder.engine.io_config())?;
     decoder.decode(args.warm_up, &|| bar.inc(1))?;
-    // The drive's speed changes within seconds on shared machines: measured before, between and after.
+    // The drive's speed changes within seconds on shared machines, so it is measured before, between and after.
     let parts = args.n.min(4);
     let before = decoder.engine.stats();
     let mut tokens = Vec::with_capacity(args.n);
@@ -325,7 +325,7 @@ fn measure(args: &Args, budget: Option<u64>, total: usize) -> Result<Outcome, Cl
     Ok(outcome(&decoder.engine, budget, &before, &tokens, drive.median()))
 }
 
-/// Bytes of weights that came off the drive.
+/// Bytes of weights that were read from the drive.
 pub(crate) fn bytes_read(before: &Stats, after: &Stats) -> f64 {
     let expert_bytes = after.expert_bytes_read - before.expert_bytes_read;
     (expert_bytes + after.dense_bytes_read - before.dense_bytes_read) as f64
@@ -400,7 +400,7 @@ impl Drive {
     }
 }
 
-/// Says how a decoder is measured on a drive that cannot be.
+/// How to measure a decoder if its drive cannot be measured.
 fn unmeasured(error: BenchError) -> CliError {
     CliError::Failure(format!("{error}. With --drive 7GB/s, experts come from a simulated drive"))
 }
@@ -427,7 +427,7 @@ fn compare(args: &Args, what: Compare, total: usize) -> Result<(), CliError> {
     let (with, without, other) = match what {
         Compare::Prefetch => ("prefetch", "no prefetch", EngineOptions { prefetch: Prefetch::Off, ..first }),
         Compare::Checksums => {
-            // As the other one reads, which is as the calibration says: only the checksums are to differ.
+            // Like the other one, that is, as the calibration says: only the checksums must differ.
             let unverified = IoConfig { verify: false, ..a.engine.io_config().clone() };
             let read_engine = Some(a.engine.tuning().engine);
             ("checksums", "no checksums", EngineOptions { io: Some(unverified), read_engine, ..first })
@@ -441,7 +441,7 @@ fn compare(args: &Args, what: Compare, total: usize) -> Result<(), CliError> {
     let rate = |elapsed: Duration| args.n as f64 / elapsed.as_secs_f64();
     let mut pairs = Vec::with_capacity(args.pairs);
     for pair in 0..args.pairs {
-        // Who goes first alternates, so that a drift of the machine hits both alike.
+        // They alternate in going first, so that a drift of the machine affects both equally.
         let run = |d: &mut Decoder| d.decode(args.n, &|| bar.inc(1)).map(rate);
         pairs.push(if pair % 2 == 0 {
             let first = run(&mut a)?;
@@ -515,7 +515,7 @@ fn table(outcomes: &[Outcome]) -> String {
     out
 }
 
-/// Tokens that wait for the drive and tokens that do not, each against their own roof.
+/// Tokens that wait for the drive, and tokens that do not, each compared with their own roof.
 fn regimes(o: &Outcome) -> String {
     let mut out = String::new();
     let Regime { tokens, achieved_of_attainable, time_over_roof } = o.drive_bound;

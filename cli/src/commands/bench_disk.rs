@@ -1,4 +1,4 @@
-//! `sluice bench disk`: what a drive gives to our read engines, and how it is best read.
+//! `sluice bench disk`: the speed of a drive with our read engines, and the best way to read it.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -19,7 +19,7 @@ use crate::progress::{byte_bar, step_bar};
 use crate::size::parse_size;
 use crate::terminal::{note, print, print_json};
 
-/// Smaller files may fit into a drive's own memory: what they show is not kept.
+/// Smaller files may fit into a drive's own memory, so their results are not kept.
 const KEPT_LEAST: u64 = 256 << 20;
 
 /// Blocks are powers of two, so rates are too.
@@ -48,15 +48,15 @@ pub(crate) struct Args {
     /// A file to read, or a folder for a scratch file
     path: PathBuf,
 
-    /// Time for all measurements together; writing a scratch file comes on top
+    /// Seconds for all measurements together; writing a scratch file takes additional time
     #[arg(long, value_name = "N", default_value_t = 20.0, value_parser = parse_seconds)]
     seconds: f64,
 
-    /// What reads; several are compared in turns
+    /// Read engines; several are compared in turns
     #[arg(long, value_name = "ENGINE", value_delimiter = ',', default_value = "both")]
     engine: Vec<EngineName>,
 
-    /// In which order blocks are read
+    /// Order in which blocks are read
     #[arg(long, value_name = "PATTERN", default_value = "both")]
     pattern: PatternName,
 
@@ -76,12 +76,12 @@ pub(crate) struct Args {
     #[arg(long)]
     buffered: bool,
 
-    /// Read again and again into as much memory as is in flight, as fio does: it stays in the processor's cache, and the
-    /// figures may be more than weights can get
+    /// Read repeatedly into only as much memory as is in flight, as fio does: it stays in the processor's cache, and the figures
+    /// may be higher than weights can get
     #[arg(long)]
     reuse_memory: bool,
 
-    /// Do not keep the knee for `sluice run`
+    /// Do not keep the result for `sluice run`
     #[arg(long)]
     no_save: bool,
 
@@ -116,7 +116,7 @@ enum PatternName {
     Both,
 }
 
-/// What was measured, and on what.
+/// What was measured, and on which machine.
 #[derive(Debug, Serialize)]
 struct Report<'a> {
     path: String,
@@ -129,9 +129,9 @@ struct Report<'a> {
     #[serde(flatten)]
     sweep: &'a Sweep,
     calibration: Option<&'a Calibration>,
-    /// Memory that reads go to.
+    /// Memory into which data are read.
     memory_bytes: usize,
-    /// Of it, in huge pages.
+    /// The part of it in huge pages.
     huge_page_bytes: Option<u64>,
     /// The file that the calibration was written to.
     saved: Option<String>,
@@ -196,7 +196,7 @@ fn measure(args: &Args) -> Result<(), CliError> {
     if args.json { print_json(&report) } else { print(&describe(&report)) }
 }
 
-/// Makes the scratch file, if the path does not name a file that is there.
+/// Makes the scratch file, unless the path names an existing file.
 fn scratch_file(args: &Args) -> Result<Option<Scratch>, CliError> {
     let path = match args.path.metadata() {
         Ok(metadata) if metadata.is_dir() => args.path.join(format!(".sluice-bench-{}.tmp", std::process::id())),
@@ -216,7 +216,7 @@ fn scratch_file(args: &Args) -> Result<Option<Scratch>, CliError> {
     Ok(Some(made?))
 }
 
-/// The engines that are asked for and run here.
+/// The requested engines that work here.
 fn engines(args: &Args, bench: &mut DiskBench) -> Result<Vec<EngineNote>, CliError> {
     let mut notes: Vec<EngineNote> = Vec::new();
     for name in &args.engine {
@@ -230,7 +230,7 @@ fn engines(args: &Args, bench: &mut DiskBench) -> Result<Vec<EngineNote>, CliErr
             match bench.engine_note(engine) {
                 Ok(_) if notes.iter().any(|n| n.engine == engine) => {}
                 Ok(note) => notes.push(EngineNote { engine, name: engine.name(), note }),
-                // Nobody insisted on this one.
+                // The user did not name this one.
                 Err(BenchError::Io(error)) if *name == EngineName::Both && engine == BenchEngine::Uring => {
                     note(&format_args!("note: {error}"));
                 }
@@ -253,7 +253,7 @@ fn options(args: &Args, engines: &[EngineNote]) -> SweepOptions {
     SweepOptions { engines, patterns, blocks, depths, time: Duration::from_secs_f64(args.seconds) }
 }
 
-/// The calibration that the sweep means, if it means one.
+/// The calibration that follows from the sweep, if any.
 fn calibration(args: &Args, options: &SweepOptions, bench: &DiskBench, sweep: &Sweep) -> Option<Calibration> {
     if !options.is_full() || args.buffered || args.reuse_memory {
         return None;
@@ -272,7 +272,7 @@ fn calibration(args: &Args, options: &SweepOptions, bench: &DiskBench, sweep: &S
     Some(Calibration::from_knee(bench.device().clone(), &sweep.knee?))
 }
 
-/// Keeps the calibration; returns the file, or says why not.
+/// Saves the calibration; returns the file, or reports why not.
 fn save(calibration: &Calibration) -> Option<String> {
     let saved = CalibrationStore::of_user().and_then(|store| {
         store.save(calibration)?;
@@ -339,7 +339,7 @@ fn table(sweep: &Sweep, pattern: Pattern, engine: BenchEngine, buffered: bool) -
     out + "\n"
 }
 
-/// The knee, what came close, and what becomes of it.
+/// The knee, the settings that came close, and what happens with the result.
 fn verdict(report: &Report<'_>) -> String {
     let Some(knee) = &report.sweep.knee else { return String::new() };
     let mut out = String::from("\n");
@@ -381,7 +381,7 @@ fn size(bytes: usize) -> String {
     }
 }
 
-/// Bandwidth of random reads over reads in flight, or of sequential ones if there are no others.
+/// Bandwidth of random reads over reads in flight, or of sequential ones if there are no random reads.
 fn chart(report: &Report<'_>) -> LineChart {
     let points = &report.sweep.points;
     let has = |pattern| points.iter().any(|m: &Measured| m.point.pattern == pattern);
@@ -413,7 +413,7 @@ fn chart(report: &Report<'_>) -> LineChart {
     }
 }
 
-/// A block that an engine can read: whoever asks for another one should hear of it before a scratch file is written.
+/// A block that an engine can read; others are refused before a scratch file is written.
 fn parse_block(text: &str) -> Result<usize, String> {
     let chunk_bytes = usize::try_from(parse_size(text)?).unwrap_or(usize::MAX);
     match (IoConfig { chunk_bytes, prefetch_depth: 1, ..IoConfig::default() }).validate() {
@@ -423,7 +423,7 @@ fn parse_block(text: &str) -> Result<usize, String> {
     }
 }
 
-/// A time that is worth measuring for.
+/// A time that is long enough to measure.
 fn parse_seconds(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is not a number of seconds"))?;
     if (0.1..=86_400.0).contains(&seconds) { Ok(seconds) } else { Err("0.1 to 86400 seconds are possible".into()) }

@@ -1,4 +1,4 @@
-//! `sluice bench decode --drive`: how well reading and computing overlap, on a drive that costs no processor time.
+//! `sluice bench decode --drive`: how well reading and computing overlap, on a drive that needs no processor time.
 
 use std::num::NonZeroUsize;
 use std::time::Instant;
@@ -23,10 +23,10 @@ use crate::profile::lossy;
 use crate::progress::step_bar;
 use crate::terminal::{print, print_json};
 
-/// Rounds of which medians are taken. Each has steps with the drive and as many that wait for nothing.
+/// Rounds over which medians are taken. Each has steps with the drive and as many without waiting.
 const ROUNDS: usize = 8;
 
-/// What one budget gave. Counts are of the steps with the drive; milliseconds are medians over the rounds.
+/// The result for one budget. Counts are those of the steps with the drive; milliseconds are medians over the rounds.
 #[derive(Debug, Serialize)]
 struct Outcome {
     sequences: usize,
@@ -36,17 +36,17 @@ struct Outcome {
     experts: usize,
     expert_bytes: u64,
     drive: DriveReport,
-    /// Of compressed experts.
+    /// The value of compression, for compressed experts.
     compression: Option<CompressionWorth>,
     steps: usize,
     tokens: usize,
-    /// Of all sequences together, at the median time of a step.
+    /// For all sequences together, at the median time of a step.
     tokens_per_second: f64,
     milliseconds_per_token: f64,
     milliseconds_per_step: f64,
-    /// Of a step that waits for nothing, but verifies and computes the same.
+    /// For a step that never waits, but verifies and computes the same.
     computing_milliseconds: f64,
-    /// What the drive takes for the bytes that a step misses: bytes ÷ bandwidth, and its latency once.
+    /// The drive's time for the bytes that a step misses: bytes ÷ bandwidth, plus its latency once.
     drive_milliseconds: f64,
     /// Time of a step ÷ the longer of the two: 1 if they overlap perfectly.
     time_over_longer: f64,
@@ -58,7 +58,7 @@ struct Outcome {
     hit_rate: f64,
     prefetched: u64,
     prefetched_used: u64,
-    /// How experts were chosen otherwise than the model's routers say, in words.
+    /// How experts were chosen otherwise than by the model's routers, in words.
     lossy: Option<String>,
     /// Distinct experts that a step uses, over all layers.
     union_of_experts: f64,
@@ -68,14 +68,14 @@ struct Outcome {
     rounds: Vec<Round>,
 }
 
-/// The drive: as it was asked for, and as it was.
+/// The drive: as requested, and as measured.
 #[derive(Debug, Serialize)]
 struct DriveReport {
     bytes_per_second: f64,
     latency_microseconds: f64,
-    /// From the first byte it could have given to the notice of the last, whenever it was read; none if it never was.
+    /// From the first byte that it could have delivered to the notice of the last, while it was being read; `None` if it never was.
     reached_bytes_per_second: Option<f64>,
-    /// By how much the end of a read was noticed late, on average: timers and the system's scheduler are not exact.
+    /// How late the end of a read was noticed, on average, because timers and the system's scheduler are not exact.
     late_microseconds: f64,
     chunk_bytes: usize,
     depth: usize,
@@ -95,7 +95,7 @@ impl Round {
     }
 }
 
-/// Measures and prints; `total`: tokens of each sequence, warm-up included.
+/// Measures and prints; `total`: tokens of each sequence, including warm-up.
 pub(crate) fn run(args: &Args, speed: DriveSpeed, count: usize, total: usize) -> Result<(), CliError> {
     let file = ModelFile::open(&args.file)?;
     let held = Held::new(args, &file)?;
@@ -107,10 +107,10 @@ pub(crate) fn run(args: &Args, speed: DriveSpeed, count: usize, total: usize) ->
     if args.json { print_json(&outcomes) } else { print(&outcomes.iter().map(describe).collect::<String>()) }
 }
 
-/// What the simulated drive has in place of every expert.
+/// The bytes that the simulated drive has in place of every expert.
 struct Held {
     stored: Vec<u8>,
-    /// What that becomes, if it is compressed, and what compression is worth here.
+    /// Its decompressed form, if it is compressed, and what compression is worth here.
     packed: Option<(Packed, CompressionWorth)>,
 }
 
@@ -142,7 +142,7 @@ impl Held {
     }
 }
 
-/// Dense parts that do not stay in memory would come off the real drive.
+/// Refuses budgets in which some dense parts do not stay in memory, because they would be read from the real drive.
 fn refuse_streaming(
     args: &Args,
     file: &ModelFile,
@@ -169,12 +169,12 @@ struct Bench {
     batch: Batch,
     drive: SimulatedDrive,
     speed: DriveSpeed,
-    /// Of the steps with the drive.
+    /// Those of the steps with the drive.
     counts: Counts,
     used: DriveUse,
 }
 
-/// Of [`Stats`], what is counted over the steps with the drive.
+/// The parts of [`Stats`] that are counted over the steps with the drive.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
     bytes: u64,
@@ -195,7 +195,7 @@ impl Counts {
 }
 
 impl Bench {
-    /// Seconds of so many steps at this speed.
+    /// Seconds of this many steps at this speed.
     fn steps(&mut self, speed: DriveSpeed, steps: usize, each: &dyn Fn()) -> Result<f64, CliError> {
         self.drive.set_speed(speed);
         let started = Instant::now();
@@ -206,7 +206,7 @@ impl Bench {
         Ok(started.elapsed().as_secs_f64())
     }
 
-    /// Steps with the drive, counted; their seconds.
+    /// Runs steps with the drive and counts them; returns their seconds.
     fn with_drive(&mut self, steps: usize, each: &dyn Fn()) -> Result<f64, CliError> {
         let (before, used) = (self.batch.engine.stats(), self.drive.used());
         let seconds = self.steps(self.speed, steps, each)?;
@@ -220,7 +220,7 @@ impl Bench {
     }
 
     /// Some steps with the drive and as many without, in an order that alternates from round to round, so that a drift of the
-    /// machine hits both alike.
+    /// machine affects both equally.
     fn round(&mut self, number: usize, steps: usize, each: &dyn Fn()) -> Result<Round, CliError> {
         let bytes = self.counts.bytes;
         let (with, without) = if number.is_multiple_of(2) {
@@ -249,7 +249,7 @@ fn measure(
     let drive = SimulatedDrive::new(DriveSpeed::UNLIMITED, held.stored.clone());
     let options = EngineOptions {
         budget,
-        // The calibration is that of another drive.
+        // The calibration belongs to another drive.
         io: Some(IoConfig::default()),
         simulated: Some(drive.clone()),
         simulated_packed: held.packed.map(|(packed, _)| packed),

@@ -33,11 +33,11 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Threads, beside one alone; at most 1024 are started [default: one per core]
+    /// Number of threads to measure, besides one; at most 1024 are started [default: one per core]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     threads: Option<NonZeroUsize>,
 
-    /// Weights that one product with one token reads, at least 256KiB; more than the caches hold
+    /// Bytes of weights that one product with one token reads, at least 256KiB; should exceed the caches
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256MiB")]
     bytes: u64,
 
@@ -52,10 +52,10 @@ pub(crate) struct Args {
 
 /// Columns of every matrix.
 const COLS: usize = 4096;
-/// Rows of the matrix that meets many tokens: small enough that memory does not matter.
+/// Rows of the matrix for many tokens: few enough that memory does not matter.
 const GEMM_ROWS: usize = 1024;
 const GEMM_TOKENS: [usize; 2] = [64, 512];
-/// Measurements of which the median is taken.
+/// Measurements over which the median is taken.
 const ROUNDS: usize = 9;
 const GEMM_ROUNDS: usize = 5;
 /// Seconds for one product: there are hundreds of them, and scalar code would take ten minutes for all.
@@ -79,7 +79,7 @@ struct TypeSpeed {
     #[serde(rename = "type")]
     name: &'static str,
     gemv_gb_per_s: f64,
-    /// What plain reading reached between these measurements.
+    /// The rate of plain reading between these measurements.
     read_gb_per_s: f64,
     gemm_64_gop_per_s: f64,
     gemm_512_gop_per_s: f64,
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
     let all = args.threads.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let bytes = usize::try_from(args.bytes).map_err(|_| CliError::Usage("--bytes is too large".into()))?;
-    // A row group of the widest type.
+    // The size of a row group of the widest type.
     if bytes < 256 << 10 {
         return Err(CliError::Usage("--bytes must be at least 256KiB".into()));
     }
@@ -132,15 +132,15 @@ fn describe(report: &Report) -> String {
     out + "\n"
 }
 
-/// Measures products of weights out of `data`.
+/// Measures products of weights in `data`.
 pub(crate) struct Bench<'a> {
     pub(crate) kernels: Kernels,
     pub(crate) pool: ThreadPool,
-    /// More bytes than the caches hold, none of which makes a NaN or a subnormal number.
+    /// More bytes than the caches hold, none of which gives a NaN or a subnormal number.
     pub(crate) data: &'a [u8],
 }
 
-/// A byte that is a tame number or scale in every weight type.
+/// A byte that is a moderate number or scale in every weight type.
 pub(crate) const TAME: u8 = 0x2b;
 
 impl Bench<'_> {
@@ -161,7 +161,7 @@ impl Bench<'_> {
         }
     }
 
-    /// Bytes of weights per second that products with one token take: the median of some rounds.
+    /// Bytes of weights per second in products with one token: the median of some rounds.
     pub(crate) fn product_rate(&self, ty: WeightType) -> f64 {
         let mut product = self.product(ty, self.data, 1);
         let groups = fitting(self.data.len() / product.group, &mut |groups| product.seconds(groups));
@@ -169,7 +169,7 @@ impl Bench<'_> {
         (groups * product.group) as f64 / median(&seconds)
     }
 
-    /// Products of weights out of `data` with `n` tokens.
+    /// Products of weights in `data` with `n` tokens.
     fn product<'b>(&'b self, ty: WeightType, data: &'b [u8], n: usize) -> Product<'b> {
         let group = row_group_len(ty, COLS).expect("small");
         let mut x = Activations::new(Precision::Int8);
@@ -178,13 +178,13 @@ impl Bench<'_> {
         Product { bench: self, ty, group, data, n, x, y }
     }
 
-    /// Bytes per second that can be looked at: the median of some rounds.
+    /// Bytes per second that can be read: the median of some rounds.
     pub(crate) fn read_rate(&self) -> f64 {
         let seconds: Vec<_> = (0..ROUNDS).map(|_| self.read(self.data)).collect();
         self.data.len() as f64 / median(&seconds)
     }
 
-    /// Seconds that it takes to look at all bytes, by the best of several loops.
+    /// Seconds for reading all bytes, with the best of several loops.
     fn read(&self, data: &[u8]) -> f64 {
         let part = data.len().div_ceil(self.pool.threads()).next_multiple_of(128);
         let by = |streams: usize| {
@@ -222,7 +222,7 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// Seconds that the first so many row groups take.
+    /// Seconds for the first row groups, this many.
     fn seconds(&mut self, groups: usize) -> f64 {
         let rows = groups * ROW_GROUP;
         let w = Matrix::new(self.ty, rows, COLS, &self.data[..groups * self.group]).expect("cut to fit");
@@ -231,11 +231,11 @@ impl Product<'_> {
     }
 }
 
-/// How many row groups to measure, of `all`: so many that one product takes about [`PRODUCT_SECONDS`]. `seconds` measures
-/// so many; that fills the caches of addresses and wakes the threads, too.
+/// How many row groups to measure, out of `all`: so many that one product takes about [`PRODUCT_SECONDS`]. `seconds` measures that
+/// many; this also fills the translation caches and wakes the threads.
 fn fitting(all: usize, seconds: &mut dyn FnMut(usize) -> f64) -> usize {
     let mut groups = 1;
-    // Twice, because the first time may have been taken by something else.
+    // Twice, because something else may have disturbed the first time.
     let mut is_enough = |groups| (0..2).all(|_| seconds(groups) > PRODUCT_SECONDS / 2.0);
     while groups < all && !is_enough(groups) {
         groups = (2 * groups).min(all);
@@ -259,7 +259,7 @@ mod tests {
         for (all, group_seconds) in [(64, 0.4), (64, 0.01), (50_000, 1e-4), (50_000, 1e-6), (3, 1e-9), (1, 9.0)] {
             let mut asked = 0;
             let groups = fitting(all, &mut |groups| {
-                // The first time something is in the way.
+                // The first time is disturbed.
                 asked += 1;
                 spent += groups as f64 * group_seconds;
                 groups as f64 * group_seconds + if asked == 1 { 1.0 } else { 0.0 }

@@ -1,4 +1,4 @@
-//! `sluice bench machine`: what this machine does, for `sluice plan`.
+//! `sluice bench machine`: measures this machine for `sluice plan`.
 
 use std::fmt::Write as _;
 use std::num::NonZeroUsize;
@@ -31,22 +31,22 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// A file on the drive that models lie on
+    /// A file on the drive that holds the models
     file: Option<PathBuf>,
 
-    /// Threads that compute [default: one per core]
+    /// Worker threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     threads: Option<NonZeroUsize>,
 
-    /// Memory that is read, at least 1MiB; more than the caches hold
+    /// Bytes of memory to read, at least 1MiB; should exceed the caches
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256MiB")]
     bytes: u64,
 
-    /// Write what was measured into this file as well, for `sluice plan --machine` on another machine
+    /// Also write the measurements to this file, for `sluice plan --machine` on another machine
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 
-    /// Do not keep it for this machine
+    /// Do not keep the measurements for this machine
     #[arg(long)]
     no_save: bool,
 
@@ -55,7 +55,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// Types that models are often of.
+/// Common types of models.
 const TYPES: [WeightType; 9] = [
     WeightType::F32,
     WeightType::Bf16,
@@ -101,12 +101,12 @@ fn measure(args: &Args) -> Result<MachineFile, CliError> {
     Ok(MachineFile::new((ram, drive), memory, products.into_iter(), (kernels.isa_name(), bench.pool.threads())))
 }
 
-/// Bytes per second of the drive below a file, if it has been calibrated.
+/// Bytes per second of the drive that holds a file, if it has been calibrated.
 pub(crate) fn drive(file: &Path) -> Result<Option<f64>, CliError> {
     let failed = |source| CliError::File { path: file.to_owned(), action: "find its drive", source };
     let opened = DataFile::open(file, DirectMode::Never).map_err(|e| CliError::Failure(e.to_string()))?;
     let device = DeviceId::of(&opened).map_err(failed)?;
-    // Calibrations that cannot be read are as good as none.
+    // Calibrations that cannot be read count as none.
     let store = CalibrationStore::of_user().ok();
     Ok(store.and_then(|store| store.find(&device).ok().flatten()).map(|known| known.bytes_per_second))
 }

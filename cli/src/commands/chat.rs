@@ -37,26 +37,26 @@ Examples:
   sluice chat r1.sluice --resume verse --budget 24GiB
   echo 'Why is the sky blue?' | sluice chat r1.sluice --private";
 
-/// Talk with a model: it remembers the conversation, and goes on with it later
+/// Talk with a model: it remembers the conversation, and can continue it later
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file, or hf:NAME for what was made of a model of the hub
+    /// The model file, or hf:NAME for the file made from a model on the hub
     pub(crate) file: PathBuf,
 
-    /// Make the model file of hf:NAME if it is not there, without asking
+    /// Make the model file of hf:NAME if it does not exist, without asking
     #[arg(long)]
     pub(crate) yes: bool,
 
-    /// Go on with the conversation of this name; without one, with the latest
+    /// Continue the conversation with this name; without a name, the latest one
     #[arg(long, value_name = "NAME", help_heading = "Conversation")]
     resume: Option<Option<String>>,
 
-    /// System message; with --resume, instead of the one that the conversation has
+    /// System message; with --resume, it replaces that of the conversation
     #[arg(long, value_name = "TEXT", help_heading = "Conversation")]
     system: Option<String>,
 
-    /// Chat template in the place of the model's, in Jinja, or JSON with one as `chat_template`
+    /// Chat template to use instead of the model's, in Jinja, or JSON with one as `chat_template`
     #[arg(long, value_name = "FILE", help_heading = "Conversation")]
     chat_template: Option<PathBuf>,
 
@@ -80,7 +80,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
 
-    /// Most tokens of a conversation, messages and answers together [default: 8192, or fewer if the model sees fewer]
+    /// Most tokens of a conversation, messages and answers together [default: 8192, or the model's limit if that is less]
     #[arg(long, value_name = "N", value_parser = parse_count, help_heading = "Engine")]
     context: Option<NonZeroUsize>,
 
@@ -91,11 +91,11 @@ pub(crate) struct Args {
     engine: EngineArgs,
 }
 
-/// Most tokens of a conversation, unless somebody says otherwise.
+/// Most tokens of a conversation, by default.
 const CONTEXT: usize = 8192;
-/// Marks of its sequence: at the ends of the latest messages.
+/// Marks of its sequence, at the ends of the latest messages.
 const MARKS: usize = 4;
-/// New tokens after which what the model remembers is saved in the middle of an answer.
+/// Number of new tokens after which the sequence is saved in the middle of an answer.
 const SAVE_EVERY: usize = 512;
 /// Conversations, in the folder of the sessions.
 const CONVERSATIONS: &str = "chats";
@@ -124,7 +124,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     session.run()
 }
 
-/// Says what can be wrong before weights are read, and finds the chat template that was given.
+/// Checks everything that can be wrong before weights are read, and finds the chat template that was given.
 fn prepare(args: &Args) -> Result<Option<ChatTemplate>, CliError> {
     let file = ModelFile::open(&args.file)?;
     let name = args.file.display();
@@ -162,7 +162,7 @@ fn sessions_folder(args: &Args) -> Result<PathBuf, CliError> {
     Ok(state.ok_or_else(none)?.join("sluice").join("sessions"))
 }
 
-/// The conversation that is to go on.
+/// The conversation to continue.
 fn resumed(args: &Args, folder: Option<&Folder>) -> Result<Option<(Conversation, Kept)>, CliError> {
     let (Some(resume), Some(folder)) = (&args.resume, folder) else { return Ok(None) };
     let latest = || folder.list().map(|list| list.into_iter().next().map(|listed| listed.name));
@@ -170,11 +170,11 @@ fn resumed(args: &Args, folder: Option<&Folder>) -> Result<Option<(Conversation,
         Some(name) => Some(name.clone()),
         None => latest()?,
     };
-    let none = || CliError::Failure("there is no conversation to go on with yet".into());
+    let none = || CliError::Failure("there is no conversation to continue yet".into());
     folder.load(&name.ok_or_else(none)?).map(Some)
 }
 
-/// The command line goes before what a conversation has.
+/// Options of the command line take precedence over the conversation's settings.
 fn settle(args: &Args, conversation: &mut Conversation) -> Result<(), CliError> {
     let most = args.max_tokens.map(NonZeroUsize::get);
     conversation.settings.take(&args.sampling, most, &args.stop).map_err(CliError::Usage)?;
@@ -184,7 +184,7 @@ fn settle(args: &Args, conversation: &mut Conversation) -> Result<(), CliError> 
     Ok(())
 }
 
-/// What models remember. If another program has the folder, the chat goes on without.
+/// Opens the store of sequences. If another program uses the folder, the chat continues without.
 fn open_store(args: &Args, folder: PathBuf) -> Result<Option<Arc<Store>>, CliError> {
     let options = StoreOptions { folder, max_bytes: args.sessions_max, expire_after: None };
     match Store::open(options) {
@@ -220,7 +220,7 @@ fn open_model(args: &Args, template: Option<ChatTemplate>, store: Option<Arc<Sto
     Ok(served)
 }
 
-/// What a model is called: its file without folder and extension.
+/// The name of a model: its file without folder and extension.
 fn name_of(path: &Path) -> String {
     path.file_stem().map_or_else(|| "model".into(), |stem| stem.to_string_lossy().into_owned())
 }

@@ -1,4 +1,4 @@
-//! `sluice compare`: two models beside each other on a text.
+//! `sluice compare`: compares two models on a text.
 
 use std::path::{Path, PathBuf};
 
@@ -30,8 +30,8 @@ Examples:
   sluice compare model-q8.sluice model-q3.sluice --text eval.txt --window 512 --json
   sluice compare model.sluice model.sluice --text eval.txt --top-k-experts 6";
 
-/// Logits of the reference that are kept until the other model has computed its own: few rows at a time would read many experts
-/// again and again.
+/// Logits of the reference that are kept until the other model has computed its own: with few rows at a time, many experts would be
+/// read repeatedly.
 const KEPT_BYTES: usize = 256 << 20;
 
 /// Measure how far one model's predictions are from another's
@@ -42,7 +42,7 @@ pub(crate) struct Args {
     #[arg(value_name = "A")]
     pub(crate) reference: PathBuf,
 
-    /// The model that is compared with it
+    /// The model to compare with it
     #[arg(value_name = "B")]
     pub(crate) other: PathBuf,
 
@@ -79,7 +79,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     report(args, &comparison, lossy(&other))
 }
 
-/// Refuses a model that reads the text as other tokens, or has others. One without a tokenizer takes the reference's.
+/// Refuses a model that reads the text as different tokens, or has a different vocabulary. A model without a tokenizer uses the
+/// reference's.
 fn check_other(args: &Args, ids: &[u32]) -> Result<(), CliError> {
     let (reference, other) = (ModelFile::open(&args.reference)?, ModelFile::open(&args.other)?);
     let [a, b] = [&args.reference, &args.other].map(|path| path.display());
@@ -100,7 +101,7 @@ fn check_other(args: &Args, ids: &[u32]) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Memory for each of the two, by the sizes of their files. Of what is available, a tenth is left to the system.
+/// Memory for each of the two, by the sizes of their files. A tenth of the available memory is left to the system.
 fn budgets(args: &Args) -> Result<[u64; 2], CliError> {
     let total = args.engine.budget.unwrap_or_else(|| available_memory() / 10 * 9);
     let len = |path: &Path| {
@@ -111,7 +112,7 @@ fn budgets(args: &Args) -> Result<[u64; 2], CliError> {
     Ok([first, total - first])
 }
 
-/// Both models predict the same tokens, window after window and as many rows at a time as there is room for.
+/// Both models predict the same tokens, window after window, with as many rows at a time as there is room for.
 fn compare(reference: &mut Engine, other: &mut Engine, ids: &[u32], window: usize) -> Result<Comparison, CliError> {
     let vocab = reference.spec().vocab_size;
     let rows = (KEPT_BYTES / (vocab * size_of::<f32>())).clamp(1, window);
@@ -137,7 +138,7 @@ fn compare(reference: &mut Engine, other: &mut Engine, ids: &[u32], window: usiz
     Ok(comparison)
 }
 
-/// `lossy`: how the experts of B were chosen otherwise than its routers say.
+/// `lossy`: how the experts of B were chosen otherwise than by its routers.
 fn report(args: &Args, comparison: &Comparison, lossy: Option<String>) -> Result<(), CliError> {
     let &Comparison { tokens, nll, max_divergence, max_difference, .. } = comparison;
     let (divergence, agreement) = (comparison.mean_divergence(), comparison.agreement());

@@ -1,4 +1,4 @@
-//! `sluice completions`: what a shell needs to complete commands and options.
+//! `sluice completions`: scripts with which a shell completes commands and options.
 
 use clap_complete::{Shell, generate};
 

@@ -62,7 +62,8 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder of the checkpoint, GGUF file (of several parts any), or hf:OWNER/NAME for one on the hub; @REVISION and, for GGUF, :QUANT or :FILE may follow
+    /// Folder of the checkpoint; GGUF file, or any part of one; or hf:OWNER/NAME for a model on the hub, with @REVISION and, for
+    /// GGUF, :QUANT or :FILE
     src: PathBuf,
 
     /// Model file to write [default, from the hub: one in the folder of models, which `run` finds by the name]
@@ -76,15 +77,16 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TYPE", value_parser = type_parser())]
     dense_type: Option<TypeChoice>,
 
-    /// Types by pattern, which go before the two: a file of lines such as `layers.{0-2}.expert.* q8`; the first that matches wins
+    /// Types by pattern, which take precedence over both: a file with lines such as `layers.{0-2}.expert.* q8`; the first match
+    /// counts
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
 
-    /// Take what `sluice calibrate` or --save-importance measured to round q4, q3 and q2, rather than measure on the way
+    /// Round q4, q3 and q2 with the measurements of `sluice calibrate` or --save-importance, instead of measuring now
     #[arg(long, visible_alias = "imatrix", value_name = "FILE")]
     importance: Option<PathBuf>,
 
-    /// Round q4, q3 and q2 without measuring what meets their matrices: faster, and further from the original
+    /// Round q4, q3 and q2 without measuring the inputs of their matrices: faster, and further from the original
     #[arg(long, conflicts_with_all = ["importance", "importance_text", "save_importance"])]
     no_importance: bool,
 
@@ -92,15 +94,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "EFFORT", value_parser = effort_parser(), conflicts_with_all = ["importance", "no_importance"])]
     effort: Option<Effort>,
 
-    /// Measure on this text, UTF-8, rather than on the one that is built in
+    /// Measure on this text, UTF-8, instead of the built-in one
     #[arg(long, value_name = "FILE", conflicts_with = "importance")]
     importance_text: Option<PathBuf>,
 
-    /// Keep the mean squares that were measured, for --importance
+    /// Save the measured mean squares, for --importance
     #[arg(long, value_name = "FILE", conflicts_with = "importance")]
     save_importance: Option<PathBuf>,
 
-    /// Leave out the layer for multi-token prediction, which is carried where the checkpoint has one
+    /// Leave out the layer for multi-token prediction, which is included if the checkpoint has one
     #[arg(long)]
     no_mtp: bool,
 
@@ -116,15 +118,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     split_size: Option<u64>,
 
-    /// Replace the model file if it exists, once the new one is complete; what is no model file is never replaced
+    /// Replace the model file if it exists, once the new one is complete; only model files are ever replaced
     #[arg(long)]
     overwrite: bool,
 
-    /// From the hub: keep what is downloaded, as a checkpoint in DST.source
+    /// For a model on the hub: keep the downloaded files, as a checkpoint in DST.source
     #[arg(long)]
     keep: bool,
 
-    /// Only say what would be written
+    /// Only report what would be written
     #[arg(long)]
     dry_run: bool,
 
@@ -164,7 +166,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
     if args.keep {
         return Err(CliError::Usage(
-            "--keep is for models of the hub (hf:NAME): what is in a folder stays there".into(),
+            "--keep is for models on the hub (hf:NAME): files in a folder stay there".into(),
         ));
     }
     let Some(dst) = args.dst.as_deref() else {
@@ -197,7 +199,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     print(&describe(dst, &summary, started.elapsed().as_secs_f64()))
 }
 
-/// What is said of a conversion before it begins, and again in its JSON.
+/// Remarks on a conversation before it begins, which its JSON repeats.
 #[derive(Default)]
 struct Remarks(RefCell<Vec<String>>);
 
@@ -207,7 +209,7 @@ impl Remarks {
         self.0.borrow_mut().push(text.to_owned());
     }
 
-    /// All that was said, and what else there is to say.
+    /// All remarks, including these.
     fn and(self, more: impl IntoIterator<Item = String>) -> Vec<String> {
         let mut all = self.0.into_inner();
         all.extend(more);
@@ -215,7 +217,7 @@ impl Remarks {
     }
 }
 
-/// Everything that can be wrong before anything is written.
+/// Checks everything that can be wrong before anything is written.
 fn check(args: &Args, dst: &Path, plan: &Plan, remarks: &Remarks) -> Result<(), CliError> {
     check_types(args, plan, remarks)?;
     match check_destination(plan, dst).map_err(explain) {
@@ -225,7 +227,7 @@ fn check(args: &Args, dst: &Path, plan: &Plan, remarks: &Remarks) -> Result<(), 
     check_text(&args.src, dst, plan, remarks)
 }
 
-/// Converts straight from the hub.
+/// Converts directly from the hub.
 fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(), CliError> {
     let started = Instant::now();
     let dst = match &args.dst {
@@ -265,7 +267,7 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
     print(&describe(&dst, &summary, started.elapsed().as_secs_f64()))
 }
 
-/// The types in the name of a file, where they are not the usual ones.
+/// The types in the name of a file, if they are not the usual ones.
 fn types_asked_for(args: &Args) -> Option<String> {
     let name = |ty: Option<TypeChoice>| match ty {
         Some(TypeChoice::Type(ty)) => Some(ty.name()),
@@ -278,14 +280,14 @@ fn types_asked_for(args: &Args) -> Option<String> {
     }
 }
 
-/// A conversion from the hub that nobody has asked for in so many words.
+/// A conversion from the hub that another command needs.
 pub(crate) struct Job {
     pub(crate) options: Options,
-    /// Whether to ask, once it is known what it takes.
+    /// Whether to ask for confirmation, once size and time are known.
     pub(crate) confirm: bool,
 }
 
-/// Converts a model of the hub to `dst`, if the user wants that, and says what it takes before.
+/// Converts a model on the hub to `dst`, if the user agrees, after reporting size and time.
 pub(crate) fn convert_file(reference: &Reference, dst: &Path, job: &Job) -> Result<(), CliError> {
     let (name, remarks) = (PathBuf::from(reference.to_string()), Remarks::default());
     let plan = |options: &Options| Fetched::plan(reference, dst, options, false);
@@ -301,7 +303,7 @@ pub(crate) fn convert_file(reference: &Reference, dst: &Path, job: &Job) -> Resu
     Ok(())
 }
 
-/// Downloads and converts; returns where files are that were kept.
+/// Downloads and converts; returns the place of files that were kept.
 fn carry_out(
     fetched: &Fetched,
     plan: &Plan,
@@ -316,11 +318,11 @@ fn carry_out(
     Ok((summary, fetched.finish(dst)?))
 }
 
-/// What is to be measured, and how.
+/// The measurement that was requested.
 struct Asked {
     text: String,
     effort: Effort,
-    /// Whether the means are asked for.
+    /// Whether the means were requested.
     means: bool,
 }
 
@@ -330,7 +332,7 @@ impl Default for Asked {
     }
 }
 
-/// What is to be measured; `None` if nothing is.
+/// The requested measurement; `None` if nothing is measured.
 fn measured_text(args: &Args) -> Result<Option<Asked>, CliError> {
     if args.no_importance || args.importance.is_some() {
         return Ok(None);
@@ -343,8 +345,8 @@ fn measured_text(args: &Args) -> Result<Option<Asked>, CliError> {
     Ok(Some(asked))
 }
 
-/// A plan, with what measures the model if it has types that are rounded by importance. A model that cannot read a text is
-/// planned once more, without.
+/// A plan, with a measurement of the model if it has types that are rounded by importance. If the model cannot read a text, it is
+/// planned again without one.
 fn planned<T>(
     options: &Options,
     asked: Option<&Asked>,
@@ -368,12 +370,12 @@ fn planned<T>(
     Ok((more, second, None))
 }
 
-/// Bytes that measuring keeps from layer to layer.
+/// Bytes that the measurement keeps from layer to layer.
 fn kept_bytes(measurement: Option<&Measurement>) -> u64 {
     measurement.map_or(0, Measure::kept_bytes)
 }
 
-/// Keeps what was measured, if that is asked for.
+/// Saves the measurement, if requested.
 fn save_importance(args: &Args, measurement: Option<&Measurement>) -> Result<(), CliError> {
     if let (Some(path), Some(measurement)) = (&args.save_importance, measurement) {
         measurement.importance().map_err(unmeasured)?.save(path)?;
@@ -385,14 +387,14 @@ fn unmeasured(problem: CalibrateError) -> CliError {
     CliError::Failure(format!("{problem}. --no-importance converts without measuring"))
 }
 
-/// Reads tokenizer, chat template and sampling defaults as `run` will: a conversion can take hours, and would end in a file
-/// without text. What can be mended afterwards is a remark, as nobody should have to wait for it.
+/// Reads tokenizer, chat template and sampling defaults as `run` will: a conversion can take hours, and must not end in a file
+/// without text. Faults that can be mended afterwards are only reported, because the conversion need not wait for that.
 fn check_text(src: &Path, dst: &Path, plan: &Plan, remarks: &Remarks) -> Result<(), CliError> {
     let set = format!("sluice set {}", dst.display());
     let findings = examine(|name| plan.side_file(name), plan.spec(), &set).map_err(|e| {
         let src = src.display();
         CliError::Failure(match e {
-            // It says that the field is to be corrected.
+            // This error says that the field must be corrected.
             TextError::BadConfigField { .. } => format!("{src}: {e}"),
             _ => format!("{src}: {e}. Mend the file, or remove it to convert without"),
         })
@@ -403,7 +405,7 @@ fn check_text(src: &Path, dst: &Path, plan: &Plan, remarks: &Remarks) -> Result<
     Ok(())
 }
 
-/// Refuses types and measurements that would change nothing: whoever asks for them would find out hours later.
+/// Refuses types and measurements that would have no effect, which the user would otherwise find out hours later.
 fn check_types(args: &Args, plan: &Plan, remarks: &Remarks) -> Result<(), CliError> {
     if args.recipe.is_none() {
         let types = Types { experts: args.expert_type, dense: args.dense_type };
@@ -431,7 +433,7 @@ fn check_types(args: &Args, plan: &Plan, remarks: &Remarks) -> Result<(), CliErr
     Ok(())
 }
 
-/// The same error, in words of the command line.
+/// The same error, in terms of the command line.
 pub(crate) fn explain(error: ConvertError) -> CliError {
     match error {
         ConvertError::Exists { path } => {
@@ -450,7 +452,7 @@ impl Progress for Bar {
     fn started(&self, total_bytes: u64, already_done: u64) {
         self.0.set_length(total_bytes);
         self.0.set_position(already_done);
-        // A rate that counted bytes of an earlier run would promise too much.
+        // A rate that counted bytes of an earlier run would be too high.
         self.0.reset_eta();
         if already_done > 0 {
             self.note(&format!("resuming: {} of {} are there already", Bytes(already_done), Bytes(total_bytes)));
@@ -466,7 +468,7 @@ impl Progress for Bar {
     }
 }
 
-/// What both a plan and a finished conversion say.
+/// The facts that a plan and a finished conversion share.
 struct Facts<'a> {
     sizes: &'a [KindSize],
     types: &'a BTreeMap<String, Vec<String>>,
@@ -538,7 +540,7 @@ fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
         errors: Some(&s.errors),
         widened: &s.widened,
         left_out: &s.left_out,
-        // Heard as progress already.
+        // These were reported during the conversion.
         notes: &[],
     };
     head + &facts.describe()

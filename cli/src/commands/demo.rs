@@ -30,7 +30,7 @@ Examples:
   sluice demo --keep demo/
   sluice run demo/demo.sluice --prompt 'JULIET:'";
 
-/// Files of the demo checkpoint, as Hugging Face lays them out.
+/// Files of the demo checkpoint, in the layout of Hugging Face.
 const CHECKPOINT: [(&str, &[u8]); 5] = [
     ("config.json", include_bytes!("../../../tests/fixtures/demo-model/config.json")),
     ("generation_config.json", include_bytes!("../../../tests/fixtures/demo-model/generation_config.json")),
@@ -42,14 +42,14 @@ const CHECKPOINT: [(&str, &[u8]); 5] = [
 const PROMPT: &str = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\n";
 const TOKENS: usize = 96;
 const SEED: u64 = 1;
-/// The cache holds one expert of so many.
+/// The cache holds one expert in this many.
 const CACHE_FRACTION: u64 = 3;
 
 /// Convert, verify and run a small built-in model with an expert cache smaller than the model
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Keep checkpoint and model file in this folder instead of a temporary one; what is there and is not the demo's is kept
+    /// Keep checkpoint and model file in this folder instead of a temporary one; other files in it are not changed
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
 }
@@ -86,7 +86,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     Ok(())
 }
 
-/// What to try next.
+/// Commands to try next.
 const NEXT: [(&str, &str); 3] = [
     ("sluice plan deepseek-r1", "what a large one needs here"),
     ("sluice convert hf:Qwen/Qwen3-30B-A3B qwen.sluice", "a file of one"),
@@ -115,7 +115,7 @@ fn perform(show: &Show, stage: &mut Stage, model: &Path) -> Result<(), CliError>
     NEXT[1..].iter().try_for_each(|command| show.more(&next(command)))
 }
 
-/// Speaks on a stage. Returns the tokens, and how many come in a second without the time that is left to look at them.
+/// Generates on a stage. Returns the tokens, and tokens per second without the time for showing them.
 fn speak_on(stage: &mut Stage, title: &'static str, engine: &mut Engine) -> Result<(Generation, f64), CliError> {
     stage.begin(title, PROMPT, engine);
     stage.draw(engine)?;
@@ -148,7 +148,7 @@ impl Show {
     }
 }
 
-/// Refuses a folder in which something would be lost: files of the demo's names that are not the demo's.
+/// Refuses a folder in which something would be lost: files with the demo's names that are not the demo's.
 fn check_folder(checkpoint: &Path, model: &Path) -> Result<(), CliError> {
     let foreign = |path: &Path| {
         let path = path.display();
@@ -160,7 +160,7 @@ fn check_folder(checkpoint: &Path, model: &Path) -> Result<(), CliError> {
             return Err(foreign(&path));
         }
     }
-    // An earlier demo's model file is as good as a new one, as long as it is whole and of this checkpoint.
+    // An earlier demo's model file is used again, if it is complete and was made from this checkpoint.
     if model.symlink_metadata().is_ok() && !is_demo(model) {
         return Err(foreign(model));
     }
@@ -188,7 +188,7 @@ fn unpack(show: &Show, checkpoint: &Path) -> Result<(), CliError> {
         if holds(&path, bytes) {
             continue;
         }
-        // New, so that nothing that appeared meanwhile is overwritten, nor what a link leads to.
+        // Created anew, so that neither a file that appeared meanwhile nor the target of a link is overwritten.
         let written = fs::File::create_new(&path).and_then(|mut file| file.write_all(bytes));
         written.map_err(CliError::file(&path, "write it"))?;
     }
@@ -225,7 +225,7 @@ fn convert_and_verify(show: &Show, checkpoint: &Path, model: &Path) -> Result<()
     show.line("Verify", &format!("{extents} extents, every checksum matches ({elapsed})"))
 }
 
-/// Memory for everything but experts, and a part of the experts.
+/// Memory for everything except experts, and for a part of the experts.
 fn small_budget(model: &Path, context: usize) -> Result<u64, CliError> {
     let file = ModelFile::open(model)?;
     let all =
@@ -235,7 +235,7 @@ fn small_budget(model: &Path, context: usize) -> Result<u64, CliError> {
 }
 
 fn stream(show: &Show, model: &Path) -> Result<Generation, CliError> {
-    // Room for the prompt too, whatever its length in tokens: it has fewer than it has bytes.
+    // Includes room for the prompt, whatever its length in tokens: it has fewer tokens than bytes.
     let context = PROMPT.len() + TOKENS;
     let budget = small_budget(model, context)?;
     let options = EngineOptions { budget: Some(budget), context: Some(context), ..EngineOptions::default() };
@@ -279,7 +279,7 @@ fn stream(show: &Show, model: &Path) -> Result<Generation, CliError> {
     Ok(done)
 }
 
-/// The same again with all experts in memory: memory decides the speed, never the words.
+/// Generates again with all experts in memory: memory determines the speed, never the text.
 fn compare(show: &Show, model: &Path, streamed: &Generation) -> Result<(), CliError> {
     let context = PROMPT.len() + TOKENS;
     let mut engine = Engine::open(model, &EngineOptions { context: Some(context), ..EngineOptions::default() })?;

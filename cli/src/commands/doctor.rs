@@ -1,4 +1,4 @@
-//! `sluice doctor`: what the machine is like for this program, and how to mend what is not well.
+//! `sluice doctor`: checks the machine for this program, and how to mend what is wrong.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -28,12 +28,12 @@ Examples:
   sluice doctor r1.sluice
   sluice doctor r1.sluice --json | jq '.findings[] | select(.verdict != \"ok\")'";
 
-/// Bytes of the file that direct reads are tried with.
+/// Bytes of the file with which direct reads are tried.
 const TRIED: usize = 64 << 10;
 /// Context for which a model's needs are computed, in tokens.
 const CONTEXT: usize = 4096;
 
-/// Say what on this machine keeps models from running well, and how to mend it
+/// Report what on this machine keeps models from running well, and how to mend it
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -46,7 +46,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// The model file that is looked at, if one is.
+    /// The model file to check, if there is one.
     pub(crate) fn file(&mut self) -> Option<&mut PathBuf> {
         self.path.as_mut().filter(|path| !path.is_dir())
     }
@@ -90,7 +90,7 @@ fn examine(root: &Path, path: &Path) -> Result<Vec<Finding>, CliError> {
     Ok(findings)
 }
 
-/// Whether a model file can be opened, and what it needs.
+/// Whether a model file can be opened, and its needs.
 fn model(path: &Path) -> (Option<Finding>, Option<Needs>) {
     let file = match ModelFile::open(path) {
         Ok(file) => file,
@@ -105,7 +105,7 @@ fn model(path: &Path) -> (Option<Finding>, Option<Needs>) {
     (Some(Finding::ok("model", is)), Some(needs))
 }
 
-/// Filesystem, direct reads, drive and calibration of a model file, or of a folder for some.
+/// Filesystem, direct reads, drive and calibration of a model file, or of a folder for model files.
 fn storage(root: &Path, path: &Path, folder: &Path) -> Vec<Finding> {
     let mount = drive::Mount::of(root, folder);
     let mut findings: Vec<_> = mount.iter().map(|mount| drive::filesystem(mount, free_space(folder))).collect();
@@ -131,7 +131,7 @@ fn storage(root: &Path, path: &Path, folder: &Path) -> Vec<Finding> {
     findings
 }
 
-/// A file to try direct reads with, which is removed when it is dropped.
+/// A file for trying direct reads, which is removed when it is dropped.
 fn scratch(folder: &Path) -> std::io::Result<NamedTempFile> {
     let mut file = tempfile::Builder::new().prefix(".sluice-doctor-").tempfile_in(folder)?;
     file.write_all(&[0; TRIED])?;

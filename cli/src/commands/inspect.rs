@@ -1,4 +1,4 @@
-//! `sluice inspect`: what a model file holds and what it needs.
+//! `sluice inspect`: the contents and the needs of a model file.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -37,11 +37,11 @@ pub(crate) struct Args {
     #[arg(long)]
     extents: bool,
 
-    /// Context, in tokens, that the memory figures are for [default: 4096, or the model's limit]
+    /// Context, in tokens, for the memory figures [default: 4096, or the model's limit]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
     context: Option<u32>,
 
-    /// How keys and values are kept, for the memory figures
+    /// Type of keys and values, for the memory figures
     #[arg(long, value_name = "TYPE", default_value_t, value_parser = kv_type_parser())]
     kv_type: KvType,
 
@@ -50,22 +50,22 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// The answer. All sizes in bytes.
+/// The report. All sizes in bytes.
 #[derive(Debug, Serialize)]
 struct Report {
     file: String,
     family: String,
     model_id: String,
-    /// Of weights, specification and tokenizer.
+    /// Identifies weights, specification and tokenizer.
     state_id: String,
     format_version: u32,
     page_size: u32,
     /// The files, if there are several.
     volumes: Vec<String>,
-    /// Of all of them.
+    /// Total of all files.
     file_bytes: u64,
     compressed_extents: usize,
-    /// Of all extents, as they are in the files, and as they would be without compression.
+    /// Total of all extents, as they are in the files, and as they would be without compression.
     stored_bytes: u64,
     bytes_before_compression: u64,
     layers: usize,
@@ -73,17 +73,18 @@ struct Report {
     hidden_size: usize,
     vocab_size: usize,
     max_positions: usize,
-    /// Of the largest layer.
+    /// Number in the largest layer.
     experts_per_layer: usize,
     top_k: usize,
     expert_count: usize,
-    /// Of the largest expert.
+    /// Size of the largest expert.
     expert_bytes: u64,
     /// Experts that one token routes to, over all layers.
     experts_per_token: usize,
-    /// Bytes of those: what a token reads when none is in memory.
+    /// Their size: what a token reads if none is in memory.
     token_cycle_bytes: u64,
-    /// Of all extents of the layer for multi-token prediction, if there is one. Only sizes of the file and by kind count it too.
+    /// Size of all extents of the layer for multi-token prediction, if there is one. Only the sizes of the file and by kind include
+    /// it.
     #[serde(skip_serializing_if = "Option::is_none")]
     prediction_bytes: Option<u64>,
     kinds: Vec<Kind>,
@@ -95,7 +96,7 @@ struct Report {
     kv_type: &'static str,
     has_tokenizer: bool,
     has_chat_template: bool,
-    /// Why the chat template that is there cannot be used.
+    /// Why the existing chat template cannot be used.
     #[serde(skip_serializing_if = "Option::is_none")]
     broken_chat_template: Option<String>,
     provenance: Option<Value>,
@@ -117,7 +118,7 @@ struct Kind {
 struct Extent {
     name: String,
     kind: &'static str,
-    /// The file that it lies in, counted from 0.
+    /// The number of its file, counted from 0.
     volume: u16,
     codec: &'static str,
     offset: u64,
@@ -185,7 +186,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
     }
 }
 
-/// The smallest budget that opens the model: a budget of nothing is refused with it.
+/// The smallest budget with which the model can be opened: the error for a budget of zero names it.
 fn least_budget(file: &ModelFile, context: usize, kv_type: KvType) -> u64 {
     MemoryPlan::new(file, Some(0), Demand::one(context, kv_type))
         .map_or_else(|refused| refused.least, |plan| plan.effective)
@@ -221,7 +222,7 @@ fn extents(file: &ModelFile) -> Vec<Extent> {
     file.extents().iter().map(one).collect()
 }
 
-/// Names of the types, the one with most bytes first; small change (norms, biases) is not worth a word.
+/// Names of the types, by descending bytes; small parts (norms, biases) are left out.
 fn types(bytes: &BTreeMap<&'static str, u64>) -> String {
     let all: u64 = bytes.values().sum();
     let mut large: Vec<_> = bytes.iter().filter(|&(_, &b)| b * 50 >= all).collect();
@@ -229,7 +230,7 @@ fn types(bytes: &BTreeMap<&'static str, u64>) -> String {
     large.into_iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
 }
 
-/// Every extent, a line each.
+/// Every extent, one line each.
 fn list(out: &mut String, extents: &[Extent]) {
     let _ = writeln!(out, "\n{:<24} {:>16} {:>14} {:>14}  checksum (xxh3-64)", "extent", "offset", "stored", "used");
     for e in extents {
@@ -238,7 +239,7 @@ fn list(out: &mut String, extents: &[Extent]) {
     }
 }
 
-/// What is said of experts, by line.
+/// Lines about experts.
 fn experts(r: &Report) -> Vec<(&'static str, String)> {
     if r.moe_layers == 0 {
         return vec![("experts", "none: every token reads what does not fit in memory".into())];

@@ -1,4 +1,4 @@
-//! `sluice list`: the models of the folder of models.
+//! `sluice list`: the models in the folder of models.
 
 use std::time::UNIX_EPOCH;
 
@@ -16,7 +16,7 @@ Examples:
   sluice list
   sluice list --json";
 
-/// List the converted models of the folder of models
+/// List the converted models in the folder of models
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {

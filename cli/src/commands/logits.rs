@@ -1,4 +1,4 @@
-//! `sluice logits`: what the model thinks of every position, as a NumPy array.
+//! `sluice logits`: the model's predictions at every position, as a NumPy array.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -34,7 +34,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE.npy")]
     out: PathBuf,
 
-    /// One token at a time through the key-value cache, as text is generated, instead of all at once; with --expert-preference always
+    /// One token at a time through the key-value cache, as in generation, instead of all at once; always so with
+    /// --expert-preference
     #[arg(long)]
     step: bool,
 
@@ -55,7 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let mut engine = args.engine.open(&args.file, ids.len())?;
     let out = Rows::create(&args.out, ids.len(), spec.vocab_size)?;
     let outcome = compute(&mut engine, &args.file, ids, args.step, out);
-    // A header that promises more than follows would be found out much later.
+    // A header that promises more than follows would be noticed much later.
     if outcome.is_err() && args.out.is_file() {
         let _ = fs::remove_file(&args.out);
     }
@@ -75,7 +76,7 @@ fn compute(engine: &mut Engine, model: &Path, ids: &[u32], step: bool, mut out: 
     if finite { Ok(()) } else { Err(CliError::NotANumber { file: model.to_owned() }) }
 }
 
-/// The array, written row by row. The first failure is kept until somebody can be told.
+/// The array, written row by row. The first error is kept until it can be reported.
 struct Rows<'a> {
     path: &'a Path,
     file: BufWriter<File>,

@@ -17,12 +17,12 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Folder for the pages, which is made if need be; pages of the same names are replaced
+    /// Folder for the pages, which is created if necessary; pages with the same names are replaced
     dir: Option<PathBuf>,
 }
 
 pub(crate) fn run(args: &Args, program: clap::Command) -> Result<(), CliError> {
-    // The long version is that of one machine.
+    // The long version describes one machine.
     let program = program.long_version(None::<&'static str>);
     let Some(dir) = &args.dir else {
         let mut page = Vec::new();

@@ -53,7 +53,7 @@ struct Score {
     perplexity: f64,
     nll: f64,
     tokens: u64,
-    /// How experts were chosen otherwise than the model's routers say, in words.
+    /// How experts were chosen otherwise than by the model's routers, in words.
     lossy: Option<String>,
 }
 
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     ))
 }
 
-/// The tokens of a text: two at least, to be run in windows that the model must be able to take.
+/// The tokens of a text: at least two, for windows that the model must be able to take.
 pub(crate) fn read_ids(model: &Path, text_file: &Path, window: usize) -> Result<Vec<u32>, CliError> {
     let text = read_text(text_file, "read the text")?;
     let file = ModelFile::open(model)?;

@@ -1,4 +1,4 @@
-//! `sluice picture`: pictures of the documents, for those who write them.
+//! `sluice picture`: pictures for the documents.
 
 use crate::error::CliError;
 use crate::plot::flow::data_flow;
@@ -8,11 +8,11 @@ const EXAMPLES: &str = "\
 Examples:
   sluice picture data-flow > docs/pictures/data-flow.svg";
 
-/// Print a picture of the documents as SVG
+/// Print a picture for the documents as SVG
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES, hide = true)]
 pub(crate) struct Args {
-    /// Which
+    /// The picture
     picture: Picture,
 }
 

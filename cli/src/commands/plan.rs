@@ -50,7 +50,7 @@ Examples:
 /// Metadata besides configuration and spec, for the size of a file that does not exist.
 const PROVENANCE_ROOM: usize = 1 << 10;
 
-/// Say what a model needs, and how fast it can be on a machine
+/// Report what a model needs, and how fast it can be on a machine
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -61,19 +61,19 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     ram: Option<u64>,
 
-    /// What the drive reads [default: as `sluice bench disk` has measured it, else 3GB/s]
+    /// Speed of the drive [default: as measured by `sluice bench disk`, or 3GB/s]
     #[arg(long, value_name = "SPEED", value_parser = parse_speed)]
     ssd: Option<u64>,
 
-    /// What the memory reads, or products take of it [default: as `sluice bench machine` has measured it, else 50GB/s]
+    /// Speed at which memory is read, or products read it [default: as measured by `sluice bench machine`, or 50GB/s]
     #[arg(long, value_name = "SPEED", value_parser = parse_speed)]
     mem_bandwidth: Option<u64>,
 
-    /// Plan for the machine of this file, which `sluice bench machine --out` has written there
+    /// Plan for the machine that this file describes; `sluice bench machine --out` writes such files
     #[arg(long, value_name = "FILE")]
     machine: Option<PathBuf>,
 
-    /// Type of the routed experts, of a model that is no file yet [default: as published]
+    /// Type of the routed experts, for a model that is not a file yet [default: as published]
     #[arg(long = "type", value_name = "TYPE", value_parser = type_parser())]
     expert_type: Option<WeightType>,
 
@@ -85,7 +85,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
     context: Option<u32>,
 
-    /// How keys and values are kept
+    /// Type of keys and values
     #[arg(long, value_name = "TYPE", default_value_t, value_parser = kv_type_parser())]
     kv_type: KvType,
 
@@ -94,14 +94,14 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// The answer. All sizes in bytes.
+/// The report. All sizes in bytes.
 #[derive(Debug, Serialize)]
 struct Report {
     target: String,
     family: String,
     layers: usize,
     moe_layers: usize,
-    /// Types of the routed experts and of the rest, without what is always plain.
+    /// Types of the routed experts and of the rest, except for parts that are always plain.
     expert_types: Vec<&'static str>,
     dense_types: Vec<&'static str>,
     /// Why it has these types.
@@ -109,21 +109,21 @@ struct Report {
     context: usize,
     kv_type: &'static str,
     disk_bytes: u64,
-    /// On the drive besides while it is converted.
+    /// Additional bytes on the drive during the conversion.
     measuring_bytes: u64,
     #[serde(flatten)]
     needs: Needs,
     machine: Machine,
-    /// Where its speeds come from.
+    /// The source of its speeds.
     speeds_from: String,
-    /// Of experts, where it shortens their type.
+    /// Compression of experts, if it shortens their type.
     compression: Option<Compression>,
-    /// None when the memory does not suffice.
+    /// `None` if the memory does not suffice.
     speed: Option<Speed>,
     warnings: Vec<String>,
 }
 
-/// Whether experts are compressed, and what that is worth on this machine.
+/// Whether experts are compressed, and what compression is worth on this machine.
 #[derive(Debug, Serialize)]
 struct Compression {
     done: bool,
@@ -132,7 +132,7 @@ struct Compression {
 }
 
 impl Args {
-    /// Has a name on the hub stand for the model file that was made of it.
+    /// Replaces a name on the hub by the model file that was made from it.
     pub(crate) fn find_model(&mut self) -> Result<(), CliError> {
         let file = model_file(Path::new(&self.target), false)?;
         if let Some(found) = file.to_str().filter(|found| *found != self.target) {
@@ -154,7 +154,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.json { print_json(&report) } else { print(&describe(&report)) }
 }
 
-/// Everything that is not a known name, a folder or a `.json` file is taken for a model file.
+/// Anything that is not a known name, a folder or a `.json` file is taken for a model file.
 fn is_geometry(target: &str) -> bool {
     let path = Path::new(target);
     Geometry::presets().any(|name| name == target)
@@ -163,21 +163,22 @@ fn is_geometry(target: &str) -> bool {
         || !path.exists()
 }
 
-/// Whether a folder has files of weights: what they are is the converter's to say.
+/// Whether a folder has files of weights; the converter examines them.
 fn has_weights(folder: &Path) -> bool {
     let is_weights = |name: &str| name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
     let mut entries = folder.read_dir().into_iter().flatten().flatten();
     entries.any(|entry| entry.file_name().to_str().is_some_and(is_weights))
 }
 
-/// Whether it is a GGUF file by its name: what is in it is the converter's to say.
+/// Whether its name is that of a GGUF file; the converter examines its contents.
 fn is_gguf(target: &Path) -> bool {
     target.is_file() && target.extension().is_some_and(|e| e == "gguf")
 }
 
-/// Exactly what `convert` would write. A checkpoint that it would refuse is planned from its `config.json`, with a warning.
+/// Plans exactly what `convert` would write. If `convert` would refuse the checkpoint, it is planned from its `config.json`, with a
+/// warning.
 fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
-    // Types such as int4 can be carried, but not asked for: those are planned from the configuration.
+    // Types such as int4 can be carried, but not requested; those are planned from the configuration.
     let choice = |ty: Option<WeightType>| ty.map_or(Some(TypeChoice::Keep), |ty| ty.name().parse().ok());
     let (Some(expert_type), Some(dense_type)) = (choice(args.expert_type), choice(args.dense_type)) else {
         return of_geometry(args);
@@ -211,14 +212,14 @@ fn of_checkpoint(args: &Args) -> Result<Report, CliError> {
     }
 }
 
-/// The types that are asked for, as `convert` knows them.
+/// The requested types, as `convert` knows them.
 fn asked(args: &Args) -> asked::Types {
     let choice = |ty: Option<WeightType>| ty.map(TypeChoice::Type);
     asked::Types { experts: choice(args.expert_type), dense: choice(args.dense_type) }
 }
 
-/// What converting takes on the drive beside the model file, because the model is measured. One whose tokenizer is not understood is
-/// not: what is wrong with it, `convert` says.
+/// Additional bytes on the drive during a conversion that measures the model. A model whose tokenizer is not understood is not
+/// measured; `convert` reports what is wrong with it.
 fn measuring_bytes(plan: &converter::Plan) -> u64 {
     let measurement = plan.is_measured().then(|| Measurement::new(plan, TEXT, Effort::default()).ok().flatten());
     measurement.flatten().map_or(0, |measurement| plan.measuring_bytes(measurement.kept_bytes()))
@@ -228,7 +229,7 @@ fn of_geometry(args: &Args) -> Result<Report, CliError> {
     let geometry = Geometry::load(&args.target, None)?;
     let spec = geometry.spec();
     let release = geometry.release();
-    // What was never released is what `synth` makes.
+    // A model that was never released is as `synth` makes it.
     let usual = WeightTypes { experts: geometry.usual_expert_type(), dense: WeightType::Q8 };
     let kept = release.map_or_else(|| usual.by_kind(), |r| r.types);
     let types = KindTypes {
@@ -249,7 +250,7 @@ fn of_geometry(args: &Args) -> Result<Report, CliError> {
     Ok(report)
 }
 
-/// Why a model that is no file yet is planned with its types.
+/// Why a model that is not a file yet is planned with these types.
 fn types_from(args: &Args, release: Option<Release>) -> String {
     let kept = match release {
         None => "as `sluice synth` makes it".to_owned(),
@@ -270,7 +271,7 @@ fn of_file(args: &Args) -> Result<Report, CliError> {
     if args.expert_type.is_some() || args.dense_type.is_some() {
         let target = &args.target;
         return Err(CliError::Usage(format!(
-            "{target} is a model file, whose types are what they are: leave out --type"
+            "{target} is a model file, so its types are fixed: leave out --type"
         )));
     }
     let path = Path::new(&args.target);
@@ -334,11 +335,11 @@ fn report(
     })
 }
 
-/// Usual speeds of a drive and of memory, where nothing was measured, in bytes per second.
+/// Usual speeds of a drive and of memory, in bytes per second, if nothing was measured.
 const USUAL_DRIVE: u64 = 3_000_000_000;
 const USUAL_MEMORY: u64 = 50_000_000_000;
 
-/// The machine to plan for, and where its speeds come from. What is asked for goes first, then what was measured.
+/// The machine to plan for, and the source of its speeds. Requested speeds take precedence over measured ones.
 fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, String), CliError> {
     let measured = match (&args.machine, MachineFile::of_user().filter(|path| path.exists())) {
         (Some(path), _) => Some((MachineFile::load(path)?, path.display().to_string())),
@@ -352,7 +353,7 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, String
         },
     };
     let target = Path::new(&args.target);
-    // The drive that the model lies on, if this is its machine.
+    // The drive of the model, if this is its machine.
     let own = if args.machine.is_none() && target.is_file() { bench_machine::drive(target)? } else { None };
     let of_file = measured.as_ref().map(|(machine, _)| machine);
     let drive = own.or_else(|| of_file?.drive_bytes_per_second).map(|rate| rate as u64);
@@ -380,10 +381,10 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, String
     Ok((machine, speeds_from))
 }
 
-/// What compression of the experts is, or would be, worth here; none for types that it does not shorten.
+/// What compression of the experts is, or would be, worth here; `None` for types that it does not shorten.
 fn compression(spec: &ModelSpec, extents: &[ExtentRecord], types: &[&str]) -> Option<Compression> {
     spec.layers.iter().find(|l| l.ffn.moe.is_some())?;
-    // All experts of one type, or nothing simple can be said.
+    // If the experts do not share one type, there is no simple answer.
     let &[ty] = types else { return None };
     let threads = ThreadPool::new(std::thread::available_parallelism().map_or(1, Into::into));
     let worth = CompressionWorth::of_type(ty.parse().ok()?, &threads)?;
@@ -421,7 +422,7 @@ fn warnings(needs: &Needs, speed: &Result<Speed, sluice_model::memory::BudgetErr
     warnings
 }
 
-/// Speeds are given in powers of ten, so sizes are too: one is divided by the other.
+/// Speeds use powers of ten, so sizes do too, because one is divided by the other.
 fn gigabytes(bytes: u64) -> String {
     match bytes as f64 {
         b if b < 1e9 => format!("{:.1} MB", b / 1e6),
@@ -429,7 +430,7 @@ fn gigabytes(bytes: u64) -> String {
     }
 }
 
-/// The same, rounded up: what is said to suffice does.
+/// The same, rounded up, so that the stated amount suffices.
 fn gigabytes_up(bytes: u64) -> String {
     let step = if bytes < 1_000_000_000 { 100_000 } else { 10_000_000 };
     gigabytes(bytes.div_ceil(step).saturating_mul(step))

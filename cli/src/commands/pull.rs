@@ -1,4 +1,4 @@
-//! `sluice pull`: a repository of the hub becomes a folder.
+//! `sluice pull`: downloads a repository on the hub into a folder.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Its name, such as deepseek-ai/DeepSeek-R1; @REVISION and, for GGUF, :QUANT or :FILE may follow
+    /// Its name, such as deepseek-ai/DeepSeek-R1, with @REVISION and, for GGUF, :QUANT or :FILE
     #[arg(value_name = "REPO")]
     repo: String,
 
@@ -34,16 +34,16 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR")]
     to: Option<PathBuf>,
 
-    /// Only files that match this pattern; may be given several times [default: what `convert` reads, and what describes the
-    /// model]
+    /// Only files that match this pattern; may be given several times [default: the files that `convert` reads, and those that
+    /// describe the model]
     #[arg(long, value_name = "GLOB")]
     include: Vec<String>,
 
-    /// No files that match this pattern; may be given several times
+    /// Leave out files that match this pattern; may be given several times
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
 
-    /// Only say what would be downloaded
+    /// Only report what would be downloaded
     #[arg(long)]
     dry_run: bool,
 
@@ -81,7 +81,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         ));
     }
     pull.notes().iter().for_each(|text| note(&format_args!("note: {text}")));
-    // What the server states no digest of has only its length, which a note says.
+    // If the server states no digest of a file, only its length can be checked, which a note says.
     let is_verified = pull.files().iter().all(|file| file.digest != Digest::Unstated);
     let (bytes, count, commit) = (pull.bytes(), pull.files().len(), pull.commit().to_owned());
     note(&format_args!("{}: {count} files, {}, to {}", reference, Bytes(bytes), folder.display()));

@@ -1,4 +1,4 @@
-//! `sluice rm`: removes a model of the folder of models.
+//! `sluice rm`: removes a model from the folder of models.
 
 use std::io::{self, IsTerminal as _};
 
@@ -16,11 +16,11 @@ Examples:
   sluice rm hf:deepseek-ai/DeepSeek-R1
   sluice rm unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M --yes";
 
-/// Remove a converted model of the folder of models
+/// Remove a converted model from the folder of models
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Its name, as `sluice list` says it
+    /// Its name, as `sluice list` shows it
     name: String,
 
     /// Do not ask
@@ -34,7 +34,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let found = models.named(&args.name);
     if found.is_empty() {
         return Err(CliError::Failure(format!(
-            "{} has no model called {}; `sluice list` says which there are",
+            "{} has no model called {}; `sluice list` shows all of them",
             models.folder().display(),
             args.name
         )));

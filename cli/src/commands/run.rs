@@ -42,10 +42,10 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES, group = clap::ArgGroup::new("conversation").multiple(true))]
 pub(crate) struct Args {
-    /// The model file, or hf:NAME for what was made of a model of the hub
+    /// The model file, or hf:NAME for the file made from a model on the hub
     pub(crate) file: PathBuf,
 
-    /// Make the model file of hf:NAME if it is not there, without asking
+    /// Make the model file of hf:NAME if it does not exist, without asking
     #[arg(long)]
     pub(crate) yes: bool,
 
@@ -61,7 +61,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "IDS", help_heading = "Prompt", conflicts_with_all = ["prompt", "prompt_file"])]
     prompt_ids: Option<TokenIds>,
 
-    /// Most tokens to generate; -1 goes on until the model says that it is done, or the context is full
+    /// Most tokens to generate; -1 continues until the model ends the text or the context is full
     #[arg(short = 'n', long, value_name = "N", default_value = "256", allow_negative_numbers = true, value_parser = parse_most)]
     max_tokens: usize,
 
@@ -69,7 +69,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
 
-    /// Go on when the model says that it is done
+    /// Continue after the model's end token
     #[arg(long)]
     ignore_eos: bool,
 
@@ -77,7 +77,7 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "prompt_ids", group = "conversation")]
     chat: bool,
 
-    /// As --chat, in the chat template of this file, in Jinja, or JSON with one as `chat_template`
+    /// Like --chat, with the chat template in this file, in Jinja, or JSON with one as `chat_template`
     #[arg(long, value_name = "FILE", conflicts_with = "prompt_ids", group = "conversation")]
     chat_template: Option<PathBuf>,
 
@@ -85,7 +85,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT", requires = "conversation")]
     system: Option<String>,
 
-    /// Show special tokens in the text, the end token included
+    /// Show special tokens in the text, including the end token
     #[arg(long, help_heading = "Output")]
     special: bool,
 
@@ -93,7 +93,7 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with = "json", help_heading = "Output")]
     ids: bool,
 
-    /// Say on standard error where time and bytes went
+    /// Report on standard error where time and bytes went
     #[arg(long, help_heading = "Output")]
     profile: bool,
 
@@ -127,8 +127,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "POLICY", default_value = "stop", help_heading = "Engine")]
     when_full: FullChoice,
 
-    /// With --when-full drop-oldest: tokens at the beginning that are never dropped [default: the prompt, but no more than half of the
-    /// context]
+    /// With --when-full drop-oldest: tokens at the beginning that are never dropped [default: the prompt, but no more than half of
+    /// the context]
     #[arg(long, value_name = "N", help_heading = "Engine")]
     keep: Option<usize>,
 }
@@ -138,14 +138,14 @@ pub(crate) struct Args {
 enum FullChoice {
     /// End
     Stop,
-    /// Drop the older half of the tokens behind the kept ones, read the rest again, and go on
+    /// Drop the older half of the tokens after the kept ones, read the rest again, and continue
     DropOldest,
 }
 
 /// As many tokens as there is room for.
 const UNLIMITED: usize = usize::MAX;
 
-/// Everything that can be wrong before weights are read.
+/// The results of all checks before weights are read.
 struct Prepared {
     tokenizer: Option<Tokenizer>,
     prompt: Vec<u32>,
@@ -180,7 +180,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     };
     let mut recorder = args.trace.as_deref().map(|path| Recorder::start(path, &engine)).transpose()?;
     let generation = stream(args, &mut engine, &request, recorder.as_mut()).inspect_err(|_| {
-        // What has been shown so far ends here, and what went wrong is a line of its own.
+        // The text so far ends here, and the error is a line of its own.
         if !args.json && io::stdout().is_terminal() {
             let _ = print_text("\n");
         }
@@ -192,8 +192,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         profile.chart(&engine.spec().family).write(file)?;
     }
     if !args.engine.forget {
-        // The counts are a convenience: a folder that cannot be written is no reason to fail or to complain. Something else in
-        // their place is worth a word.
+        // Counts are a convenience, so a folder that cannot be written is neither an error nor worth a note. Something else in
+        // their place is worth a note.
         if let Err(e) = engine.save_counts()
             && e.kind() == io::ErrorKind::AlreadyExists
         {
@@ -217,7 +217,7 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
         return Err(CliError::Usage(format!("--stop needs a tokenizer, and {name} has none")));
     }
     let defaults = GenerationDefaults::of(file.metadata())?;
-    // Token ids are for programs, which compare them: greedy unless sampling is asked for.
+    // Token ids are for programs, which compare them: greedy unless sampling is requested.
     let recommended = if args.ids { GenerationDefaults::default() } else { defaults.clone() };
     let sampling = args.sampling.config(&recommended);
     sampling.validate()?;
@@ -226,7 +226,7 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
         note(&format_args!("note: {remark}{overrides}"));
     }
     let mut eos = defaults.eos;
-    // Fine-tuned models often name a new end token in the tokenizer's files only.
+    // Fine-tuned models often name a new end token only in the tokenizer's files.
     eos.extend(tokenizer.as_ref().and_then(Tokenizer::end_token));
     if args.ignore_eos {
         eos.clear();
@@ -254,7 +254,7 @@ fn when_full(args: &Args, prompt: usize, context: usize) -> Result<WhenFull, Cli
     }
 }
 
-/// Generates and shows what is wanted while it comes.
+/// Generates, and shows the requested output as it arrives.
 fn stream(
     args: &Args,
     engine: &mut Engine,
@@ -399,7 +399,7 @@ fn parse_most(text: &str) -> Result<usize, String> {
     }
 }
 
-/// Tokens that the session must hold.
+/// Tokens that the sequence must hold.
 fn context(args: &Args, prompt: usize, file: &ModelFile) -> Result<usize, CliError> {
     let most = file.spec().max_positions;
     let wanted = match args.context {
@@ -422,8 +422,8 @@ fn context(args: &Args, prompt: usize, file: &ModelFile) -> Result<usize, CliErr
     Ok(wanted)
 }
 
-/// The longest context whose keys and values take a quarter of the memory at most: more would leave too little for experts.
-/// At least as many tokens as are generated by default.
+/// The longest context whose keys and values take at most a quarter of the memory: more would leave too little for experts. At
+/// least as many tokens as are generated by default.
 fn roomy_context(args: &Args, prompt: usize, file: &ModelFile) -> usize {
     const USUAL: usize = 256;
     let least = prompt.saturating_add(USUAL);

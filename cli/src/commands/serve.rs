@@ -29,15 +29,15 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Model files, or hf:NAME; each is loaded when it is first asked for, and they share the budget
+    /// Model files, or hf:NAME; each is loaded on its first request, and they share the budget
     #[arg(required = true, value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
 
-    /// Make the model files of hf:NAME that are not there, without asking
+    /// Make the model files of hf:NAME that do not exist, without asking
     #[arg(long)]
     pub(crate) yes: bool,
 
-    /// Address to listen at; one that other machines can reach needs --api-key
+    /// Address to listen at; an address that other machines can reach needs --api-key
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
     host: String,
 
@@ -45,8 +45,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PORT", default_value_t = 8080, help_heading = "Server")]
     port: u16,
 
-    /// Key that clients must send; may be given several times, or as SLUICE_API_KEY, which does not show in the list of
-    /// processes
+    /// Key that clients must send; may be given several times, or as SLUICE_API_KEY, which does not appear in the list of processes
     #[arg(long, value_name = "KEY", help_heading = "Server")]
     api_key: Vec<String>,
 
@@ -62,15 +61,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
     allow_origin: Vec<String>,
 
-    /// Folder for what models remember of conversations, so that these go on after a restart [default: memory only]
+    /// Folder for what models remember of conversations, so that these continue after a restart [default: memory only]
     #[arg(long, value_name = "DIR", help_heading = "Server")]
     sessions: Option<PathBuf>,
 
-    /// Most bytes of sessions in that folder; the least useful go first
+    /// Most bytes of sessions in that folder; the least useful are removed first
     #[arg(long, value_name = "SIZE", default_value = "20GB", value_parser = parse_size, help_heading = "Server")]
     sessions_max: u64,
 
-    /// Days after which sessions that nobody has used are deleted
+    /// Days after which unused sessions are deleted
     #[arg(long, value_name = "DAYS", default_value_t = 30, help_heading = "Server")]
     sessions_days: u64,
 
@@ -78,11 +77,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DIR", help_heading = "Server")]
     batches: Option<PathBuf>,
 
-    /// Most tokens of a conversation, prompt and answer together [default: 8192, or fewer if the model sees fewer]
+    /// Most tokens of a conversation, prompt and answer together [default: 8192, or the model's limit if that is less]
     #[arg(long, value_name = "N", value_parser = parse_count, help_heading = "Server")]
     context: Option<NonZeroUsize>,
 
-    /// Conversations of that length that there is memory for at a time; more run while they are shorter
+    /// Conversations of that length for which memory is planned; more run while they are shorter
     #[arg(long, value_name = "N", default_value = "2", value_parser = parse_count, help_heading = "Server")]
     parallel: NonZeroUsize,
 
@@ -90,19 +89,19 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value = "64", value_parser = parse_count, help_heading = "Server")]
     queue: NonZeroUsize,
 
-    /// Take out of prompts what agents change with every call although it says nothing new, so that the rest is not read again
+    /// Remove the parts of prompts that agents change on every call without saying anything new, so that the rest is not read again
     #[arg(long, help_heading = "Server")]
     normalise_agents: bool,
 
-    /// Seconds that answers have to end once the server is told to (SIGTERM or Ctrl-C)
+    /// Seconds in which answers must finish once the server is told to end (SIGTERM or Ctrl-C)
     #[arg(long, value_name = "SECONDS", default_value_t = 30, help_heading = "Server")]
     grace: u64,
 
-    /// Write logs as JSON, one object a line, instead of text
+    /// Write logs as JSON, one object per line, instead of text
     #[arg(long, help_heading = "Server")]
     log_json: bool,
 
-    /// Write what clients send into the logs as well
+    /// Also log the contents of requests
     #[arg(long, help_heading = "Server")]
     log_prompts: bool,
 
@@ -113,9 +112,9 @@ pub(crate) struct Args {
     engine: EngineArgs,
 }
 
-/// Most tokens of a conversation, unless somebody says otherwise.
+/// Most tokens of a conversation, by default.
 const CONTEXT: usize = 8192;
-/// Marks of a sequence: at the ends of its latest messages.
+/// Marks of a sequence, at the ends of its latest messages.
 const MARKS: usize = 4;
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {

@@ -1,4 +1,4 @@
-//! `sluice set`: another tokenizer, chat template or sampling defaults for a model file, without converting again.
+//! `sluice set`: changes the tokenizer, chat template or sampling defaults of a model file, without converting again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,17 +24,17 @@ Examples:
   sluice set r1.sluice --tokenizer DeepSeek-R1/
   sluice set r1.sluice --tokenizer tokenizer.json --generation-config generation_config.json";
 
-/// The ranks of tokenizers that have no tokenizer.json.
+/// The ranks of tokenizers without a tokenizer.json.
 const TIKTOKEN: &str = "tiktoken.model";
 
-/// Give a model file another tokenizer, chat template or sampling defaults; its weights stay as they are
+/// Give a model file another tokenizer, chat template or sampling defaults; its weights do not change
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// The model file, which is changed, or hf:NAME
     pub(crate) file: PathBuf,
 
-    /// A tokenizer.json or tiktoken.model, or a folder with all files of a tokenizer, which replace all that are there
+    /// A tokenizer.json or tiktoken.model, or a folder with all files of a tokenizer, which replace all existing ones
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
 
@@ -97,7 +97,7 @@ fn replace(args: &Args, metadata: &mut Metadata) -> Result<Vec<&'static str>, Cl
     }
     if let Some(path) = &args.chat_template {
         metadata.insert(CHAT_TEMPLATE, read_template(path)?);
-        // The old one's companion for conversations with tools, which would go before it there.
+        // The old template's companion for conversations with tools, which would take precedence over the new one there.
         metadata.remove("additional_chat_templates/tool_use.jinja");
         replaced.push(CHAT_TEMPLATE);
     }
@@ -108,7 +108,7 @@ fn replace(args: &Args, metadata: &mut Metadata) -> Result<Vec<&'static str>, Cl
     Ok(replaced)
 }
 
-/// Replaces all files of the tokenizer by those of a folder: those of two would not fit together.
+/// Replaces all files of the tokenizer by those in a folder, because files of two tokenizers do not fit together.
 fn replace_tokenizer(folder: &Path, metadata: &mut Metadata) -> Result<Vec<&'static str>, CliError> {
     let there = |name: &&str| fs::exists(folder.join(name)).unwrap_or(false);
     let names: Vec<_> = TOKENIZER_BLOBS.into_iter().filter(there).collect();
@@ -126,7 +126,7 @@ fn replace_tokenizer(folder: &Path, metadata: &mut Metadata) -> Result<Vec<&'sta
     Ok(names)
 }
 
-/// Checks what is to be written, as `convert` does, but that whoever gives a template wants one that works.
+/// Checks what will be written, as `convert` does, except that a template that is given must work.
 fn check(args: &Args, model: &ModelFile, metadata: &Metadata) -> Result<(), CliError> {
     let file = args.file.display();
     let set = format!("sluice set {file}");
@@ -142,7 +142,7 @@ fn check(args: &Args, model: &ModelFile, metadata: &Metadata) -> Result<(), CliE
     Ok(())
 }
 
-/// The file or folder that the user gave in which this problem is.
+/// The file or folder from the command line to which this problem belongs.
 fn given<'a>(args: &'a Args, problem: &TextError) -> Option<&'a Path> {
     let option = match problem {
         TextError::ChatTemplate { .. } | TextError::ChatRefused { .. } => &args.chat_template,
@@ -154,7 +154,7 @@ fn given<'a>(args: &'a Args, problem: &TextError) -> Option<&'a Path> {
     option.as_deref()
 }
 
-/// Reads sampling defaults. Those of a configuration of a model, whose name is like theirs, would be none.
+/// Reads sampling defaults. A model's configuration, which has a similar name, would contain none.
 fn read_defaults(path: &Path) -> Result<Vec<u8>, CliError> {
     const DEFAULTS: [&str; 7] =
         ["do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens"];
@@ -170,7 +170,7 @@ fn read_defaults(path: &Path) -> Result<Vec<u8>, CliError> {
     Ok(bytes)
 }
 
-/// The same error, in words of the command line.
+/// The same error, in terms of the command line.
 fn explain(error: FormatError) -> CliError {
     match error {
         FormatError::Layout(problem) => CliError::Failure(problem),

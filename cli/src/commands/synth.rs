@@ -58,7 +58,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "S", default_value_t = 1.0)]
     skew: f32,
 
-    /// Where the random numbers start: the same seed makes the same file
+    /// Seed of the random numbers: the same seed makes the same file
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = value_parser!(u64))]
     seed: u64,
 
@@ -66,7 +66,7 @@ pub(crate) struct Args {
     #[arg(long)]
     sparse: bool,
 
-    /// Holes instead of experts, to measure a large model on a small disk with `bench decode --drive`; nothing else runs it
+    /// Holes instead of experts, to measure a large model on a small disk with `bench decode --drive`; no other command can run it
     #[arg(long, conflicts_with = "sparse")]
     no_experts: bool,
 
@@ -79,7 +79,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// Names of the types that weights can be made in.
+/// Names of the types in which weights can be made.
 pub(super) fn type_parser() -> impl TypedValueParser<Value = WeightType> {
     PossibleValuesParser::new(TYPES.map(WeightType::name)).try_map(|name| WeightTypes::parse(&name))
 }

@@ -1,4 +1,4 @@
-//! `sluice tokenize`: what the model's tokenizer makes of a text, or of token ids.
+//! `sluice tokenize`: turns a text into token ids with a model's tokenizer, or token ids into text.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -42,7 +42,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "text")]
     text_file: Option<PathBuf>,
 
-    /// Token ids, such as 1,2,3, to be turned into text
+    /// Token ids, such as 1,2,3, to turn into text
     #[arg(long, value_name = "IDS", conflicts_with_all = ["text", "text_file", "chat", "no_special"])]
     ids: Option<TokenIds>,
 
@@ -54,7 +54,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
 
-    /// Without the tokens that the tokenizer puts around every text, such as a begin-of-sequence token
+    /// Leave out the tokens that the tokenizer puts around every text, such as a begin-of-sequence token
     #[arg(long, conflicts_with = "chat")]
     no_special: bool,
 
@@ -124,7 +124,7 @@ fn decode(tokenizer: &Tokenizer, ids: &[u32], special: bool) -> Result<String, C
     Ok(text + &detokenizer.finish()?)
 }
 
-/// The ids of the text as a user's message, and the conversation that they stand for.
+/// The ids of the text as a user's message, and the conversation that they represent.
 fn chat(args: &Args, tokenizer: &Tokenizer, files: &TextFiles, text: &str) -> Result<(Vec<u32>, String), CliError> {
     let template = ChatTemplate::find(|name| files.get(name))?
         .ok_or_else(|| CliError::Usage(format!("{} has no chat template: leave --chat away", args.file.display())))?;
@@ -151,14 +151,14 @@ fn text(args: &Args) -> Result<String, CliError> {
     read_text(stdin).map_err(|e| CliError::Failure(format!("cannot read the text from standard input: {e}")))
 }
 
-/// A text, of which one byte more is read than the tokenizer takes: it says so then, and an endless file ends.
+/// Reads a text with at most one byte more than the tokenizer takes, so that the tokenizer reports it, and endless files end.
 fn read_text(input: impl Read) -> io::Result<String> {
     let mut text = String::new();
     input.take(MAX_TEXT_BYTES as u64 + 1).read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// The files that say how text becomes tokens: those in a model file, or those in a folder.
+/// The files that turn text into tokens: those in a model file, or those in a folder.
 struct TextFiles(BTreeMap<String, Vec<u8>>);
 
 impl TextFiles {
@@ -180,7 +180,7 @@ impl TextFiles {
     }
 }
 
-/// The bytes of a file, if there is one. Of one that is too long, only so much that the tokenizer will say so.
+/// The bytes of a file, if there is one. If it is too long, only as many as the tokenizer needs to report that.
 fn read_file(path: &Path) -> Result<Option<Vec<u8>>, CliError> {
     if !fs::metadata(path).is_ok_and(|m| m.is_file()) {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! `sluice trace`: what recorded routing says about caches.
+//! `sluice trace`: what recorded routing shows about caches.
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -49,7 +49,7 @@ struct ReplayArgs {
     #[arg(long, value_name = "LIST", default_value = "all", value_delimiter = ',')]
     policy: Vec<Policies>,
 
-    /// Experts per layer [default: what the trace's header says, else the largest id, rounded up to a power of two]
+    /// Experts per layer [default: the number in the trace's header, or the largest id, rounded up to a power of two]
     #[arg(long, value_name = "N")]
     experts: Option<u32>,
 
@@ -65,7 +65,7 @@ struct StatsArgs {
     /// The trace
     trace: PathBuf,
 
-    /// Experts per layer [default: what the trace's header says, else the largest id, rounded up to a power of two]
+    /// Experts per layer [default: the number in the trace's header, or the largest id, rounded up to a power of two]
     #[arg(long, value_name = "N")]
     experts: Option<u32>,
 
@@ -146,7 +146,7 @@ fn table(rows: &[Row]) -> String {
     out + "* what `sluice run` uses\n"
 }
 
-/// Reads a trace, and says if its end is missing.
+/// Reads a trace, and reports if its end is missing.
 fn open(path: &Path) -> Result<Trace, CliError> {
     let trace = Trace::open(path)?;
     if trace.is_cut_short() {

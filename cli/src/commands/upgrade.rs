@@ -1,4 +1,4 @@
-//! `sluice upgrade`: a model file as the newest version of the format, compressed or not, in one file or in volumes.
+//! `sluice upgrade`: rewrites a model file in the newest version of the format, compressed or not, in one file or in volumes.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -29,14 +29,14 @@ Examples:
   sluice upgrade r1.sluice publish/r1.sluice --split-size 50GB
   sluice upgrade publish/r1-00001-of-00014.sluice r1.sluice    one file again";
 
-/// Rewrite a model file as the newest version of the format: compressed, in volumes, or as one file again
+/// Rewrite a model file in the newest version of the format: compressed, in volumes, or as one file again
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     /// The model file, or one of its volumes
     pub(crate) file: PathBuf,
 
-    /// Model file to write [default: in the place of the other one]
+    /// Model file to write [default: replace the input]
     dst: Option<PathBuf>,
 
     /// Compress the weights where that saves at least 8 %, without loss
@@ -51,7 +51,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     split_size: Option<u64>,
 
-    /// Replace the model file if it exists, once the new one is complete; what is no model file is never replaced
+    /// Replace the model file if it exists, once the new one is complete; only model files are ever replaced
     #[arg(long)]
     overwrite: bool,
 
@@ -80,7 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     print(&describe(&args.file, &summary, started.elapsed().as_secs_f64()))
 }
 
-/// What runs have learned of the experts is true of the new file as well. Without it, the first run is slower.
+/// Copies what runs have learned about the experts, which is true of the new file too. Without it, the first run is slower.
 fn carry_counts(src: &Path, dst: &Path) {
     let carried = ModelFile::open(dst).map(|model| counts::carry(src, dst, model.state_id()));
     if let Ok(Err(e)) = carried {

@@ -1,4 +1,4 @@
-//! `sluice verify`: every checksum of a model file, and whether it was made of a checkpoint.
+//! `sluice verify`: checks every checksum of a model file, and whether it was made from a checkpoint.
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ Examples:
   sluice verify r1.sluice --source DeepSeek-R1/
   sluice verify r1.sluice --json | jq .damaged";
 
-/// Check every checksum of a model file, name what is damaged; compare it with its checkpoint
+/// Check every checksum of a model file and name what is damaged; compare it with its checkpoint
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -39,7 +39,7 @@ pub(crate) struct Args {
     json: bool,
 }
 
-/// Tensors of a file that are named to people.
+/// Tensors of a file that are listed for people.
 const TENSORS_SHOWN: usize = 8;
 
 #[derive(Debug, Serialize)]
@@ -49,7 +49,7 @@ struct Report {
     extents: usize,
     bytes: u64,
     damaged: Vec<Damage>,
-    /// How the checkpoint compares, if one was named.
+    /// The result of the comparison, if a checkpoint was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     source: Option<Source>,
     /// Why the file could not even be opened.
@@ -57,7 +57,7 @@ struct Report {
     error: Option<String>,
 }
 
-/// A checkpoint beside what the model file was made of.
+/// A checkpoint compared with the one from which the model file was made.
 #[derive(Debug, Serialize)]
 struct Source {
     folder: String,
@@ -118,14 +118,14 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
 }
 
-/// Whether this is a file that `sluice set` replaces.
+/// Whether `sluice set` replaces this file.
 fn is_text(file: &SourceFile) -> bool {
     TEXT_FILES.contains(&file.name.as_str())
 }
 
 fn examine(args: &Args, report: &mut Report) -> Result<(), CliError> {
     let file = ModelFile::open(&args.file)?;
-    // Before the file is read: it may not say enough to compare.
+    // Before the model file is read, which may lack what the comparison needs.
     let comparison = args.source.as_deref().map(|folder| Comparison::new(&file, folder)).transpose()?;
     report.extents = file.extents().len();
     report.bytes = file.file_bytes();
@@ -172,7 +172,7 @@ impl From<FormatError> for Damage {
     }
 }
 
-/// How many files are the same. Of GGUF files, the others of the list are made.
+/// How many files are the same. With GGUF, the other files of the list are made from it.
 fn same(files: &[SourceFile]) -> String {
     let (gguf, others): (Vec<&SourceFile>, Vec<&SourceFile>) = files.iter().partition(|f| f.name.ends_with(".gguf"));
     let number =

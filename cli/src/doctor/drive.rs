@@ -1,4 +1,4 @@
-//! The folder of the models: filesystem, direct reads, the drive below, and whether it has been measured.
+//! Checks the folder of the models: filesystem, direct reads, the drive, and whether it has been measured.
 
 use std::fs;
 use std::io;
@@ -10,30 +10,30 @@ use sluice_storage::io::{Calibration, DirectIo};
 
 use super::{Finding, chosen, read};
 
-/// Filesystems that reach their bytes over a network or through another program.
+/// Filesystems whose reads go over a network or through another program.
 const DISTANT: [&str; 9] = ["nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "fuse", "ceph", "sshfs"];
-/// Those whose files are in memory already.
+/// Filesystems whose files are in memory already.
 const IN_MEMORY: [&str; 2] = ["tmpfs", "ramfs"];
-/// Seconds after which a drive is worth measuring again: filesystems age, and so do drives.
+/// Seconds after which a drive should be measured again, because filesystems and drives age.
 const OLD: u64 = 365 * 24 * 60 * 60;
 
 /// A filesystem that is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Mount {
-    /// Where.
+    /// Its mount point.
     point: PathBuf,
     /// Its type, such as `ext4`.
     kind: String,
-    /// What it is on, such as `/dev/nvme0n1p2`.
+    /// Its device, such as `/dev/nvme0n1p2`.
     source: String,
 }
 
 impl Mount {
-    /// The one that a folder, given without links, is on.
+    /// The mount of a folder, whose path must contain no links.
     pub(crate) fn of(root: &Path, folder: &Path) -> Option<Mount> {
         let text = read(root, "proc/self/mountinfo")?;
         let mounts = text.lines().filter_map(Mount::parse).filter(|mount| folder.starts_with(&mount.point));
-        // Of two at the same place, the later one hides the other.
+        // If two have the same place, the later one hides the other.
         mounts.max_by_key(|mount| mount.point.components().count())
     }
 
@@ -53,7 +53,7 @@ fn unescape(text: &str) -> String {
         .fold(text.to_owned(), |text, (code, character)| text.replace(code, character))
 }
 
-/// The filesystem, by its type and the room that it has.
+/// Checks the filesystem: its type and its free space.
 pub(crate) fn filesystem(mount: &Mount, free: Option<u64>) -> Finding {
     let free = free.map_or(String::new(), |free| format!(", {} free", Bytes(free)));
     let is = format!("{} at {}{free}", mount.kind, mount.point.display());
@@ -82,7 +82,7 @@ pub(crate) fn filesystem(mount: &Mount, free: Option<u64>) -> Finding {
     Finding::ok("filesystem", is)
 }
 
-/// Whether reads bypass the page cache.
+/// Checks whether reads bypass the page cache.
 pub(crate) fn direct(direct: &DirectIo) -> Finding {
     match direct {
         DirectIo::Engaged { .. } => Finding::ok("direct reads", direct.to_string()),
@@ -94,10 +94,10 @@ pub(crate) fn direct(direct: &DirectIo) -> Finding {
     }
 }
 
-/// The drive below a mount. `device`: its number, such as `259:2`.
+/// Checks the drive of a mount. `device`: its number, such as `259:2`.
 pub(crate) fn drive(root: &Path, device: &str, mount: Option<&Mount>) -> Option<Finding> {
     let block = root.join("sys/dev/block").join(device).canonicalize().ok().or_else(|| {
-        // Filesystems such as btrfs have device numbers of their own.
+        // Filesystems such as btrfs have their own device numbers.
         let source = Path::new(&mount?.source);
         let name = source.canonicalize().ok().unwrap_or_else(|| source.to_owned());
         root.join("sys/class/block").join(name.file_name()?).canonicalize().ok()
@@ -151,8 +151,8 @@ fn kind(disk: &Path, name: &str) -> String {
     }
 }
 
-/// Whether the drive has been measured, and when. `found`: all drives that have been. `now`: seconds since 1970. `path`: what to
-/// measure.
+/// Checks whether the drive has been measured, and when. `found`: all drives that have been measured. `now`: seconds since 1970.
+/// `path`: the path to measure.
 pub(crate) fn calibration(
     found: &Result<Vec<Calibration>, CalibrationError>,
     device: &DeviceId,
@@ -195,7 +195,7 @@ pub(crate) fn calibration(
     Finding::ok("calibration", is)
 }
 
-/// The folder of a file, or a folder itself, without links.
+/// The folder of a file, or a folder itself, with links resolved.
 pub(crate) fn folder_of(path: &Path) -> io::Result<PathBuf> {
     let whole = fs::canonicalize(path)?;
     let folder = if whole.is_dir() { &whole } else { whole.parent().unwrap_or(&whole) };
@@ -258,7 +258,7 @@ mod tests {
         assert_eq!((fast.verdict, fast.is.as_str()), (Verdict::Ok, "nvme0n1 Some Drive 1TB (NVMe), scheduler none"));
         let spinning = found("sys/devices/ata1/sda", "1\n", "[mq-deadline] none\n");
         assert!(spinning.is.contains("a disk that spins") && spinning.verdict == Verdict::CouldBeBetter);
-        // Hypervisors say so of SSDs as well.
+        // Hypervisors report this for SSDs as well.
         assert_eq!(found("sys/devices/virtio0/vda", "1\n", "[none]\n").verdict, Verdict::Ok);
         let sorted = found("sys/devices/ata1/sdb", "0\n", "none [bfq]\n");
         assert_eq!(sorted.mend.as_deref(), Some("echo none | sudo tee /sys/block/sdb/queue/scheduler"));

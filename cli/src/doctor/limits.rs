@@ -1,4 +1,4 @@
-//! What the system lets a process do: lock memory, open files, use io_uring.
+//! Checks what the system allows a process: to lock memory, to open files, to use io_uring.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use super::{Finding, read};
 
 /// Open files that a server with some clients and a model in volumes needs.
 const FILES: u64 = 512;
-/// The capability that lifts the limit of locked memory (`CAP_IPC_LOCK`).
+/// The capability that lifts the limit on locked memory (`CAP_IPC_LOCK`).
 const IPC_LOCK: u32 = 14;
 
 /// A limit of this process: its soft value, `u64::MAX` for none.
@@ -30,8 +30,8 @@ fn may_lock_all(root: &Path) -> bool {
     read(root, "proc/self/status").and_then(effective).is_some_and(|set| (set >> IPC_LOCK) & 1 == 1)
 }
 
-/// Memory that may be locked: io_uring reads faster into slots that it has registered, and those count. `available`: bytes of memory
-/// that slots may take.
+/// Checks the limit on locked memory: io_uring reads faster into slots that are registered, and those count as locked. `available`:
+/// bytes of memory that slots may take.
 pub(crate) fn locked_memory(root: &Path, available: u64) -> Option<Finding> {
     let limit = limit(root, "Max locked memory")?;
     Some(match limit {
@@ -50,7 +50,7 @@ pub(crate) fn locked_memory(root: &Path, available: u64) -> Option<Finding> {
     })
 }
 
-/// Files that may be open at once.
+/// Checks how many files may be open at once.
 pub(crate) fn open_files(root: &Path) -> Option<Finding> {
     let limit = limit(root, "Max open files")?;
     Some(match limit {
@@ -64,7 +64,7 @@ pub(crate) fn open_files(root: &Path) -> Option<Finding> {
     })
 }
 
-/// io_uring, of which a ring has been set up, or was refused for a reason.
+/// Checks io_uring. `tried`: a ring has been set up, or was refused for a reason.
 pub(crate) fn io_uring(root: &Path, tried: &Result<(), String>) -> Finding {
     let Err(reason) = tried else { return Finding::ok("io_uring", "available") };
     let instead = "threads read instead, at the same bandwidth, and take more of the processor";
@@ -86,7 +86,7 @@ pub(crate) fn io_uring(root: &Path, tried: &Result<(), String>) -> Finding {
             format!("{reason}; {instead}"),
             "use Linux 5.11 or newer, outside of a filter of system calls",
         ),
-        // Nothing that anybody could do.
+        // The user can do nothing about this.
         _ => Finding::ok("io_uring", format!("{reason}; {instead}")),
     }
 }

@@ -1,4 +1,4 @@
-//! Memory: what there is, what control groups allow, swap, and huge pages.
+//! Checks memory: the amount, limits of control groups, swap, and huge pages.
 
 use std::path::Path;
 
@@ -7,10 +7,10 @@ use sluice_model::memory::{Bytes, GroupLimit, SystemMemory};
 
 use super::{Finding, chosen, read};
 
-/// Less available memory than this is too little for anything but small models.
+/// With less available memory than this, only small models run.
 const LITTLE: u64 = 4 << 30;
 
-/// The memory of the system. `available`: bytes that this process may take. `needs`: those of a model, if one is looked at.
+/// Checks the memory of the system. `available`: bytes that this process may take. `needs`: those of a model, if one is checked.
 pub(crate) fn memory(system: &SystemMemory, available: u64, needs: Option<&Needs>) -> Finding {
     let total = system.total.map_or("an unknown amount".to_owned(), |total| Bytes(total).to_string());
     let is = format!("{total}, of which {} are available to this program", Bytes(available));
@@ -37,7 +37,7 @@ pub(crate) fn memory(system: &SystemMemory, available: u64, needs: Option<&Needs
     }
 }
 
-/// The limits of control groups; those that allow more than there is do not count.
+/// Checks the limits of control groups; limits above the memory of the machine do not count.
 pub(crate) fn control_groups(limits: &[GroupLimit], total: Option<u64>) -> Finding {
     let binding = limits.iter().filter(|group| group.limit < total.unwrap_or(u64::MAX >> 1));
     let Some(group) = binding.min_by_key(|group| group.allows) else {
@@ -51,13 +51,13 @@ pub(crate) fn control_groups(limits: &[GroupLimit], total: Option<u64>) -> Findi
     )
 }
 
-/// Swap. It holds no experts, which are read again instead; it helps other programs make room.
+/// Checks swap. It holds no experts, which are read again instead; it helps other programs make room.
 pub(crate) fn swap(system: &SystemMemory) -> Option<Finding> {
     let (all, free) = (system.swap?, system.swap_free?);
     let used = all.saturating_sub(free);
     Some(match all {
         0 => Finding::ok("swap", "none"),
-        // Some is always used by what nobody needs.
+        // Swap always holds some pages that are never used.
         _ if used > all / 2 => Finding::better(
             "swap",
             format!("{} of {} are in use", Bytes(used), Bytes(all)),
@@ -68,7 +68,7 @@ pub(crate) fn swap(system: &SystemMemory) -> Option<Finding> {
     })
 }
 
-/// Huge pages, which drives write to faster.
+/// Checks huge pages, to which drives write faster.
 pub(crate) fn huge_pages(root: &Path) -> Option<Finding> {
     let text = read(root, "sys/kernel/mm/transparent_hugepage/enabled")?;
     Some(match chosen(&text) {
@@ -124,7 +124,7 @@ mod tests {
         let found = control_groups(&[group(6 * GIB, 3 * GIB), group(4 * GIB, 2 * GIB)], total);
         assert_eq!(found.verdict, Verdict::CouldBeBetter);
         assert!(found.is.contains("allows 4.0 GiB") && found.is.contains("2.0 GiB are left"), "{}", found.is);
-        // Without knowing the memory, "no limit" is none still.
+        // If the memory is unknown, "no limit" is still no limit.
         assert_eq!(control_groups(&[group(i64::MAX as u64, 5)], None).verdict, Verdict::Ok);
     }
 

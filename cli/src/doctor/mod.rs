@@ -1,7 +1,7 @@
-//! What the machine is like for this program, finding by finding, and how to mend what is not well.
+//! Checks the machine for this program, finding by finding, with advice on how to mend what is wrong.
 //!
-//! What a probe reads lies below a root folder, `/` except in tests, or is handed to it, so that every verdict can be tested on any
-//! machine. Where a system does not have what a probe looks at, there is no finding.
+//! Probes read only below a root folder, `/` except in tests, or get their data as arguments, so every verdict can be tested on any
+//! machine. If a system lacks what a probe reads, there is no finding.
 
 pub(crate) mod drive;
 pub(crate) mod limits;
@@ -13,15 +13,15 @@ use std::path::Path;
 
 use serde::Serialize;
 
-/// How well something is.
+/// A verdict on one thing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {
     /// Nothing to mend.
     Ok,
-    /// It works, and something costs speed or room.
+    /// It works, but costs speed or space.
     CouldBeBetter,
-    /// It does not work so.
+    /// It does not work.
     Wrong,
 }
 
@@ -35,15 +35,15 @@ impl Verdict {
     }
 }
 
-/// What was found of one thing.
+/// A finding about one thing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Finding {
     /// The thing.
     pub(crate) of: &'static str,
     pub(crate) verdict: Verdict,
-    /// How it is.
+    /// Its state.
     pub(crate) is: String,
-    /// What to do about it; `None` if nothing.
+    /// What to do about it; `None` if nothing is needed.
     pub(crate) mend: Option<String>,
 }
 
@@ -61,7 +61,7 @@ impl Finding {
     }
 }
 
-/// The worst verdict of all; ok if there is none.
+/// The worst verdict of all findings; ok if there are none.
 pub(crate) fn worst(findings: &[Finding]) -> Verdict {
     findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok)
 }
@@ -76,7 +76,7 @@ pub(crate) fn describe(findings: &[Finding]) -> String {
     findings.iter().map(line).collect()
 }
 
-/// A short file of the system, without the white space around it.
+/// The contents of a short system file, without the white space around it.
 fn read(root: &Path, place: impl AsRef<Path>) -> Option<String> {
     fs::read_to_string(root.join(place)).ok().map(|text| text.trim().to_owned())
 }

@@ -1,4 +1,4 @@
-//! The processor: cores, threads, instruction sets.
+//! Checks the processor: cores, threads, instruction sets.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -30,7 +30,7 @@ pub(crate) fn processor(root: &Path, allowed: usize) -> Finding {
     Finding::ok("processor", is)
 }
 
-/// Cores and hardware threads that are on.
+/// Number of cores and hardware threads that are online.
 fn topology(root: &Path) -> Option<(usize, usize)> {
     let folder = root.join("sys/devices/system/cpu");
     let is_processor = |name: &str| {
@@ -42,7 +42,7 @@ fn topology(root: &Path) -> Option<(usize, usize)> {
         if entry.file_name().to_str().is_none_or(|name| !is_processor(name)) {
             continue;
         }
-        // One that is off has no place.
+        // A thread that is offline has no topology.
         let place = |name: &str| read(&entry.path(), Path::new("topology").join(name));
         let (Some(package), Some(core)) = (place("physical_package_id"), place("core_id")) else { continue };
         threads += 1;
@@ -51,7 +51,7 @@ fn topology(root: &Path) -> Option<(usize, usize)> {
     (threads > 0).then_some((cores.len(), threads))
 }
 
-/// The instruction set in use, of those that there are; `chosen` is the choice, or why it is refused.
+/// The instruction set in use, among those that are available; `chosen` is the choice, or why it is refused.
 pub(crate) fn instructions(chosen: &Result<Kernels, IsaError>) -> Finding {
     let names: Vec<_> = Kernels::available().iter().map(Kernels::isa_name).collect();
     verdict(&chosen.as_ref().map(Kernels::isa_name).map_err(ToString::to_string), &names)
@@ -92,7 +92,7 @@ mod tests {
             files.push((format!("{folder}/physical_package_id"), "0\n"));
             files.push((format!("{folder}/core_id"), core));
         }
-        // Off, and no processor.
+        // An offline thread, and a folder that is not a processor.
         files.push(("sys/devices/system/cpu/cpu4/online".to_owned(), "0\n"));
         files.push(("sys/devices/system/cpu/cpufreq/boost".to_owned(), "1\n"));
         let files: Vec<_> = files.iter().map(|(name, text)| (name.as_str(), *text)).collect();

@@ -1,4 +1,4 @@
-//! Where the time of a token goes, as bars made of parts.
+//! Where the time of a token goes, as bars that consist of parts.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -22,7 +22,7 @@ const LABELLED: f64 = 52.0;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct BarChart {
     pub(crate) title: String,
-    /// Of the numbers.
+    /// Unit of the numbers.
     pub(crate) unit: &'static str,
     /// Names of the parts, the same for all bars.
     pub(crate) parts: Vec<&'static str>,
@@ -32,11 +32,11 @@ pub(crate) struct BarChart {
 /// One bar.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Bar {
-    /// What it is, above it.
+    /// Its name, above it.
     pub(crate) name: String,
     /// A remark below it.
     pub(crate) remark: String,
-    /// A value for each part; those that are not positive are not seen.
+    /// A value for each part; values that are not positive are invisible.
     pub(crate) values: Vec<f64>,
 }
 
@@ -121,7 +121,7 @@ impl Bar {
     }
 }
 
-/// Three digits that mean something.
+/// Rounds to three significant digits.
 fn round(value: f64) -> f64 {
     let digits = if value > 0.0 { (2.0 - value.log10().floor()).clamp(0.0, 3.0) } else { 0.0 };
     let power = 10f64.powf(digits);

@@ -4,18 +4,18 @@ use std::fmt::Write as _;
 
 use super::{escape, head};
 
-/// Pixels: a box, from one box to the next, and the space around all.
+/// Pixels: size of a box, distance between boxes, and the margin.
 const BOX: (f64, f64) = (158.0, 58.0);
 const PITCH: (f64, f64) = (204.0, 138.0);
 const MARGIN: (f64, f64) = (28.0, 62.0);
-/// Between two arrows that go up and down between the same boxes.
+/// Distance between two arrows in opposite directions between the same boxes.
 const APART: f64 = 26.0;
-/// How far from the middle of its boxes an arrow ends that leads to another column.
+/// Distance from the middle of its boxes at which an arrow to another column ends.
 const SLANT: f64 = 56.0;
-/// How far below its boxes an arrow goes that leads back.
+/// Distance below its boxes of an arrow that leads back.
 const BELOW: f64 = 34.0;
 
-/// What a box is: decides its colour.
+/// The kind of a box, which decides its colour.
 #[derive(Clone, Copy)]
 enum Kind {
     OnDrive,
@@ -42,7 +42,7 @@ impl Kind {
     }
 }
 
-/// A box: its name, what it has or does, and its column and row.
+/// A box: its name, its description, and its column and row.
 struct Node {
     name: &'static str,
     about: &'static str,
@@ -50,12 +50,12 @@ struct Node {
     place: (f64, f64),
 }
 
-/// How an arrow runs from one box to another.
+/// The course of an arrow between two boxes.
 #[derive(Clone, Copy)]
 enum Way {
     /// From border to border.
     Straight,
-    /// Straight, and so many pixels beside the middle.
+    /// Straight, this many pixels beside the middle.
     Beside(f64),
     /// Around, below all boxes.
     Below,
@@ -64,7 +64,7 @@ enum Way {
 struct Arrow {
     from: &'static str,
     to: &'static str,
-    /// What goes along it.
+    /// What moves along it.
     what: &'static str,
     way: Way,
 }
@@ -77,7 +77,7 @@ const fn arrow(from: &'static str, to: &'static str, what: &'static str, way: Wa
     Arrow { from, to, what, way }
 }
 
-/// The description: boxes by column and row, in the words of docs/ARCHITECTURE.md.
+/// The description: boxes by column and row, in the terms of docs/ARCHITECTURE.md.
 const NODES: &[Node] = &[
     node("checkpoint", "safetensors, GGUF, hub", Kind::OnDrive, (0.0, 0.0)),
     node("converter", "types, layout, checksums", Kind::Work, (1.0, 0.0)),
@@ -184,7 +184,7 @@ fn draw_arrow(out: &mut String, arrow: &Arrow) {
         Way::Straight | Way::Beside(_) => {
             let aside = if let Way::Beside(aside) = arrow.way { aside } else { 0.0 };
             let side = half_height * (y1 - y0).signum();
-            // Between columns it leaves and arrives beside the middle, which others have.
+            // Between columns, it leaves and arrives beside the middle, which other arrows use.
             let slant = if x0 == x1 { 0.0 } else { SLANT * (x1 - x0).signum() };
             let (x0, x1) = (x0 + aside + slant, x1 + aside - slant);
             let path = format!("M{x0:.0} {:.0}L{x1:.0} {:.0}", y0 + side, y1 - side);

@@ -1,4 +1,4 @@
-//! What the tests of the program share: calling it, and a converted demo model.
+//! Code that the tests of the program share: calling it, and a converted demo model.
 #![allow(dead_code, reason = "every test file uses a part of it")]
 
 use std::fs;
@@ -16,7 +16,7 @@ pub fn demo_checkpoint() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/demo-model")
 }
 
-/// Its files of these names, or all, in a folder that is made if need be.
+/// Copies its files with these names, or all, to a folder that is created if necessary.
 pub fn copy_checkpoint(to: &Path, names: Option<&[&str]>) {
     fs::create_dir_all(to).unwrap();
     for file in fs::read_dir(demo_checkpoint()).unwrap().map(|entry| entry.unwrap().path()) {
@@ -27,7 +27,7 @@ pub fn copy_checkpoint(to: &Path, names: Option<&[&str]>) {
     }
 }
 
-/// What the reference implementation computes from it.
+/// The results of the reference implementation for it.
 pub fn expected() -> Value {
     serde_json::from_slice(&fs::read(demo_checkpoint().join("expected.json")).unwrap()).unwrap()
 }
@@ -36,7 +36,7 @@ pub fn sluice(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_sluice")).args(args).stdin(Stdio::null()).output().unwrap()
 }
 
-/// Runs the program with something on its standard input.
+/// Runs the program with this standard input.
 pub fn sluice_with_input(args: &[&str], input: &[u8]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -60,7 +60,7 @@ pub fn json(output: &Output) -> Value {
     serde_json::from_str(&stdout(output)).unwrap()
 }
 
-/// Asserts failure with this code, and, behind notes if there are any, one paragraph that names all of `words`.
+/// Asserts failure with this code and, after any notes, one paragraph that contains all of `words`.
 pub fn assert_fails(output: &Output, code: i32, words: &[&str]) {
     let message = stderr(output);
     assert_eq!(output.status.code(), Some(code), "{message}");
@@ -85,7 +85,7 @@ pub fn demo_model() -> &'static str {
     path
 }
 
-/// A pseudo-terminal, which programs that other tests start meanwhile do not keep open.
+/// A pseudo-terminal that is not inherited by programs that other tests start meanwhile.
 pub fn open_terminal(size: Option<&Winsize>) -> OpenptyResult {
     let terminal = openpty(size, None).unwrap();
     for end in [&terminal.master, &terminal.slave] {

@@ -17,9 +17,9 @@ use rustix::termios::tcsetwinsize;
 
 use crate::common::open_terminal;
 
-/// No test waits for a time: this only ends one that would wait for ever.
+/// No test waits for a fixed time: this only ends one that would wait for ever.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// What a line editor sends when it begins to read a line: it asks the terminal to mark what is pasted.
+/// The sequence that a line editor sends when it begins to read a line: it asks the terminal to mark pasted text.
 const READY: &str = "\x1b[?2004h";
 
 /// A terminal with a program on it.
@@ -27,17 +27,17 @@ pub struct Terminal {
     master: File,
     child: Child,
     screen: vt100::Parser,
-    /// All that the program has written.
+    /// The output of the program.
     written: String,
-    /// How much of it has been looked at.
+    /// How much of it has been examined.
     seen: usize,
-    /// Bytes of a character that is not whole yet.
+    /// Bytes of an incomplete character.
     rest: Vec<u8>,
     ended: bool,
 }
 
 impl Terminal {
-    /// Starts a program on a terminal of this size, which is the one that its keys come from.
+    /// Starts a program on a terminal of this size, which is also its controlling terminal.
     pub fn start(mut command: Command, rows: u16, columns: u16) -> Self {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         let pty = open_terminal(Some(&size));
@@ -52,7 +52,7 @@ impl Terminal {
             });
         }
         let child = command.spawn().unwrap();
-        // The last of ours: a terminal ends when nobody can write to it.
+        // This is our last handle: a terminal ends when no process can write to it.
         drop(command);
         drop(pty.slave);
         let master = File::from(pty.master);
@@ -64,7 +64,7 @@ impl Terminal {
     pub fn send(&mut self, keys: &str) {
         let mut left = keys.as_bytes();
         while !left.is_empty() {
-            // A terminal takes only some KiB before somebody reads them.
+            // A terminal holds only some KiB until they are read.
             let part = left.len().min(1024);
             self.master.write_all(&left[..part]).unwrap();
             left = &left[part..];
@@ -82,7 +82,7 @@ impl Terminal {
         self.see(READY);
     }
 
-    /// Types a line, and waits until the program reads the next one. Returns what it has written.
+    /// Types a line, and waits until the program reads the next one. Returns its output.
     pub fn ask(&mut self, line: &str) -> String {
         let from = self.seen;
         self.line(line);
@@ -90,7 +90,7 @@ impl Terminal {
         self.written[from..self.seen].to_owned()
     }
 
-    /// Waits until the program has written this, behind what was seen before.
+    /// Waits until the program has written this text, after the output that was seen before.
     pub fn see(&mut self, text: &str) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -102,7 +102,7 @@ impl Terminal {
         }
     }
 
-    /// Waits until the program has written so many bytes more than were seen.
+    /// Waits until the program has written this many more bytes.
     pub fn more(&mut self, bytes: usize) {
         let deadline = Instant::now() + PATIENCE;
         while self.written.len() < self.seen + bytes {
@@ -111,7 +111,7 @@ impl Terminal {
         self.seen = self.written.len();
     }
 
-    /// Waits until the screen is like this.
+    /// Waits until the screen satisfies `is`.
     pub fn shows(&mut self, what: &str, is: impl Fn(&str) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !is(&self.contents()) {
@@ -125,14 +125,14 @@ impl Terminal {
         self.take(PollTimeout::from(100u8));
     }
 
-    /// Reads what the program has written, if there is any in time.
+    /// Reads the program's output, if there is any in time.
     fn take(&mut self, timeout: PollTimeout) {
         let mut wanted = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
         if poll(&mut wanted, timeout).unwrap() == 0 {
             return;
         }
         let mut bytes = [0; 1 << 16];
-        // On Linux a terminal that nobody writes to any more ends with an error.
+        // On Linux, a terminal without writers ends with an error.
         let count = self.master.read(&mut bytes).unwrap_or(0);
         self.ended = count == 0;
         self.screen.process(&bytes[..count]);
@@ -145,7 +145,7 @@ impl Terminal {
         self.written += std::str::from_utf8(&text).unwrap();
     }
 
-    /// What the screen shows.
+    /// The contents of the screen.
     pub fn contents(&self) -> String {
         self.screen.screen().contents()
     }
@@ -155,12 +155,12 @@ impl Terminal {
         self.screen.screen()
     }
 
-    /// All that the program has written.
+    /// The whole output of the program.
     pub fn written(&self) -> &str {
         &self.written
     }
 
-    /// Makes the terminal another size, of which the program hears.
+    /// Changes the size of the terminal, which the program is told.
     pub fn resize(&mut self, rows: u16, columns: u16) {
         let size = rustix::termios::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         tcsetwinsize(&self.master, size).unwrap();
@@ -189,7 +189,7 @@ fn lines(count: u16) -> NonZeroU16 {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        // A test that has failed leaves nothing running.
+        // A failed test leaves nothing running.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
