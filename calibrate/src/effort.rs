@@ -10,10 +10,10 @@ use sluice_format::ModelSpec;
 pub enum Effort {
     /// The least that keeps most of the gain.
     Fast,
-    /// What is worth its time.
+    /// As much as is worth its time.
     #[default]
     Default,
-    /// The whole text, whatever it takes.
+    /// The whole text, however long it takes.
     Best,
 }
 
@@ -30,8 +30,8 @@ impl Effort {
         }
     }
 
-    /// Tokens of the text that run through a model, at most. Of a model with experts, each token meets a small part of the weights: so as
-    /// many more run through it as leave the arithmetic for each weight what it is without experts.
+    /// Most tokens of the text that run through a model. In a model with experts, each token meets a small part of the weights, so
+    /// more tokens are used, such that the arithmetic for each weight is the same as without experts.
     pub(crate) fn tokens(self, spec: &ModelSpec) -> usize {
         let moe = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref());
         let rarity = moe.map(|moe| moe.experts / moe.top_k.max(1)).max().unwrap_or(1).max(1);
@@ -42,12 +42,12 @@ impl Effort {
         }
     }
 
-    /// Tokens that remember each other. Short windows come from more places of the text.
+    /// Tokens of a window, which attend to each other. With short windows, the tokens come from more places in the text.
     pub(crate) fn window(self) -> usize {
         if self == Effort::Best { 512 } else { 256 }
     }
 
-    /// Columns whose errors can be made good in each other. The moments of wider matrices take less memory and time so, and most
+    /// Columns that can compensate for each other's errors. This bounds memory and time of the moments of wider matrices, and most
     /// of the gain remains (`docs/QUANTISATION.md`).
     pub(crate) fn panel(self) -> usize {
         if self == Effort::Fast { 512 } else { 2048 }
@@ -69,7 +69,7 @@ impl FromStr for Effort {
     }
 }
 
-/// Of all tokens of a text, `most` in windows that are spread evenly over it.
+/// The tokens of a text, at most `most`, in windows that are spread evenly over it.
 pub(crate) fn spread(tokens: &[u32], window: usize, most: usize) -> Vec<u32> {
     if most >= tokens.len() || window >= tokens.len() {
         return tokens.to_vec();

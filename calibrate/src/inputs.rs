@@ -1,4 +1,4 @@
-//! What has met the matrices of one layer, and how they are to be rounded for it.
+//! The inputs of the matrices of one layer, and how these are rounded for them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
@@ -8,14 +8,14 @@ use sluice_format::{ColumnMeans, ExtentKind, MatrixKey};
 use sluice_kernels::{Activations, Feedback, Kernels, Moments, Precision, ThreadPool};
 use sluice_model::compute::EXPERTS_INPUT;
 
-/// Columns of an expert's second matrix whose errors can be made good in each other: it sees few tokens, which say little of more,
-/// and there are very many such matrices.
+/// Columns of an expert's second matrix that can compensate for each other's errors: it sees few tokens, which cannot say much
+/// about more columns, and there are very many such matrices.
 const EXPERT_PANEL: usize = 512;
 
-/// Tokens below which an expert's own inputs say too little.
+/// With fewer tokens than this, an expert's own inputs say too little.
 const ENOUGH_TOKENS: usize = 32;
 
-/// An expert's mean squares are mixed with those of its layer's experts as if so many tokens of these had come on top.
+/// An expert's mean squares are mixed with those of its layer's experts as if it had seen this many tokens of these in addition.
 const PRIOR_TOKENS: f32 = 8.0;
 
 /// Inputs of an expert's second matrix, `[tokens, cols]`.
@@ -39,7 +39,7 @@ impl ExpertRows {
     }
 }
 
-/// Inputs of matrices that every token meets, and what follows from them once it is asked for.
+/// Inputs of matrices that every token meets, and results that are computed from them on demand.
 pub(crate) struct Common {
     moments: Moments,
     feedback: OnceLock<Option<Arc<Feedback>>>,
@@ -51,13 +51,13 @@ impl Common {
     }
 }
 
-/// What has met the matrices of one layer.
+/// The inputs of the matrices of one layer.
 pub(crate) struct LayerInputs {
     kernels: Kernels,
     threads: ThreadPool,
     layer: u32,
     common: Vec<Common>,
-    /// Number in `common` of what a matrix has met.
+    /// Index in `common` of a matrix's inputs.
     matrices: BTreeMap<MatrixKey, usize>,
     /// Name of an expert's first matrix.
     first: &'static str,
@@ -105,8 +105,8 @@ impl LayerInputs {
         common.chain(gates).chain(downs).collect()
     }
 
-    /// What every token brings to a matrix; all experts of a layer choose from the inputs of their router, or from what a projection makes
-    /// of them. `None` for the second matrices of experts, and where nothing was seen.
+    /// The inputs of a matrix that every token meets. All experts of a layer share the inputs of their router, or a projection of
+    /// them. `None` for the second matrices of experts, and if nothing was seen.
     fn common(&self, key: &MatrixKey) -> Option<usize> {
         match (key.kind, key.name.as_str()) {
             (ExtentKind::Expert, "down") => None,
@@ -140,7 +140,7 @@ impl LayerInputs {
     }
 }
 
-/// Importance, if it is one: squares can be beyond all numbers.
+/// Column importance, if the squares are finite.
 fn columns(mean_squares: Vec<f32>) -> Guide {
     let known = !mean_squares.is_empty() && mean_squares.iter().all(|m| m.is_finite());
     if known { Guide::Columns(mean_squares) } else { Guide::Nothing }
@@ -150,7 +150,7 @@ impl Inputs for LayerInputs {
     fn prepare(&self, keys: &[MatrixKey]) {
         let numbers: BTreeSet<usize> = keys.iter().filter_map(|key| self.common(key)).collect();
         let mut numbers: Vec<usize> = numbers.into_iter().collect();
-        // The widest first: it takes longest.
+        // The widest comes first, because it takes longest.
         numbers.sort_by_key(|&number| std::cmp::Reverse(self.common[number].moments.cols()));
         self.threads.run(numbers.len(), &|i| drop(self.feedback(numbers[i])));
     }

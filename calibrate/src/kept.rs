@@ -1,5 +1,5 @@
-//! What a measurement goes on with after an interruption: the states before a layer and, where they are asked for, the means of all
-//! layers before it.
+//! The data from which an interrupted measurement continues: the states before a layer and, if requested, the means of all layers
+//! before it.
 
 use sluice_format::{Importance, ModelSpec};
 
@@ -11,7 +11,7 @@ pub(crate) fn to_bytes(states: &[f32], means: Option<&Importance>) -> Vec<u8> {
     bytes
 }
 
-/// The other way round. `None` if the bytes are not what a measurement of `states` numbers has kept.
+/// The reverse. `None` if the bytes do not belong to a measurement of `states` numbers.
 pub(crate) fn from_bytes(bytes: &[u8], states: usize, spec: &ModelSpec) -> Option<(Vec<f32>, Option<Importance>)> {
     let (count, rest) = bytes.split_first_chunk()?;
     if u64::from_le_bytes(*count) != states as u64 {

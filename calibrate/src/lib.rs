@@ -1,8 +1,9 @@
-//! Measures what meets the matrices of a model while it is converted, so that `q4`, `q3` and `q2` are rounded where it costs least.
+//! Measures the inputs of a model's matrices while it is converted, so that `q4`, `q3` and `q2` can be rounded where it costs
+//! least.
 //!
-//! A text, [`TEXT`] unless there is a better one, runs through the model layer by layer ([`sluice_converter::measure`]). Of each
-//! matrix the products of its inputs are summed ([`Moments`](sluice_kernels::Moments)), from which error feedback follows; of
-//! experts, which see few of the tokens, the inputs themselves are kept until the layer is converted.
+//! A text, [`TEXT`] by default, runs through the model layer by layer ([`sluice_converter::measure`]). For each matrix, the
+//! products of its inputs are summed ([`Moments`](sluice_kernels::Moments)), and error feedback is computed from the sums. Experts
+//! see few of the tokens, so their inputs themselves are kept until the layer is converted.
 
 mod effort;
 mod inputs;
@@ -27,14 +28,14 @@ pub use effort::Effort;
 use inputs::LayerInputs;
 use observer::Observer;
 
-/// The text that models are measured on unless there is a better one: prose, speech, many languages, code, mathematics, tables.
-/// It was written for this purpose, and belongs to this project.
+/// The text on which models are measured by default: prose, speech, many languages, code, mathematics, tables. It was written for
+/// this purpose, and belongs to this project.
 pub const TEXT: &str = include_str!("text.txt");
 
 /// Tokens that go through a layer together.
 const TOGETHER: usize = 4096;
 
-/// Raised whenever the same text can give another measurement.
+/// Raised whenever the same text could give a different measurement.
 const VERSION: u32 = 2;
 
 /// Why a model cannot be measured.
@@ -47,13 +48,13 @@ pub enum CalibrateError {
     /// A layer cannot be executed.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
-    /// The instruction set that was asked for is not available.
+    /// The requested instruction set is not available.
     #[error(transparent)]
     Isa(#[from] IsaError),
     /// The text has no tokens.
     #[error("the text that the model is to be measured on has no tokens: give a longer one")]
     NoTokens,
-    /// Activations that are no numbers.
+    /// Some activations are not numbers.
     #[error("the model computes what is not a number on the text ({0}): its weights may be damaged")]
     NotANumber(String),
 }
@@ -78,12 +79,12 @@ pub struct Measurement {
     /// The residual, `[tokens, width]`, before the next layer.
     states: Vec<f32>,
     kernels: Kernels,
-    /// Of all layers so far, if they are asked for.
+    /// The means of all layers so far, if requested.
     means: Option<BTreeMap<MatrixKey, ColumnMeans>>,
 }
 
 impl Measurement {
-    /// The beginning of a measurement of the model that a plan describes; `None` if it has no tokenizer.
+    /// Starts a measurement of the model that a plan describes; `None` if the model has no tokenizer.
     ///
     /// # Errors
     /// [`CalibrateError::Text`], [`CalibrateError::NoTokens`] and [`CalibrateError::Isa`].
@@ -113,13 +114,13 @@ impl Measurement {
         }))
     }
 
-    /// The means of all matrices are kept, for [`Measurement::importance`].
+    /// Keeps the means of all matrices, for [`Measurement::importance`].
     #[must_use]
     pub fn keeping_means(self) -> Self {
         Measurement { means: Some(BTreeMap::new()), ..self }
     }
 
-    /// The importance of the columns of all matrices that have been measured, for an importance file; of none unless their means are
+    /// The importance of the columns of all matrices that have been measured, for an importance file; empty unless their means are
     /// kept ([`Measurement::keeping_means`]).
     ///
     /// # Errors
@@ -144,7 +145,7 @@ impl Measurement {
         let (seen, behind) = self.pass(&mut engine, layer, together, observer)?;
         let (seen, behind) = match seen {
             Some(seen) => (seen, behind),
-            // No model known does this.
+            // No known model does this.
             None => {
                 let alone = Observer::new(self.kernels, engine.threads(), layer, self.panel).without_sharing();
                 let (seen, behind) = self.pass(&mut engine, layer, together, alone)?;
@@ -159,7 +160,7 @@ impl Measurement {
         }
     }
 
-    /// What the observer has seen, and the states behind the layer.
+    /// The observer's data, and the states after the layer.
     fn pass(
         &self,
         engine: &mut Engine,
@@ -168,14 +169,14 @@ impl Measurement {
         observer: Observer,
     ) -> Result<(Option<LayerInputs>, Vec<f32>), CalibrateError> {
         let observer = Arc::new(observer);
-        // What the head meets is behind the last layer; its one row costs nothing.
+        // The head's inputs come after the last layer; its one row costs nothing.
         let want = if layer + 1 == self.spec.layers.len() { Want::All } else { Want::Nothing };
         let mut sequences: Vec<_> = (0..together).map(|_| engine.new_sequence()).collect();
         let (rows, width) = (self.window * together, self.spec.residual_width());
         let mut behind = Vec::with_capacity(self.states.len());
         for (states, tokens) in self.states.chunks(rows * width).zip(self.tokens.chunks(rows)) {
             sequences.iter_mut().for_each(|sequence| sequence.clear());
-            // Embeddings are not looked up: the states are given.
+            // Embeddings are not looked up, because the states are given.
             let spans = sequences.iter_mut().zip(tokens.chunks(self.window));
             let mut spans: Vec<_> = spans.map(|(sequence, tokens)| Span::prompt(sequence, tokens, want)).collect();
             let mut sink = |layers: usize, x: &[f32]| {
@@ -239,7 +240,7 @@ impl Measure for Measurement {
                 self.states = states;
                 true
             }
-            // Means that are asked for now were not kept then.
+            // The means that are requested now were not kept then.
             _ => false,
         }
     }

@@ -1,4 +1,4 @@
-//! Seeing what meets the matrices of one layer.
+//! Observes the inputs of the matrices of one layer.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -11,21 +11,21 @@ use sluice_model::weights::MatrixPlace;
 
 use crate::inputs::{Common, ExpertRows, LayerInputs};
 
-/// Inputs that several matrices can have in common, such as queries, keys and values.
+/// Inputs that several matrices can share, such as queries, keys and values.
 struct Seen {
     moments: Moments,
-    /// Of all rows so far.
+    /// Digest of all rows so far.
     digest: u128,
 }
 
 #[derive(Default)]
 struct State {
     seen: Vec<Seen>,
-    /// Number in `seen` of what a matrix has met, and the digest of the rows that it has met.
+    /// Index in `seen` of a matrix's inputs, and the digest of its rows.
     matrices: BTreeMap<MatrixKey, (usize, u128)>,
-    /// Whether matrices have met the same rows at first, and then others.
+    /// Whether matrices have met the same rows at first, and then different ones.
     parted: bool,
-    /// Mean squares of an expert's inputs as a sum, and tokens: the inputs themselves are the router's too.
+    /// Sum of squares of an expert's inputs, and number of tokens; the inputs themselves are also the router's.
     gates: BTreeMap<u32, (u64, Vec<f64>)>,
     /// Name of an expert's first matrix.
     first: Option<&'static str>,
@@ -33,13 +33,13 @@ struct State {
     downs: BTreeMap<u32, ExpertRows>,
 }
 
-/// What one layer's matrices have met. All that is summed is summed in the order of the rows, whatever the order of experts.
+/// The inputs of one layer's matrices. All sums are formed in the order of the rows, whatever the order of experts.
 pub(crate) struct Observer {
     kernels: Kernels,
     threads: ThreadPool,
     /// Number of the layer, which is 0 in its file.
     layer: u32,
-    /// Columns whose errors can be made good in each other.
+    /// Columns that can compensate for each other's errors.
     panel: usize,
     /// Whether matrices that have met the same rows share their moments.
     shares: bool,
@@ -52,18 +52,18 @@ impl Observer {
         Observer { kernels, threads, layer: layer as u32, panel, shares: true, state: Mutex::default() }
     }
 
-    /// Matrices that have met the same rows do not share their moments.
+    /// Gives matrices that have met the same rows moments of their own.
     #[must_use]
     pub(crate) fn without_sharing(self) -> Self {
         Observer { shares: false, ..self }
     }
 
-    /// What has been seen. `None` if matrices that had met the same rows have then met others: it has to be seen once more, without
-    /// sharing.
+    /// The observed inputs. `None` if matrices that had met the same rows later met different ones: they must then be observed
+    /// again, without sharing.
     pub(crate) fn finish(self) -> Option<LayerInputs> {
         let State { seen, matrices, parted, gates, first, downs } =
             self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        // A matrix that others have left behind has not met all that its moments say.
+        // A matrix that has fallen behind others has not met all rows that its moments contain.
         if parted || matrices.values().any(|&(number, digest)| self.shares && seen[number].digest != digest) {
             return None;
         }
@@ -83,7 +83,7 @@ impl Observer {
         let digest = if self.shares { digest(before.map_or(0, |(_, digest)| digest), x) } else { 0 };
         let same = state.seen.iter().position(|seen| self.shares && seen.digest == digest);
         let number = match (same, before) {
-            // Another matrix has met all this already.
+            // Another matrix has met all of these rows already.
             (Some(number), _) => number,
             (None, Some((number, before))) => {
                 state.parted |= state.seen[number].digest != before;
@@ -102,7 +102,7 @@ impl Observer {
     }
 }
 
-/// The digest of rows behind others, to the bit.
+/// The digest of rows after others; equal rows have equal bits.
 fn digest(before: u128, x: &Activations) -> u128 {
     let mut hash = Xxh3::new();
     hash.update(&before.to_le_bytes());
@@ -121,7 +121,7 @@ fn digest(before: u128, x: &Activations) -> u128 {
 
 impl InputObserver for Observer {
     fn inputs(&self, place: MatrixPlace, index: u32, x: &Activations) {
-        // The sums are valid at every instant, so a panic elsewhere does not spoil them.
+        // The sums are valid at every instant, so a panic elsewhere does no harm.
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let rows = || (0..x.n()).map(|t| x.row(t));
         match (place.kind, place.name) {
@@ -160,7 +160,7 @@ mod tests {
         rows
     }
 
-    /// Means of what the matrices of a layer have met in two passes.
+    /// Means of a layer's inputs in two passes.
     fn seen(shares: bool, passes: [[(&'static str, f32); 3]; 2]) -> Option<Vec<(String, ColumnMeans)>> {
         let observer = Observer { shares, ..Observer::new(Kernels::scalar(), 1, 3, 2048) };
         for (name, seed) in passes.into_iter().flatten() {

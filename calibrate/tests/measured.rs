@@ -1,4 +1,4 @@
-//! Conversions that measure on the way.
+//! Conversions that measure the model.
 
 use std::error::Error;
 use std::fs;
@@ -13,7 +13,7 @@ use sluice_model::{Engine, EngineOptions};
 use sluice_text::Tokenizer;
 
 const WINDOW: usize = 256;
-/// What the system says of a full drive, on Linux and macOS.
+/// The system's error for a full drive, on Linux and macOS.
 const ENOSPC: i32 = 28;
 
 fn fixture() -> PathBuf {
@@ -30,7 +30,7 @@ fn planned_of(source: &Path, ty: WeightType, measured: bool) -> Plan {
     plan(source, &Options { expert_type: choice, dense_type: choice, measured, ..Options::default() }).unwrap()
 }
 
-/// A few tokens: of interruptions, longer texts say no more.
+/// A few tokens: longer texts would show no more about interruptions.
 fn few() -> &'static str {
     let (end, _) = TEXT.match_indices("\n\n").nth(4).expect("the text has paragraphs");
     &TEXT[..end]
@@ -41,7 +41,7 @@ fn measurement(plan: &Plan, text: &str) -> Measurement {
     measurement.expect("the fixture has a tokenizer").keeping_means()
 }
 
-/// Logits behind every token of a text, computed in windows.
+/// Logits after every token of a text, computed in windows.
 fn rows(model: &Path, text: &str) -> Vec<Vec<f32>> {
     let options =
         EngineOptions { exact: true, no_calibration: true, context: Some(WINDOW), ..EngineOptions::default() };
@@ -70,7 +70,7 @@ fn divergence(truth: &[Vec<f32>], other: &[Vec<f32>]) -> f64 {
     truth.iter().zip(other).map(one).sum::<f64>() / truth.len() as f64
 }
 
-/// The built-in text has nothing of the plays that the model was trained on, and still tells which errors matter.
+/// The built-in text contains nothing of the plays on which the model was trained, and still shows which errors matter.
 #[test]
 fn what_is_measured_brings_the_model_nearer_to_the_original() {
     let folder = tempfile::tempdir().unwrap();
@@ -95,8 +95,8 @@ fn what_is_measured_brings_the_model_nearer_to_the_original() {
     }
 }
 
-/// The golden checkpoint of Qwen3.8-Flash-Next, whose layers have tables of n-grams and several residual streams, with a token for each
-/// printable character.
+/// The golden checkpoint of Qwen3.8-Flash-Next, whose layers have tables of n-grams and several residual streams, with a token for
+/// each printable character.
 fn model_of_ngrams(to: &Path) {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/qwen4_exp");
     fs::create_dir(to).unwrap();
@@ -114,7 +114,7 @@ fn model_of_ngrams(to: &Path) {
     fs::write(to.join("tokenizer.json"), tokenizer).unwrap();
 }
 
-/// A layer's table goes into its temporary file, and what the layer makes of it goes on to the next.
+/// A layer's table is written to its temporary file, and the layer's results continue to the next.
 #[test]
 fn layers_with_tables_of_ngrams_are_measured() {
     let folder = tempfile::tempdir().unwrap();
@@ -134,7 +134,7 @@ fn layers_with_tables_of_ngrams_are_measured() {
         assert!(measured(layer, "o"), "layer {layer}");
         assert!(measured(layer, "ngram_key") == (layer % 2 == 0), "layer {layer}");
     }
-    // Rounded where it costs least, the model says much the same.
+    // Rounded where it costs least, the model predicts nearly the same.
     let divergence = divergence(&rows(&path("f32"), &text), &rows(&path("q4"), &text));
     assert!(divergence < 0.05, "{divergence}");
 }
@@ -143,12 +143,12 @@ fn layers_with_tables_of_ngrams_are_measured() {
 struct Failing {
     inner: Measurement,
     at: usize,
-    /// What the layer says that it ends before.
+    /// The error with which the layer ends.
     problem: fn() -> Box<dyn Error + Send + Sync>,
     measured: Vec<usize>,
-    /// What the plan says that measuring takes on the drive.
+    /// The plan's figure for the space that measuring takes on the drive.
     scratch: u64,
-    /// What it says to keep more than it does.
+    /// How much more it claims to keep than it does.
     more: u64,
 }
 
@@ -193,7 +193,7 @@ impl Measure for Failing {
     }
 }
 
-/// On one thread, so that the file depends on threads if anything does.
+/// On one thread, to find out whether the file depends on threads.
 fn resumed(plan: &Plan, path: &Path, measure: &mut Failing) -> usize {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     pool.install(|| convert_measured(plan, path, Some(measure), &())).unwrap().resumed_extents
@@ -214,7 +214,7 @@ fn the_file_depends_neither_on_interruptions_nor_on_threads() {
         let mut going_on = Failing::new(&plan, layers);
         let kept = resumed(&plan, &path("cut"), &mut going_on);
         assert!(kept > 0);
-        // What was measured is not measured again, and yet nothing of it is missing.
+        // What was measured is not measured again, but nothing of it is missing.
         assert_eq!(going_on.measured, (at..layers).collect::<Vec<_>>());
         assert_eq!(going_on.inner.importance().unwrap().digest(), whole.importance().unwrap().digest());
         assert!(fs::read(path("whole")).unwrap() == fs::read(path("cut")).unwrap(), "the files differ");
@@ -236,7 +236,7 @@ fn states_that_are_damaged_are_measured_again() {
         |bytes| bytes[100] ^= 1,
         |bytes| bytes.truncate(bytes.len() / 2),
         |bytes| bytes.clear(),
-        // The layer that it says it is of.
+        // The number of its layer.
         |bytes| bytes[24] ^= 1,
     ];
     for damage in damages {
@@ -251,7 +251,7 @@ fn states_that_are_damaged_are_measured_again() {
         assert!(fs::read(path("cut")).unwrap() == whole && !states.exists());
         fs::remove_file(path("cut")).unwrap();
     }
-    // Those of another plan go with its journal.
+    // Those of another plan are removed with its journal.
     convert_measured(&planned(WeightType::Q4, true), &path("cut"), Some(&mut Failing::new(&plan, 1)), &()).unwrap_err();
     let mut other = Failing::new(&plan, layers);
     resumed(&plan, &path("cut"), &mut other);
@@ -267,7 +267,8 @@ fn copied(to: &Path) {
     }
 }
 
-/// A copy of the fixture in `source`, whose conversion to `cut` was interrupted before its last layer; and how many layers there are.
+/// A copy of the fixture in `source`, whose conversion to `cut` was interrupted before its last layer; returns the number of
+/// layers.
 fn interrupted(folder: &Path) -> usize {
     let source = folder.join("source");
     copied(&source);
@@ -277,7 +278,7 @@ fn interrupted(folder: &Path) -> usize {
     layers
 }
 
-/// How a matrix is rounded follows from all weights before it, so what is kept of an interrupted conversion does too.
+/// The rounding of a matrix depends on all weights before it, and so does what is kept of an interrupted conversion.
 #[test]
 fn weights_that_have_changed_change_what_was_rounded_behind_them() {
     for tenths in [1, 4, 7] {
@@ -297,7 +298,7 @@ fn weights_that_have_changed_change_what_was_rounded_behind_them() {
     }
 }
 
-/// What is measured are tokens: what makes others of the text makes another measurement, and nothing else does.
+/// Tokens are measured: a change that gives different tokens for the text changes the measurement, and nothing else does.
 #[test]
 fn with_other_tokens_a_conversion_begins_anew() {
     let replace = |path: &Path, from: &str, to: &str| {
@@ -309,7 +310,7 @@ fn with_other_tokens_a_conversion_begins_anew() {
     let path = |name: &str| folder.path().join(name);
     let layers = interrupted(folder.path());
     let tokenizer = path("source").join("tokenizer.json");
-    // The ids of two letters, exchanged.
+    // The ids of two letters are exchanged.
     for [from, to] in [["\"e\": ", "\"?e\": "], ["\"z\": ", "\"e\": "], ["\"?e\": ", "\"z\": "]] {
         replace(&tokenizer, from, to);
     }
@@ -329,7 +330,7 @@ fn with_other_tokens_a_conversion_begins_anew() {
     assert!(fs::read(path("cut")).unwrap() == fs::read(path("whole")).unwrap());
 }
 
-/// Without room for a layer or for what is kept, the conversion is not lost, and says so.
+/// Without room for a layer or for the data to keep, the conversion is not lost, and reports the reason.
 #[test]
 fn a_drive_that_becomes_full_while_measuring_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
@@ -347,16 +348,16 @@ fn a_drive_that_becomes_full_while_measuring_loses_nothing() {
     assert_eq!(again.measured, [layers - 1]);
 }
 
-/// What the other one has left goes, whatever was asked for in between.
+/// Leftovers of another conversion are removed, whatever was requested in between.
 #[test]
 fn nothing_is_left_of_a_conversion_that_was_measured() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     interrupted(folder.path());
-    // As a kill leaves them, in the middle of a layer and of what is kept.
+    // The files that a kill leaves, in the middle of a layer and of the kept data.
     fs::copy(path("cut.partial"), path("cut.partial.layer")).unwrap();
     fs::copy(path("cut.partial.states"), path("cut.partial.states.new")).unwrap();
-    // What is somebody's stays.
+    // Files of others stay.
     let strange = ["cut.partial.journal.old", "cut.partial-2", "cut.partial-00099", "other.partial.states"];
     strange.iter().for_each(|name| fs::write(path(name), "a novel").unwrap());
     convert_measured(&planned_of(&path("source"), WeightType::Q3, false), &path("cut"), None, &()).unwrap();
@@ -383,7 +384,7 @@ fn what_lies_where_measuring_writes_stays() {
             let refused = convert_measured(&plan, &path(name), Some(&mut measurement(&plan, few())), &());
             assert!(matches!(refused, Err(ConvertError::InTheWay { .. })), "{place}: {refused:?}");
             assert!(!path(&format!("{name}.partial")).exists(), "nothing was begun");
-            // Whoever does not measure has no need of the place.
+            // A conversion without measurement does not need the space.
             convert_measured(&plain, &path(name), None, &()).unwrap();
             assert_eq!(fs::read_to_string(of(name)).unwrap(), "a novel");
             fs::remove_file(path(name)).unwrap();

@@ -1,8 +1,9 @@
-//! How many sequences at a time a batch is best decoded with, and how long it takes: arithmetic on sizes and on the rates of a machine.
+//! How many sequences a batch should decode at a time, and how long it takes: arithmetic on sizes and on the speeds of a machine.
 //!
-//! A step decodes one token of each sequence. It cannot be faster than any of three things: the drive, which reads the experts that
-//! are not in memory; the memory, out of which everything comes once that the step multiplies; the arithmetic, which multiplies every row. More
-//! sequences share what is read, so the first two grow more slowly than the tokens; but they take memory from the experts.
+//! A step decodes one token of each sequence. Three things bound its time: the drive, which reads the experts that are not in
+//! memory; the memory, from which everything that the step multiplies is read once; and the arithmetic, which multiplies every row.
+//! More sequences share the reads, so the first two grow more slowly than the tokens; but the sequences take memory from the
+//! experts.
 
 use serde::Serialize;
 use sluice_format::{ModelFile, ModelSpec};
@@ -11,12 +12,12 @@ use sluice_model::memory::{Demand, MemoryPlan};
 
 use crate::estimate::{Curve, Needs, StepWork};
 
-/// Most sequences that are thought of.
+/// Most sequences that are considered.
 const MOST: usize = 1024;
-/// Of the best rate, what is good enough: fewer sequences finish earlier, and leave memory to experts.
+/// Part of the best speed that is good enough: fewer sequences finish earlier, and leave memory to experts.
 const GOOD_ENOUGH: f64 = 0.97;
 
-/// What a machine does in a second.
+/// Speeds of a machine, per second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Rates {
     /// Bytes that the drive reads.
@@ -27,7 +28,7 @@ pub struct Rates {
     pub arithmetic: f64,
 }
 
-/// The requests of a batch, in the mean.
+/// The requests of a batch, on average.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Load {
     /// Answers.
@@ -52,18 +53,18 @@ pub enum StepBound {
     Arithmetic,
 }
 
-/// A number of sequences, and what a step of them takes at least.
+/// A number of sequences, and the least time of a step with them.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Width {
     /// Sequences that decode at a time.
     pub sequences: usize,
-    /// Sequences of the whole context that memory is planned for: these have as many tokens as the others together.
+    /// Sequences with the whole context for which memory is planned; together they have as many tokens as the others.
     pub planned: usize,
-    /// Experts that memory has room for.
+    /// Experts for which memory has room.
     pub slots: usize,
     /// Different experts that a step uses, over all layers, if every row chooses at random.
     pub union_of_experts: f64,
-    /// Part of them that is expected in memory.
+    /// Part of them that is expected to be in memory.
     pub hit_rate: f64,
     /// Seconds of a step for the drive, …
     pub drive: f64,
@@ -75,18 +76,18 @@ pub struct Width {
     pub bound: StepBound,
     /// Tokens per second at that bound.
     pub tokens_per_second: f64,
-    /// Rows that go through the layers together at most.
+    /// Most rows that go through the layers together.
     pub rows: usize,
 }
 
 impl Load {
-    /// Sequences of the whole context that have as many tokens as so many sequences in the mean.
+    /// Number of sequences with the whole context that have as many tokens as `sequences` of average length.
     pub fn planned(&self, sequences: usize) -> usize {
         let tokens = sequences as f64 * self.tokens_per_answer();
         ((tokens / self.context.max(1) as f64).ceil() as usize).clamp(1, sequences.max(1))
     }
 
-    /// Tokens that a sequence has in the mean when it ends.
+    /// Average number of tokens of a sequence at its end.
     fn tokens_per_answer(&self) -> f64 {
         let tokens = (self.prompt_tokens + self.answer_tokens) / self.answers.max(1) as f64;
         tokens.clamp(1.0, self.context as f64)
@@ -94,10 +95,11 @@ impl Load {
 }
 
 impl Width {
-    /// The number of sequences that pays: the least with nearly the best rate that memory and bounds allow. `None` if not even one fits.
+    /// The number of sequences that pays: the least that nearly reaches the best speed that memory and bounds allow. `None` if not
+    /// even one fits.
     pub fn best(file: &ModelFile, budget: Option<u64>, kv_type: KvType, load: &Load, rates: &Rates) -> Option<Width> {
         let most = load.answers.clamp(1, MOST);
-        // Powers of two and what lies in the middle between them.
+        // Powers of two, and the middles between them.
         let powers = (0..usize::BITS).map(|power| 1_usize << power);
         let mut sizes: Vec<usize> =
             powers.flat_map(|n| [n, n + n / 2]).take_while(|n| *n < most).chain([most]).collect();
@@ -108,7 +110,7 @@ impl Width {
         widths.into_iter().find(|width| width.tokens_per_second >= GOOD_ENOUGH * best)
     }
 
-    /// What a step of so many sequences takes at least; `None` if memory has no room for them.
+    /// The least time of a step with this many sequences; `None` if memory has no room for them.
     pub fn of(
         file: &ModelFile,
         budget: Option<u64>,
@@ -150,8 +152,8 @@ impl Width {
         })
     }
 
-    /// Seconds that the whole load takes at these bounds. Prompts are read beside the decoding: a step that reads one meets most experts of
-    /// the model, and each of its rows is multiplied.
+    /// Seconds for the whole load at these bounds. Prompts are read beside the decoding: a step that reads one meets most experts
+    /// of the model, and each of its rows is multiplied.
     pub fn seconds(&self, file: &ModelFile, load: &Load, rates: &Rates, kv_type: KvType) -> f64 {
         let decoding = load.answer_tokens / self.tokens_per_second;
         let per_prompt = load.prompt_tokens / load.answers.max(1) as f64;
@@ -167,15 +169,15 @@ impl Width {
     }
 }
 
-/// Different experts that so many rows use, summed over the layers, if each chooses at random.
+/// Number of different experts that this many rows use, summed over the layers, if each chooses at random.
 fn union_of_experts(spec: &ModelSpec, rows: usize) -> f64 {
     let layers = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref());
     let of = |experts: f64, top_k: f64| experts * (1.0 - (1.0 - top_k / experts).max(0.0).powf(rows as f64));
     layers.map(|moe| of(moe.experts.max(1) as f64, moe.top_k as f64)).sum()
 }
 
-/// The part of a step's experts that is in memory: for one sequence what a trace gives, for a step that uses all experts the part of them that
-/// fits, and in between in proportion.
+/// The part of a step's experts that is in memory: for one sequence, the hit rate of a trace; for a step that uses all experts, the
+/// part of them that fits; in between, an interpolation.
 fn hit_rate(spec: &ModelSpec, plan: &MemoryPlan, union: f64) -> f64 {
     let moe = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref()).max_by_key(|moe| moe.experts);
     let (Some(moe), experts) = (moe, plan.experts.max(1) as f64) else { return 1.0 };

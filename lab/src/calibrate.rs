@@ -1,4 +1,4 @@
-//! Measures how large the activations are that meet each column of each matrix while a text runs through the model.
+//! Measures the size of the activations that meet each column of each matrix while a text runs through the model.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +9,7 @@ use sluice_kernels::Activations;
 use sluice_model::compute::InputObserver;
 use sluice_model::weights::MatrixPlace;
 
-/// Sums squares of activations by matrix and column. Sums are f64: twice the memory of the file that comes of them.
+/// Sums squares of activations by matrix and column. Sums are f64: twice the memory of the resulting file.
 #[derive(Debug, Default)]
 pub struct Calibration {
     sums: Mutex<BTreeMap<MatrixKey, Sums>>,
@@ -28,7 +28,7 @@ impl InputObserver for Calibration {
             return;
         }
         let key = MatrixKey { kind: place.kind, layer: place.layer, name: place.name.to_owned(), index };
-        // The sums are valid at every instant, so a panic elsewhere does not spoil them.
+        // The sums are valid at every instant, so a panic elsewhere does no harm.
         let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let sums = sums.entry(key).or_default();
         sums.tokens += x.n() as u64;
@@ -40,15 +40,15 @@ impl InputObserver for Calibration {
 }
 
 impl Calibration {
-    /// Nothing measured yet.
+    /// Empty sums.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// What has been measured while `tokens` tokens ran through a model of this spec.
+    /// The importance that was measured while `tokens` tokens ran through a model with this spec.
     ///
     /// # Errors
-    /// Which matrix has seen something that is not a number.
+    /// Names a matrix that has seen something other than numbers.
     pub fn importance(&self, spec: &ModelSpec, tokens: u64) -> Result<Importance, String> {
         let sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
         let mean = |s: &Sums| ColumnMeans {

@@ -1,4 +1,4 @@
-//! Two models beside each other on one text: how far what the second says is from what the first says.
+//! Compares two models on one text: how far the predictions of the second are from those of the first.
 
 /// Log probabilities of tokens, from a row of logits.
 #[derive(Clone, Copy, Debug)]
@@ -10,7 +10,7 @@ pub struct LogProbabilities<'l> {
 }
 
 impl<'l> LogProbabilities<'l> {
-    /// Of logits `[vocab]`.
+    /// For logits `[vocab]`.
     pub fn new(logits: &'l [f32]) -> Self {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
@@ -31,13 +31,13 @@ impl<'l> LogProbabilities<'l> {
         self.logits.iter().position(|&l| l == self.max)
     }
 
-    /// The Kullback-Leibler divergence of what `other` says from what these say: Σ p (ln p − ln q), in nats, ≥ 0 but for
+    /// The Kullback-Leibler divergence of the predictions of `other` from these: Σ p (ln p − ln q), in nats, ≥ 0 except for
     /// rounding. `other` has as many logits.
     fn divergence(&self, other: &LogProbabilities<'_>) -> f64 {
         let one = |(&mine, &theirs): (&f32, &f32)| {
             let ln_p = self.at(mine);
             let p = ln_p.exp();
-            // What is impossible here does not count, however impossible it is there.
+            // A token that is impossible here does not count, however improbable it is there.
             if p == 0.0 { 0.0 } else { p * (ln_p - other.at(theirs)) }
         };
         self.logits.iter().zip(other.logits).map(one).sum()
@@ -49,7 +49,7 @@ impl<'l> LogProbabilities<'l> {
 pub struct Comparison {
     /// Tokens that were scored.
     pub tokens: u64,
-    /// Σ −ln p of these, in nats: by the reference, and by the other model.
+    /// Σ −ln p of these, in nats: for the reference, and for the other model.
     pub nll: [f64; 2],
     /// Σ of the divergences of the other model from the reference, in nats.
     pub divergence: f64,
@@ -76,7 +76,7 @@ impl Comparison {
         self.max_difference = self.max_difference.max(difference);
     }
 
-    /// Perplexities: of the reference, and of the other model.
+    /// Perplexities of the reference and of the other model.
     pub fn perplexity(&self) -> [f64; 2] {
         self.nll.map(|nll| (nll / self.tokens as f64).exp())
     }
@@ -86,7 +86,7 @@ impl Comparison {
         self.divergence / self.tokens as f64
     }
 
-    /// The share of tokens before which both models find the same one the likeliest.
+    /// The share of tokens for which both models find the same token the likeliest.
     pub fn agreement(&self) -> f64 {
         self.agreed as f64 / self.tokens as f64
     }

@@ -1,4 +1,5 @@
-//! Whether compressed experts come faster than plain ones: that depends on what the drive gives and what the threads decompress.
+//! Whether reading compressed experts is faster than reading plain ones, which depends on the drive and on how fast the threads
+//! decompress.
 
 use std::time::{Duration, Instant};
 
@@ -7,25 +8,25 @@ use sluice_format::planes::{Frames, encode};
 use sluice_format::{ANY_INDEX, ExtentKind, Layout, PAGE_SIZES, TensorRecord, WeightType};
 use sluice_kernels::ThreadPool;
 
-/// Time that a measurement takes at least.
+/// Least time of a measurement.
 const LEAST_TIME: Duration = Duration::from_millis(40);
 /// Bytes of the sample: an expert of a small model.
 const SAMPLE: usize = 6 << 20;
 
-/// What compression of experts is worth on a machine.
+/// The value of compressing experts on a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct CompressionWorth {
     /// Stored bytes of an expert ÷ its bytes in memory.
     pub stored_part: f64,
     /// Bytes in memory that all threads together decompress in a second.
     pub decompressed_per_second: f64,
-    /// Drives that are slower, in bytes per second, bring compressed experts sooner than plain ones, even where nothing else is read
-    /// while an expert is decompressed. Where reads overlap, faster ones may as well.
+    /// On drives that are slower than this, in bytes per second, compressed experts arrive sooner than plain ones, even if nothing
+    /// else is read while an expert is decompressed. If reads overlap, compression may also pay on faster drives.
     pub pays_below: f64,
 }
 
 impl CompressionWorth {
-    /// Reading `stored_part` and decompressing the rest takes less than reading all, below this speed of the drive.
+    /// Reading `stored_part` and decompressing it takes less time than reading all, if the drive is slower than this.
     fn new(stored_part: f64, decompressed_per_second: f64) -> Self {
         let pays_below = decompressed_per_second * (1.0 - stored_part).max(0.0);
         CompressionWorth { stored_part, decompressed_per_second, pays_below }
@@ -38,11 +39,11 @@ impl CompressionWorth {
         let ends: Vec<usize> = frames.iter().map(|frame| frame.range().end).collect();
         let mut out = vec![0; logical_len];
         let (mut best, begun) = (Duration::MAX, Instant::now());
-        // The first run also makes the threads' buffers.
+        // The first run also creates the threads' buffers.
         for run in 0.. {
             let started = Instant::now();
             threads.for_each_part(&mut out, &ends, &|i, part| {
-                // What does not decode is noticed where it is used; here only the time counts.
+                // Data that cannot be decoded are noticed where they are used; here only the time matters.
                 let _ = frames[i].decode(stored, part);
             });
             best = if run == 0 { best } else { best.min(started.elapsed()) };
@@ -54,7 +55,7 @@ impl CompressionWorth {
         Some(CompressionWorth::new(stored_part, logical_len as f64 / best.as_secs_f64().max(1e-9)))
     }
 
-    /// What it is worth for experts of a type, by a sample of random weights; `None` for a type that compression does not shorten
+    /// The value for experts of a type, from a sample of random weights; `None` for a type that compression does not shorten
     /// enough.
     pub fn of_type(ty: WeightType, threads: &ThreadPool) -> Option<Self> {
         let logical = sample(ty)?;
@@ -74,7 +75,7 @@ impl CompressionWorth {
     }
 }
 
-/// Values with the spread of trained weights, which are close to a normal distribution: sums of four uniform ones.
+/// Values that are distributed like trained weights, which are close to a normal distribution: sums of four uniform numbers.
 fn sample(ty: WeightType) -> Option<Vec<u8>> {
     let mut state = 1u64;
     let mut normal = move || {
@@ -99,7 +100,7 @@ fn sample(ty: WeightType) -> Option<Vec<u8>> {
             Some((0..SAMPLE / 2).flat_map(|_| (bits(normal()) as u16).to_le_bytes()).collect())
         }
         WeightType::Fp8 => {
-            // Scaled so that the largest nearly fill the range, as block scales do.
+            // Scaled so that the largest values nearly fill the range, as block scales do.
             let code = |value: f32| {
                 let scaled = (value * (448.0 / 0.06)).clamp(-448.0, 448.0);
                 let bits = scaled.to_bits();

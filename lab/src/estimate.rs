@@ -1,8 +1,8 @@
 //! What a model needs of a machine, and how fast it can be there: arithmetic on sizes, without a file and without a measurement.
 //!
-//! A token needs all dense parts and its experts once. What is not in memory comes off the drive; everything goes through the
-//! memory once to be multiplied. Both happen at the same time, so the slower of the two sets the pace: a roofline. What it
-//! leaves out is computation itself, which on small machines and with small types can be slower than both.
+//! A token needs all dense parts and its experts once. Parts that are not in memory are read from the drive, and everything is read
+//! from memory once to be multiplied. Both happen at the same time, so the slower of the two determines the speed: a roofline. This
+//! leaves out computing itself, which can be slower than both on small machines and with small types.
 
 use serde::Serialize;
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, ModelSpec, NO_LAYER, TensorRecord};
@@ -58,7 +58,7 @@ pub const CURVES: [Curve; 3] = [
     },
 ];
 
-/// How far a hit rate may well be from that of a curve.
+/// How far a hit rate can easily be from that of a curve.
 pub const HIT_RATE_SPREAD: f64 = 0.15;
 
 impl Curve {
@@ -69,8 +69,8 @@ impl Curve {
         CURVES.iter().min_by(|a, b| distance(a).total_cmp(&distance(b))).expect("there are curves")
     }
 
-    /// The hit rate when this part of all experts is in memory: linear in its logarithm between the points and up to
-    /// everything, which always hits; proportional below the first point.
+    /// The hit rate if this part of all experts is in memory: linear in its logarithm between the points and up to the whole, which
+    /// always hits; proportional below the first point.
     pub fn hit_rate(&self, part: f64) -> f64 {
         let mut below: Option<(f64, f64)> = None;
         for &(x, y) in self.points.iter().chain(&[(1.0, 1.0)]) {
@@ -86,30 +86,30 @@ impl Curve {
     }
 }
 
-/// What a model needs, whatever the machine. All sizes in bytes.
+/// What a model needs, on any machine. All sizes in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Needs {
-    /// Least memory that computes it at all.
+    /// Least memory with which it can be computed.
     pub least_memory: u64,
-    /// Memory beyond which more does not help: everything stays.
+    /// Memory beyond which more does not help, because everything stays in memory.
     pub best_memory: u64,
-    /// Read by every token: attention, routers, shared experts and the output head.
+    /// Bytes that every token reads: attention, routers, shared experts and the output head.
     pub dense_bytes: u64,
     /// Keys, values and states that a token reads when the context is full.
     pub kv_cache_bytes: u64,
-    /// The longest expert.
+    /// Size of the longest expert.
     pub expert_bytes: u64,
     /// Experts of the model.
     pub experts: usize,
     /// Experts that one token uses, over all layers.
     pub experts_per_token: usize,
-    /// Bytes of those in memory.
+    /// Their size in memory.
     pub token_cycle_bytes: u64,
-    /// Bytes of those on the drive: fewer if they are compressed.
+    /// Their size on the drive, which is less if they are compressed.
     pub token_cycle_stored: u64,
 }
 
-/// Which of the two sets the pace.
+/// Which of the two determines the speed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bound {
@@ -128,9 +128,9 @@ pub struct Speed {
     pub cached: f64,
     /// The same in token cycles: experts in memory ÷ experts per token.
     pub cached_cycles: f64,
-    /// The trace whose hit rates are used; none when all experts fit or there are none.
+    /// The trace whose hit rates are used; `None` if all experts fit, or there are none.
     pub curve: Option<&'static str>,
-    /// Part of a token's experts that is expected in memory.
+    /// Part of a token's experts that is expected to be in memory.
     pub hit_rate: f64,
     /// Bytes that a token is expected to read from the drive: experts, …
     pub missed_bytes: u64,
@@ -163,7 +163,7 @@ impl Needs {
         let experts = || extents.iter().filter(|e| e.kind == ExtentKind::Expert);
         let top_k =
             |layer: u32| spec.layers.get(layer as usize).and_then(|l| l.ffn.moe.as_ref()).map_or(0, |m| m.top_k);
-        // The experts of a layer are equally long in memory; in the file, compressed, nearly.
+        // The experts of a layer have equal lengths in memory; compressed in the file, nearly equal ones.
         let cycle = |len: &dyn Fn(&ExtentRecord) -> u64| -> u64 {
             experts().filter(|e| e.index == 0).map(|e| len(e) * top_k(e.layer) as u64).sum()
         };
@@ -183,7 +183,7 @@ impl Needs {
     }
 }
 
-/// What a step that decodes one token of each of several sequences moves and computes.
+/// The bytes and operations of a step that decodes one token of each of several sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct StepWork {
     /// Bytes of dense parts, distinct experts, keys and values that it reads from memory.
@@ -195,8 +195,8 @@ pub struct StepWork {
 impl StepWork {
     /// The work of `sequences` rows at a mean `position`, which use `experts` distinct experts, summed over the layers.
     ///
-    /// Every row meets every dense weight, and top-k experts in each layer that has some; whatever is read is read once for all
-    /// rows, but for keys and values, which are a row's own.
+    /// Every row meets every dense weight, and top-k experts in each layer that has experts. Everything is read once for all rows,
+    /// except for keys and values, which belong to one row.
     pub fn of(file: &ModelFile, sequences: usize, experts: f64, position: f64, kv_type: KvType) -> Self {
         let decodes = |t: &TensorRecord| t.layer == NO_LAYER || (t.layer as usize) < file.spec().layers.len();
         let weights = |kind: ExtentKind, layer: Option<usize>| -> f64 {
@@ -223,7 +223,7 @@ impl Speed {
     /// type `kv_type`.
     ///
     /// # Errors
-    /// [`BudgetError`] when the machine's memory does not suffice.
+    /// [`BudgetError`] if the machine's memory does not suffice.
     pub fn of(
         spec: &ModelSpec,
         extents: &[ExtentRecord],

@@ -123,7 +123,7 @@ impl<W: Writer> Streaming<W> {
             self.writer.begin(&mut out);
             self.note_start(&mut out);
         }
-        // Some steps have no events, and an empty chunk would end the body.
+        // Some steps have no events, and an empty piece would end the body.
         while out.0.is_empty() {
             let Some((index, step)) = self.run.next().await else {
                 self.writer.end(&mut out);

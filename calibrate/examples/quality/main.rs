@@ -1,10 +1,10 @@
-//! What quantising costs: converts a checkpoint to types, plainly and measured, and scores a text with each.
+//! The cost of quantising: converts a checkpoint to types, with plain rounding and with measurement, and scores a text with each.
 //!
-//! `cargo run --release -p sluice-calibrate --example quality -- [--window N] CHECKPOINT TEXT [TYPE[/EFFORT]...]` prints
-//! perplexity in windows of 512 or N, the mean divergence from what the f32 model says, how often both find the same token
-//! the likeliest, and the time that the conversion took: on the clock, and of all processors where the system says it.
-//! `recipe:FILE` stands for the types that a recipe chooses, with `q4` where it chooses none, and `NAME.sluice` for a model
-//! file that is scored as it is. Temporary files lie beside the text.
+//! `cargo run --release -p sluice-calibrate --example quality -- [--window N] CHECKPOINT TEXT [TYPE[/EFFORT]...]` prints perplexity
+//! in windows of 512 or N, the mean divergence from the f32 model, how often both find the same token the likeliest, and the time
+//! of the conversion: on the clock, and of all processors if the system reports it. `recipe:FILE` stands for the types that a
+//! recipe chooses, with `q4` where it chooses none, and `NAME.sluice` for a model file that is scored as it is. Temporary files lie
+//! beside the text.
 
 mod score;
 
@@ -78,7 +78,7 @@ fn convert(source: &str, path: &Path, types: &str, effort: Option<Effort>) -> Re
     Ok(())
 }
 
-/// Processor time of all threads so far, as Linux counts it: in hundredths of a second.
+/// Processor time of all threads so far, from Linux: it counts hundredths of a second.
 fn processor_seconds() -> Option<f64> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
     // User and system time are the 14th and 15th field; the name in the second can have spaces.

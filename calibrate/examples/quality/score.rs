@@ -1,4 +1,4 @@
-//! What a model says of a text, beside what another one says.
+//! Scores a model on a text, and compares it with another model.
 
 use std::error::Error;
 use std::path::Path;
@@ -6,15 +6,15 @@ use std::path::Path;
 use sluice_model::{Engine, EngineOptions};
 use sluice_text::Tokenizer;
 
-/// What a model says of the tokens of a text.
+/// The predictions of a model for the tokens of a text.
 pub struct Score {
     /// `exp` of the mean of `−ln p` of the tokens.
     pub perplexity: f64,
     /// Mean Kullback-Leibler divergence from the reference, in nats; 0 for the reference itself.
     pub divergence: f64,
-    /// Share of the tokens where both find the same token the likeliest.
+    /// Share of the tokens for which both find the same token the likeliest.
     pub agreement: f64,
-    /// Log probabilities `[vocab]` behind each token, of the reference alone.
+    /// Log probabilities `[vocab]` after each token, for the reference alone.
     pub rows: Vec<Vec<f32>>,
 }
 
@@ -25,7 +25,8 @@ pub fn tokens(path: &Path, text: &str) -> Result<Vec<u32>, Box<dyn Error>> {
     Ok(tokenizer.encode(text, true)?)
 }
 
-/// Lets the model in `path` predict the tokens in windows, all but the first of each; without a reference it becomes one.
+/// Lets the model in `path` predict the tokens in windows, all except the first of each; without a reference it becomes the
+/// reference.
 pub fn score(path: &Path, ids: &[u32], window: usize, reference: Option<&Score>) -> Result<Score, Box<dyn Error>> {
     let options =
         EngineOptions { no_calibration: true, forget: true, context: Some(window), ..EngineOptions::default() };
@@ -62,7 +63,7 @@ fn log_probabilities(row: &[f32]) -> Vec<f32> {
     row.iter().map(|&l| l - max - sum.ln() as f32).collect()
 }
 
-/// The first of the largest.
+/// The first of the largest numbers.
 fn likeliest(row: &[f32]) -> usize {
     row.iter().enumerate().fold(0, |best, (i, &l)| if l > row[best] { i } else { best })
 }

@@ -1,4 +1,4 @@
-//! Whether columns that are turned before they are quantised are worth what turning the activations costs.
+//! Whether rotating columns before they are quantised is worth the cost of rotating the activations.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -15,17 +15,17 @@ use crate::score::{score, tokens};
 
 const TYPES: [WeightType; 3] = [WeightType::Q2, WeightType::Q3, WeightType::Q4];
 
-/// Columns that are turned together; 0: none.
+/// Columns that are rotated together; 0: none.
 const BLOCKS: [usize; 6] = [0, 32, 64, 128, 256, 512];
 
-/// Layers whose matrices are looked at one by one.
+/// Number of layers whose matrices are examined one by one.
 const LAYERS: usize = 3;
 
-/// Tokens of the text that errors are measured on, and that the whole model is scored on.
+/// Tokens of the text on which errors are measured, and on which the whole model is scored.
 const TOKENS: usize = 1024;
 const SCORED: usize = 4096;
 
-/// Of the matrices of a few layers: the square error of their outputs by type and block, on the text that was measured and on another.
+/// For the matrices of a few layers: the square error of their outputs by type and block, on the measured text and on another.
 pub fn matrices(path: &Path, text: &str) -> Result<(), Box<dyn Error>> {
     let (kernels, model) = (Kernels::detect()?, Model::open(path)?);
     let last = model.file.spec().layers.len() as u32 - 1;
@@ -33,7 +33,7 @@ pub fn matrices(path: &Path, text: &str) -> Result<(), Box<dyn Error>> {
     let measured = record(path, &built_in(path, 0)?, wanted)?;
     let ids = tokens(path, text)?;
     let other = record(path, &ids[..ids.len().min(TOKENS)], wanted)?;
-    // Sums of both errors, and matrices, by name, type and block.
+    // Sums of both errors, and number of matrices, by name, type and block.
     let mut sums: BTreeMap<(String, WeightType, usize), ([f64; 2], u32)> = BTreeMap::new();
     for number in model.matrices().into_iter().filter(|&number| wanted(model.tensor(number).layer)) {
         for block in BLOCKS.into_iter().filter(|&block| block == 0 || model.shape(number).1.is_multiple_of(block)) {
@@ -57,10 +57,10 @@ pub fn matrices(path: &Path, text: &str) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Errors on the text that was measured, and on another, by type.
+/// Errors on the measured text, and on another, by type.
 type Errors = Vec<(WeightType, [f64; 2])>;
 
-/// The square errors of a matrix's outputs, over the square of the outputs, in each type with its columns turned in blocks.
+/// The square errors of a matrix's outputs, divided by the square of the outputs, in each type with its columns rotated in blocks.
 fn errors(
     kernels: Kernels,
     model: &Model,
@@ -108,8 +108,8 @@ pub fn energy(kernels: Kernels, pool: &ThreadPool, weights: &[f32], inputs: &[f3
     y.iter().map(|&y| f64::from(y) * f64::from(y)).sum()
 }
 
-/// Of the whole model: perplexity and divergence with all matrices quantised as they are, and turned in the largest blocks that their
-/// columns allow up to `most`. What they have become is turned back and stored in `q8`, whose error is small beside.
+/// For the whole model: perplexity and divergence with all matrices quantised as they are, and rotated in the largest blocks up to
+/// `most` that their columns allow. The results are rotated back and stored in `q8`, whose error is small in comparison.
 pub fn whole(path: &Path, text: &str, most: usize) -> Result<(), Box<dyn Error>> {
     let (kernels, model) = (Kernels::detect()?, Model::open(path)?);
     let pool = ThreadPool::new(std::thread::available_parallelism()?.get());
@@ -151,14 +151,14 @@ pub fn whole(path: &Path, text: &str, most: usize) -> Result<(), Box<dyn Error>>
     Ok(())
 }
 
-/// A tensor's name, as observers hear it.
+/// A tensor's name, as observers get it.
 pub fn name(name: &str) -> Result<&'static str, Box<dyn Error>> {
     let known = ["q", "k", "v", "o", "gate_up", "down", "head"];
     Ok(known.into_iter().find(|&known| known == name).ok_or("only dense models with plain attention are studied")?)
 }
 
-/// What turning one token's activations costs beside the product that it is for: one thread, everything in its caches, the shortest
-/// time of many.
+/// The cost of rotating one token's activations, compared with the product: one thread, everything in its caches, the shortest time
+/// of many.
 pub fn cost() -> Result<(), Box<dyn Error>> {
     let (kernels, pool) = (Kernels::detect()?, ThreadPool::new(1));
     println!("rows x columns, block: microseconds to turn and to round to int8; of the product in q2, q3, q4");
@@ -173,7 +173,7 @@ pub fn cost() -> Result<(), Box<dyn Error>> {
         });
         for block in BLOCKS.into_iter().skip(1).filter(|&block| cols.is_multiple_of(block)) {
             let (rotation, mut row) = (Rotation::new(cols, block), x.clone());
-            // Orthogonal, so the numbers stay what they are in size.
+            // The rotation is orthogonal, so the numbers keep their size.
             let turning = shortest(|| rotation.apply(black_box(&mut row)));
             println!("{rows} x {cols}, {block}: {turning:.2} {rounding:.2}; {products:.1?}");
         }

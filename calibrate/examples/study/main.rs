@@ -1,5 +1,5 @@
-//! Experiments with what may make few bits better, on dense models; `matrices` takes others too, without their experts. What they
-//! have shown is in `docs/notes`.
+//! Experiments on how to improve types of few bits, on dense models; `matrices` also takes others, without their experts. The
+//! results are in `docs/notes`.
 //!
 //! `cargo run --release -p sluice-calibrate --example study -- EXPERIMENT CHECKPOINT TEXT`; temporary files lie beside the text.
 //!

@@ -1,4 +1,4 @@
-//! A model file in memory, whose matrices can be replaced, and what met them.
+//! A model file in memory, whose matrices can be replaced, and the inputs of its matrices.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -19,10 +19,10 @@ use sluice_model::compute::InputObserver;
 use sluice_model::weights::MatrixPlace;
 use sluice_model::{Control, Engine, EngineOptions, Span, Want};
 
-/// Tokens that remember each other.
+/// Tokens of a window, which attend to each other.
 pub const WINDOW: usize = 256;
 
-/// Columns whose errors are made good in each other, as a conversion has them by default.
+/// Columns that can compensate for each other's errors, as in a conversion by default.
 const PANEL: usize = 2048;
 
 /// Rows that are rounded together.
@@ -34,7 +34,7 @@ pub type Number = usize;
 /// An f32 model file, without its routed experts.
 pub struct Model {
     pub file: ModelFile,
-    /// Of each tensor; none of what belongs to experts.
+    /// The bytes of each tensor; empty for those of experts.
     bytes: Vec<Vec<u8>>,
 }
 
@@ -64,14 +64,14 @@ impl Model {
         &self.file.tensors()[number]
     }
 
-    /// All matrices that a conversion quantises and every token meets, but those in batches.
+    /// All matrices that a conversion quantises and every token meets, except those in batches.
     pub fn matrices(&self) -> Vec<Number> {
         let others = [ExtentKind::Embedding, ExtentKind::Router, ExtentKind::Expert];
         let quantisable = |t: &TensorRecord| !others.contains(&t.kind) && t.layout != Layout::Plain && t.shape[0] == 1;
         (0..self.bytes.len()).filter(|&i| quantisable(self.tensor(i))).collect()
     }
 
-    /// Rows, those of both matrices of a pair and their padding included, and columns.
+    /// Rows, including both matrices of a pair and padding, and columns.
     pub fn shape(&self, number: Number) -> (usize, usize) {
         let TensorRecord { shape: [_, rows, cols], layout, .. } = self.tensor(number);
         let rows = *rows as usize;
@@ -83,13 +83,13 @@ impl Model {
         self.unpacked(number, WeightType::F32, &self.bytes[number])
     }
 
-    /// What stands for the weights, `[rows, cols]`.
+    /// The numbers that the packed weights represent, `[rows, cols]`.
     pub fn unpacked(&self, number: Number, ty: WeightType, bytes: &[u8]) -> Vec<f32> {
         let (rows, cols) = self.shape(number);
         unpack(Matrix::new(ty, rows, cols, bytes).expect("the bytes of the tensor"))
     }
 
-    /// Writes a model file in which `replaced` stands for the tensors that it has; of a model without experts.
+    /// Writes a model file in which `replaced` replaces its tensors; only for a model without experts.
     pub fn write(&self, path: &Path, replaced: &BTreeMap<Number, &Packed>) -> Result<(), Box<dyn Error>> {
         if self.bytes.iter().any(Vec::is_empty) {
             return Err("models with experts can only be looked at matrix by matrix".into());
@@ -150,7 +150,7 @@ pub fn pack_by(feedback: &Feedback, ty: WeightType, weights: &[f32], cols: usize
     Packed { ty, bytes: pieces.concat() }
 }
 
-/// Error feedback for what these inputs, `[tokens, cols]`, say.
+/// Error feedback for these inputs, `[tokens, cols]`.
 pub fn feedback(kernels: Kernels, pool: &ThreadPool, inputs: &[f32], cols: usize) -> Option<Feedback> {
     let mut x = Activations::new(Precision::Exact);
     x.set(inputs, inputs.len() / cols, cols);
@@ -165,10 +165,10 @@ pub fn built_in(path: &Path, first: usize) -> Result<Vec<u32>, Box<dyn Error>> {
     Ok(ids.chunks_exact(WINDOW).skip(first).step_by(4).flatten().copied().collect())
 }
 
-/// What met a matrix, by the layer and name of the tensor.
+/// The inputs of a matrix, by the layer and name of the tensor.
 pub type Inputs = BTreeMap<(u32, &'static str), Arc<Vec<f32>>>;
 
-/// Keeps what meets the matrices of some layers.
+/// Keeps the inputs of the matrices of some layers.
 struct Recorder<F> {
     wanted: F,
     seen: Mutex<BTreeMap<(u32, &'static str), Vec<f32>>>,
@@ -176,7 +176,7 @@ struct Recorder<F> {
 
 impl<F: Fn(u32) -> bool + Send + Sync> InputObserver for Recorder<F> {
     fn inputs(&self, place: MatrixPlace, _: u32, x: &Activations) {
-        // An expert's matrices have the names of others.
+        // An expert's matrices have the same names as others.
         if place.kind != ExtentKind::Expert && (self.wanted)(place.layer) {
             let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
             let rows = seen.entry((place.layer, place.name)).or_default();
@@ -185,7 +185,7 @@ impl<F: Fn(u32) -> bool + Send + Sync> InputObserver for Recorder<F> {
     }
 }
 
-/// Runs tokens through the model in `path`, in windows, and keeps what met the matrices of the layers that are wanted.
+/// Runs tokens through the model in `path`, in windows, and keeps the inputs of the matrices in the wanted layers.
 pub fn record(
     path: &Path,
     ids: &[u32],
@@ -204,7 +204,7 @@ pub fn record(
     let seen = std::mem::take(&mut *recorder.seen.lock().unwrap_or_else(PoisonError::into_inner));
     let mut inputs = Inputs::new();
     for (place, rows) in seen {
-        // Queries, keys and values meet the same.
+        // Queries, keys and values have the same inputs.
         let same = inputs.iter().find(|(key, other)| key.0 == place.0 && ***other == rows).map(|found| found.1.clone());
         inputs.insert(place, same.unwrap_or_else(|| Arc::new(rows)));
     }

@@ -1,5 +1,5 @@
-//! Orthogonal maps that spread what is in one column over many: random signs, then Hadamard's matrix in blocks
-//! (incoherence processing: J. Chee et al., "QuIP", arXiv:2307.13304; with Hadamard's matrix A. Tseng et al., "QuIP#", arXiv:2402.04396).
+//! Orthogonal maps that spread the contents of one column over many: random signs, then Hadamard's matrix in blocks (incoherence
+//! processing: J. Chee et al., "QuIP", arXiv:2307.13304; with Hadamard's matrix A. Tseng et al., "QuIP#", arXiv:2402.04396).
 
 /// `Q x` for rows of some width.
 pub struct Rotation {
@@ -9,7 +9,7 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    /// Blocks of a power of two that divides the columns, with signs that are the same at each run.
+    /// Blocks whose size is a power of two that divides the columns, with signs that are the same in each run.
     pub fn new(cols: usize, block: usize) -> Self {
         assert!(block.is_power_of_two() && cols.is_multiple_of(block), "blocks of {block} in {cols} columns");
         let size = 1.0 / (block as f32).sqrt();
@@ -21,7 +21,7 @@ impl Rotation {
         Rotation { block, signs: (0..cols).map(|_| sign()).collect() }
     }
 
-    /// Turns rows, `[n, cols]`, one after the other.
+    /// Rotates rows, `[n, cols]`, one after the other.
     pub fn apply(&self, rows: &mut [f32]) {
         for row in rows.chunks_exact_mut(self.signs.len()) {
             row.iter_mut().zip(&self.signs).for_each(|(x, sign)| *x *= sign);
@@ -29,7 +29,7 @@ impl Rotation {
         }
     }
 
-    /// Turns rows back: Hadamard's matrix is symmetric.
+    /// Rotates rows back: Hadamard's matrix is symmetric.
     pub fn undo(&self, rows: &mut [f32]) {
         for row in rows.chunks_exact_mut(self.signs.len()) {
             self.mix(row);

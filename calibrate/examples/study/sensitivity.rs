@@ -1,4 +1,4 @@
-//! Which matrices a model is sensitive to, and whether types that are chosen by it are better than one type for all.
+//! Which matrices a model is sensitive to, and whether types chosen by sensitivity are better than one type for all.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -13,30 +13,30 @@ use crate::incoherence::{energy, name};
 use crate::model::{Model, Number, Packed, WINDOW, built_in, feedback, pack_by, pack_q8, record};
 use crate::score::{Score, score, tokens};
 
-/// From few bits to many. The last is what all matrices but those of one group are while its sensitivity is measured.
+/// From few bits to many. While the sensitivity of one group is measured, all other matrices have the last type.
 const TYPES: [WeightType; 4] = [WeightType::Q2, WeightType::Q3, WeightType::Q4, WeightType::Q8];
 
-/// Tokens of the built-in text on which sensitivity is measured: others than those that the moments are of.
+/// Tokens of the built-in text on which sensitivity is measured, different from those of the moments.
 const TOKENS: usize = 2 * WINDOW;
 
-/// Neighbouring layers whose matrices of one kind have one type.
+/// Number of neighbouring layers whose matrices of one kind have one type.
 const BAND: u32 = 3;
 
-/// Most tokens of the text that mixtures are scored on.
+/// Most tokens of the text on which mixtures are scored.
 const SCORED: usize = 4096;
 
-/// Matrices that have one type: of one kind, those with the same inputs, in a few layers.
+/// Matrices that have one type: of one kind, with the same inputs, in a few layers.
 struct Group {
     label: String,
     matrices: Vec<Number>,
-    /// By type, as in [`TYPES`]: square error of the outputs over their square.
+    /// By type, as in [`TYPES`]: square error of the outputs divided by their square.
     errors: [f64; 4],
     /// Divergence when this group alone has the first type.
     divergence: f64,
 }
 
 impl Group {
-    /// The divergence that is expected when this group alone has a type: in proportion to the square error of its outputs.
+    /// The divergence that is expected if this group alone has a type: proportional to the square error of its outputs.
     fn expected(&self, ty: usize) -> f64 {
         self.divergence * self.errors[ty] / self.errors[0]
     }
@@ -50,8 +50,8 @@ struct Types {
     groups: Vec<Group>,
 }
 
-/// Measures sensitivities, chooses types for the sizes of uniform types and between them, and scores all on the text. Recipes are
-/// written beside the model.
+/// Measures sensitivities, chooses types for the sizes of uniform types and for sizes in between, and scores all on the text.
+/// Recipes are written beside the model.
 pub fn run(path: &Path, text: &str) -> Result<(), Box<dyn Error>> {
     let mut types = Types::new(path)?;
     types.measure(path)?;
@@ -133,7 +133,7 @@ impl Types {
         self.packed.keys().map(|&number| self.model.tensor(number).weights()).sum()
     }
 
-    /// Measures how far the model is from itself when one group alone has the first type, and the others the last.
+    /// Measures the divergence of the model from itself if one group alone has the first type and the others have the last.
     fn measure(&mut self, path: &Path) -> Result<(), Box<dyn Error>> {
         let changed = path.with_extension("changed");
         let (ids, best) = (&built_in(path, 2)?[..TOKENS], TYPES.len() - 1);
@@ -148,7 +148,7 @@ impl Types {
             let Group { label, errors, divergence, .. } = &self.groups[i];
             println!("{label}: {divergence:.6} {:.4?}", errors.map(|error| 100.0 * error));
         }
-        // Whether what the groups cost alone adds up.
+        // Shows whether the costs of the groups alone add up.
         let sum: f64 = self.groups.iter().map(|group| group.divergence).sum();
         self.write(&changed, &vec![0; self.groups.len()])?;
         let all = score(&changed, ids, WINDOW, Some(&reference))?;
@@ -157,8 +157,8 @@ impl Types {
         Ok(())
     }
 
-    /// Types for at most so many bytes: from the fewest bits on, the group is raised by one type that gains most for its bytes, as long
-    /// as it fits.
+    /// Types for at most this many bytes: starting from the fewest bits, the group that gains most for its bytes is raised by one
+    /// type, as long as it fits.
     fn choose(&self, budget: usize) -> Vec<usize> {
         let mut chosen = vec![0; self.groups.len()];
         let bytes = |i: usize, ty: usize| -> usize {
@@ -222,7 +222,7 @@ impl Types {
     }
 }
 
-/// What the group of a tensor is called.
+/// The label of a tensor's group.
 fn label(layer: u32, name: &str) -> String {
     let kind = if matches!(name, "q" | "k" | "v") { "qkv" } else { name };
     match layer {

@@ -83,7 +83,7 @@ pub struct Token {
     pub tok: Option<u64>,
     /// Prompt or generated.
     pub phase: Option<Phase>,
-    /// Where its choices start, for every layer, and where the last ones end.
+    /// Start of its choices in every layer, and the end of the last ones.
     starts: Vec<usize>,
 }
 
@@ -99,7 +99,7 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// Whether the last line is not complete, and left out: whoever wrote it was interrupted.
+    /// Whether the last line is incomplete and was left out, because the writer was interrupted.
     pub fn is_cut_short(&self) -> bool {
         self.cut_short
     }
@@ -127,11 +127,11 @@ impl Trace {
         }
     }
 
-    /// Experts per layer: `experts` if given, else as the header says, else the largest id seen + 1, rounded up to a power
-    /// of two (0 when there is none).
+    /// Experts per layer: `experts` if given, otherwise the header's number, otherwise the largest id seen + 1, rounded up to a
+    /// power of two (0 if there is none).
     ///
     /// # Errors
-    /// [`ReplayError::Experts`] when that is not enough for the ids in the trace, or beyond [`MAX_EXPERTS`].
+    /// [`ReplayError::Experts`] if that is not enough for the ids in the trace, or exceeds [`MAX_EXPERTS`].
     pub fn experts(&self, experts: Option<u32>) -> Result<u32, ReplayError> {
         let needed = self.largest.map_or(0, |id| id + 1);
         let said = experts.or(self.header.as_ref().and_then(|h| h.experts));
@@ -145,7 +145,7 @@ impl Trace {
     /// The layers that have routing, and their experts: see [`Trace::experts`].
     ///
     /// # Errors
-    /// [`ReplayError`] when there are none, or more than a model can have.
+    /// [`ReplayError`] if there are none, or more than a model can have.
     fn routing(&self, experts: Option<u32>) -> Result<(Vec<usize>, u32), ReplayError> {
         let experts = self.experts(experts)?;
         let layers = self.routed_layers();

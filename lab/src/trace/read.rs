@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{Choice, Header, MAX_EXPERTS, MAX_LAYERS, MAX_LINE, MAX_USES, Phase, Token, Trace};
 
-/// A trace cannot be used: which line, and why.
+/// A trace cannot be used: the line, and the reason.
 #[derive(Debug, thiserror::Error)]
 #[error("{name}, line {line}: {problem}")]
 pub struct TraceError {
@@ -16,40 +16,40 @@ pub struct TraceError {
     pub name: String,
     /// The line, from 1.
     pub line: usize,
-    /// Why.
+    /// The reason.
     #[source]
     pub problem: Problem,
 }
 
-/// What is wrong with a line.
+/// An error in a line.
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
     /// It cannot be read.
     #[error("cannot be read: {0}")]
     Io(#[from] io::Error),
-    /// Too long.
+    /// It is too long.
     #[error("longer than {MAX_LINE} bytes; is this a routing trace?")]
     Long,
-    /// Not JSON, or not these fields.
+    /// It is not JSON, or does not have these fields.
     #[error("not a token of a routing trace: {0}")]
     Json(#[from] serde_json::Error),
-    /// The header names a version of the format that this program does not know.
+    /// The header has a version of the format that this program does not know.
     #[error("format version {0}; this program reads version {known}", known = Header::VERSION)]
     Version(u32),
-    /// A header that is not the first line.
+    /// A header is not the first line.
     #[error("a header must be the first line; traces cannot be joined end to end")]
     Header,
-    /// A header with numbers that no model has.
+    /// The header has numbers that no model has.
     #[error("the header's {field} is {value}; between 1 and {most} are possible")]
     HeaderValue {
-        /// Which number.
+        /// The field.
         field: &'static str,
         /// The number.
         value: u32,
         /// The most that is allowed.
         most: u32,
     },
-    /// More layers than the header says, or than any model has.
+    /// There are more layers than the header says, or than any model has.
     #[error("{layers} layers, at most {most} are possible")]
     Layers {
         /// Layers of the line.
@@ -57,7 +57,7 @@ pub enum Problem {
         /// The most that is allowed.
         most: usize,
     },
-    /// An id beyond the number of experts.
+    /// An id is beyond the number of experts.
     #[error("layer {layer} uses expert {expert}, there are at most {most}")]
     Expert {
         /// The layer.
@@ -67,7 +67,7 @@ pub enum Problem {
         /// Experts per layer.
         most: u32,
     },
-    /// An expert twice in a list.
+    /// An expert occurs twice in a list.
     #[error("layer {layer} uses expert {expert} twice")]
     Twice {
         /// The layer.
@@ -75,7 +75,7 @@ pub enum Problem {
         /// The id.
         expert: u32,
     },
-    /// Weights that do not belong to the experts.
+    /// The weights do not belong to the experts.
     #[error("the weights of layer {layer} do not belong to its experts: {weights} weights, {experts} experts")]
     Weights {
         /// The layer.
@@ -85,7 +85,7 @@ pub enum Problem {
         /// How many experts.
         experts: usize,
     },
-    /// Larger than this program takes.
+    /// The trace is larger than this program accepts.
     #[error("the trace has more than {MAX_USES} expert uses; cut it")]
     Large,
 }
@@ -106,7 +106,7 @@ impl Trace {
     /// Reads a file.
     ///
     /// # Errors
-    /// [`TraceError`]; line 0 when the file cannot be opened.
+    /// [`TraceError`]; line 0 if the file cannot be opened.
     pub fn open(path: &Path) -> Result<Trace, TraceError> {
         let name = path.display().to_string();
         match File::open(path) {
@@ -115,11 +115,11 @@ impl Trace {
         }
     }
 
-    /// Reads lines; `name` is for messages. A last line that ends before its time is left out. Memory stays within a small
-    /// multiple of what is read, line by line.
+    /// Reads lines; `name` is for messages. An incomplete last line is left out. Memory stays within a small multiple of the bytes
+    /// read, line by line.
     ///
     /// # Errors
-    /// [`TraceError`] with the first line that cannot be used.
+    /// [`TraceError`] for the first line that cannot be used.
     pub fn read(mut input: impl BufRead, name: &str) -> Result<Trace, TraceError> {
         let mut trace = Trace::default();
         let mut text = Vec::new();
@@ -149,10 +149,10 @@ impl Trace {
             return Ok(());
         }
         if text[0] != b'{' {
-            // An array would do for a struct.
+            // Serde would accept an array for a struct.
             serde_json::from_slice::<serde_json::Map<_, _>>(text)?;
         }
-        // Only a first line is looked at twice: the `layers` of a header is a number.
+        // Only the first line is parsed twice: `layers` of a header is a number.
         if first && let Ok(header) = serde_json::from_slice::<Header>(text) {
             self.header = Some(header.check()?);
             return Ok(());

@@ -1,4 +1,4 @@
-//! What a cache with a given policy and size would have hit.
+//! The hits of a cache with a given policy and size.
 
 use serde::Serialize;
 use sluice_format::limits::MAX_EXTENTS;
@@ -6,11 +6,11 @@ use sluice_format::limits::MAX_EXTENTS;
 use super::{Phase, Trace};
 use sluice_storage::pool::policy::{Belady, Choice, Key, Pass, Policy, PolicyKind, Shape};
 
-/// A trace made ready for replays: the passes through its routed layers, in the order of computation.
+/// A trace prepared for replays: the passes through its routed layers, in the order of computation.
 ///
-/// The rules: the whole trace, the cache empty at the start; every line of a trace is one token that goes through all
-/// layers; layers without routing in any token are left out; a layer's experts are needed together, are all brought in, and
-/// none of them leaves before the layer is done.
+/// The rules: the whole trace is replayed, with an empty cache at the start; every line of a trace is one token that goes through
+/// all layers; layers without routing in any token are left out; a layer's experts are needed together and are all read, and none
+/// of them leaves before the layer is done.
 #[derive(Clone, Debug)]
 pub struct Replay {
     shape: Shape,
@@ -45,7 +45,7 @@ pub enum ReplayError {
         /// The largest id + 1.
         needed: u32,
     },
-    /// More experts in all than any model file holds: memory goes with their number, however short the trace.
+    /// There are more experts in total than any model file holds: memory depends on their number, however short the trace.
     #[error("{layers} layers of {experts} experts are more than the {MAX_EXTENTS} that a model can have")]
     Shape {
         /// Layers with routing.
@@ -55,7 +55,7 @@ pub enum ReplayError {
     },
 }
 
-/// What one replay found.
+/// The result of one replay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct ReplayResult {
     /// The policy.
@@ -66,7 +66,7 @@ pub struct ReplayResult {
     pub accesses: u64,
     /// Experts used that were in the cache when their layer began.
     pub hits: u64,
-    /// Experts that had to leave.
+    /// Experts that were evicted.
     pub evictions: u64,
 }
 
@@ -89,7 +89,7 @@ pub struct Row {
     pub trace: String,
     /// The policy.
     pub policy: PolicyKind,
-    /// Whether it is the one that `run` uses unless told otherwise.
+    /// Whether `run` uses it by default.
     pub default: bool,
     /// Part of all experts that the cache holds, 0 to 1.
     pub cache: f64,
@@ -102,10 +102,10 @@ pub struct Row {
 }
 
 impl Replay {
-    /// Prepares a trace; `experts` per layer if not as the trace says.
+    /// Prepares a trace; `experts` per layer if they differ from the trace's number.
     ///
     /// # Errors
-    /// [`ReplayError`] when there is nothing to replay.
+    /// [`ReplayError`] if there is nothing to replay.
     pub fn new(trace: &Trace, experts: Option<u32>) -> Result<Replay, ReplayError> {
         let (layers, experts) = trace.routing(experts)?;
         let shape = Shape { layers: layers.len() as u32, experts };
@@ -113,7 +113,7 @@ impl Replay {
         for token in trace.tokens() {
             for (layer, &l) in layers.iter().enumerate() {
                 let choices = trace.choices(token, l);
-                // A model may skip its last layers for all tokens of a prompt but the last one.
+                // A model may skip its last layers for all tokens of a prompt except the last.
                 if choices.is_empty() {
                     continue;
                 }
@@ -134,7 +134,7 @@ impl Replay {
 
     /// Slots of a cache that holds this part of all experts: ⌊fraction × layers × experts⌋.
     pub fn slots(&self, fraction: f64) -> usize {
-        // 0.07 × 100 is 7.000000000000001 and 0.29 × 100 is 28.999999999999996: a fraction means its decimal digits.
+        // 0.07 × 100 is 7.000000000000001 and 0.29 × 100 is 28.999999999999996, but a fraction means its decimal digits.
         (fraction * self.shape.keys() as f64 + 1e-9).floor().max(0.0) as usize
     }
 
@@ -151,9 +151,9 @@ impl Replay {
         Belady::new(self.shape, self.passes.iter().map(|p| (p.layer, &self.experts[p.start..p.end])))
     }
 
-    /// Replays the trace with a policy that may have learnt something before. Nothing may be resident in it.
+    /// Replays the trace with a policy that may have learned something before. It must have no resident experts.
     ///
-    /// Where the slots do not hold all experts of a pass, those that have been computed make room for the next ones.
+    /// If the slots do not hold all experts of a pass, those that have been computed make room for the next ones.
     pub fn run_with(&self, policy: &mut dyn Policy, slots: usize) -> ReplayResult {
         let mut result = ReplayResult { policy: policy.kind(), slots, accesses: 0, hits: 0, evictions: 0 };
         let mut resident = vec![false; self.shape.keys()];
@@ -200,7 +200,7 @@ impl Replay {
         result
     }
 
-    /// A report: every policy of `policies` at every cache size, a part of all experts each, and the optimum beside it.
+    /// A report: every policy in `policies` at every cache size, each a part of all experts, with the optimum beside it.
     pub fn report(&self, trace: &str, policies: &[PolicyKind], caches: &[f64]) -> Vec<Row> {
         let mut rows = Vec::with_capacity(policies.len() * caches.len());
         for &cache in caches {

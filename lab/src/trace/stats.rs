@@ -1,4 +1,4 @@
-//! What a trace says about its model's routing, whatever the cache.
+//! What a trace shows about its model's routing, independent of a cache.
 
 use serde::Serialize;
 
@@ -7,7 +7,7 @@ use super::{ReplayError, Trace};
 /// Figures of one layer with routing.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct LayerStats {
-    /// The layer, as the trace counts.
+    /// The layer, with the trace's number.
     pub layer: usize,
     /// Experts used, each time counted.
     pub uses: u64,
@@ -24,36 +24,36 @@ pub struct LayerStats {
 /// Figures of a whole trace.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Stats {
-    /// Name of the model, if the trace says.
+    /// Name of the model, if the trace has it.
     pub model: Option<String>,
     /// Tokens.
     pub tokens: usize,
-    /// Of which are known to be part of a prompt.
+    /// Tokens that are known to be part of a prompt.
     pub prefill: usize,
     /// Experts per layer.
     pub experts: u32,
-    /// Experts that a token uses in all layers together: the mean.
+    /// Experts that a token uses in all layers together, on average.
     pub cycle: f64,
     /// Experts used, each time counted.
     pub uses: u64,
-    /// Experts that were used at least once, of all layers.
+    /// Experts that were used at least once, in all layers.
     pub distinct: usize,
     /// Part of all uses whose expert the previous token had used too, 0 to 1.
     pub repeated: f64,
     /// Part of all uses that go to the most popular tenth of each layer's experts, 0 to 1.
     pub top_tenth: f64,
-    /// `reuse[i]`: part of all uses whose expert was used at most 2^i tokens before, 0 to 1. First uses are never.
+    /// `reuse[i]`: part of all uses whose expert was used at most 2^i tokens before, 0 to 1. First uses do not count.
     pub reuse: Vec<f64>,
     /// Half of the uses that are not the first of their expert come at most this many tokens after the one before.
     pub median_reuse: Option<u64>,
-    /// `working_set[i]`: experts of all layers that 2^i consecutive tokens use, the mean over the trace.
+    /// `working_set[i]`: experts of all layers that 2^i consecutive tokens use, on average over the trace.
     pub working_set: Vec<f64>,
     /// Layer by layer.
     pub layers: Vec<LayerStats>,
 }
 
 impl LayerStats {
-    /// Of a layer whose experts were used so often, `repeated` times right after a use; and the uses of its top tenth.
+    /// Figures of a layer whose experts were used this often, `repeated` times right after a use.
     fn of(layer: usize, mut counts: Vec<u64>, repeated: u64) -> (Self, u64) {
         let (experts, uses) = (counts.len(), counts.iter().sum::<u64>());
         counts.sort_unstable_by(|a, b| b.cmp(a));
@@ -73,16 +73,16 @@ impl LayerStats {
 }
 
 impl Stats {
-    /// Measures a trace; `experts` per layer if not as the trace says.
+    /// Measures a trace; `experts` per layer if they differ from the trace's number.
     ///
     /// # Errors
-    /// [`ReplayError`] when there is nothing to measure.
+    /// [`ReplayError`] if there is nothing to measure.
     pub fn new(trace: &Trace, experts: Option<u32>) -> Result<Stats, ReplayError> {
         let (routed, experts) = trace.routing(experts)?;
         let tokens = trace.tokens();
         // Windows of 1, 2, 4, … tokens, and one that holds the whole trace.
         let sizes = tokens.len().next_power_of_two().trailing_zeros() as usize + 1;
-        // Uses by the distance to the one before; 0: first use.
+        // Uses by the distance to the previous one; 0: first use.
         let mut distances = vec![0u64; tokens.len() + 1];
         // Pairs of window and expert in it, by log2 of the window's length.
         let mut seen = vec![0u64; sizes];
@@ -101,7 +101,7 @@ impl Stats {
                     counts[e] += 1;
                     last[e] = Some(t);
                     for (i, seen) in seen.iter_mut().enumerate() {
-                        // Windows of the length that contain this token but not the use before it.
+                        // Windows of this length that contain this token but not the previous use.
                         *seen += windows(t, distance, 1 << i, tokens.len());
                     }
                 }
@@ -112,7 +112,7 @@ impl Stats {
         }
         let uses: u64 = layers.iter().map(|l| l.uses).sum();
         let mean = |sum: u64| sum as f64 / uses as f64;
-        // Uses at most so many tokens after the one before: of 0 tokens there are none.
+        // Number of uses at most this many tokens after the previous one: none for 0 tokens.
         let within: Vec<u64> = std::iter::once(0)
             .chain(distances.iter().skip(1).scan(0, |sum, uses| {
                 *sum += uses;
@@ -143,8 +143,8 @@ impl Stats {
     }
 }
 
-/// Of the windows of `length` tokens in a trace of `tokens`: how many contain token `t` but not the use `distance` tokens
-/// before it (0: there is none)? A window longer than the trace is the whole trace.
+/// How many windows of `length` tokens in a trace of `tokens` contain token `t` but not the use `distance` tokens before it (0:
+/// there is none). A window longer than the trace is the whole trace.
 fn windows(t: usize, distance: usize, length: usize, tokens: usize) -> u64 {
     let length = length.min(tokens);
     let first = match distance {

@@ -27,10 +27,10 @@ fn rate(replay: &Replay, policy: PolicyKind, cache: f64) -> f64 {
     100.0 * replay.run(policy, replay.slots(cache)).hit_rate()
 }
 
-/// Trace, cache, hit rates in % that were measured before this program existed: LRU, LFU, counts alone, Bélády.
+/// Trace, cache, and hit rates in % that were measured before this program existed: LRU, LFU, counts alone, Bélády.
 ///
-/// They agree with slots counted by the layers of the first line (47 of 48, 35 of 36), hence a little fewer than ours, and
-/// with a Bélády that may leave a missed expert out, which ours may not: that costs it 0.8 points in the first row.
+/// They used slots counted by the layers of the first line (47 of 48, 35 of 36), so they had slightly fewer than ours, and a Bélády
+/// that may leave a missed expert out, which ours must not: this costs it 0.8 points in the first row.
 const TABLE: [(&str, f64, [f64; 4]); 6] = [
     (OLMOE, 0.12, [10.9, 33.6, 42.3, 59.2]),
     (OLMOE, 0.25, [56.8, 52.5, 61.5, 76.7]),
@@ -153,7 +153,7 @@ fn a_header_says_what_the_tokens_do_not() {
     assert_eq!(sorted.choices(&sorted.tokens()[0], 0), uses);
 }
 
-/// Memory of a replay goes with the experts of the model that a trace claims, not with its length.
+/// The memory of a replay depends on the experts of the model that a trace claims, not on its length.
 #[test]
 fn a_short_trace_cannot_ask_for_a_model_that_there_cannot_be() {
     let header = "{\"sluice_trace\":1,\"layers\":4096,\"experts\":65536}\n";
@@ -265,7 +265,7 @@ fn random_trace(experts: u32, tokens: std::ops::Range<usize>) -> impl Strategy<V
     })
 }
 
-/// The fewest misses of any cache that keeps by the rules, by trying everything.
+/// The fewest misses of any cache that follows the rules, found by trying everything.
 fn fewest_misses(trace: &Trace, slots: usize) -> u64 {
     let mut states = HashMap::from([(Vec::<(usize, u32)>::new(), 0u64)]);
     for token in trace.tokens() {
@@ -336,7 +336,7 @@ proptest! {
     }
 }
 
-/// Which experts are popular changes every now and then; two thirds of the choices follow it.
+/// The popular experts change from time to time; two thirds of the choices follow them.
 #[test]
 fn changing_popularity_is_followed() {
     let shape = sluice_storage::pool::policy::Shape { layers: 6, experts: 64 };

@@ -8,16 +8,16 @@ use super::{Choice, Header, Phase};
 
 /// Writes a trace while a model runs.
 ///
-/// A model computes many tokens of a prompt layer by layer, a trace lists layer by layer within a token: the writer keeps
-/// the tokens that go through the layers together and writes them when the next ones begin. [`TraceWriter::finish`] writes
-/// the last ones; without it they are missing, and the file is still valid.
+/// A model computes many tokens of a prompt layer by layer, but a trace lists the layers within each token. So the writer keeps the
+/// tokens that go through the layers together, and writes them when the next ones begin. [`TraceWriter::finish`] writes the last
+/// ones; without it they are missing, and the file is still valid.
 #[derive(Debug)]
 pub struct TraceWriter<W: Write> {
     out: W,
     layers: usize,
     /// Position of the first token that is kept.
     position: usize,
-    /// How many are kept, and for each what every layer used.
+    /// Number of tokens that are kept, and the experts of every layer for each.
     tokens: usize,
     kept: Vec<Vec<Choice>>,
     /// The layer that was recorded last.
@@ -33,10 +33,10 @@ struct Line {
 }
 
 impl<W: Write> TraceWriter<W> {
-    /// Writes the header: `layers` counts all layers of the model, also those without routing.
+    /// Writes the header: `layers` counts all layers of the model, including those without routing.
     ///
     /// # Errors
-    /// What the output says.
+    /// The errors of the output.
     pub fn new(mut out: W, layers: u32, experts: u32, top_k: u32, model: Option<&str>) -> io::Result<Self> {
         let header = Header {
             sluice_trace: Header::VERSION,
@@ -50,11 +50,11 @@ impl<W: Write> TraceWriter<W> {
         Ok(TraceWriter { out, layers: layers as usize, position: 0, tokens: 0, kept: Vec::new(), last: None })
     }
 
-    /// Records the routing of one layer for tokens that go through it together: `top_k` choices of each, the first one at
-    /// `position` of its sequence. Layers come in ascending order; the first one again, or other tokens, begin a new pass.
+    /// Records the routing of one layer for tokens that go through it together: `top_k` choices for each, the first one at
+    /// `position` of its sequence. Layers come in ascending order; the first layer again, or other tokens, begin a new pass.
     ///
     /// # Errors
-    /// What the output says, and [`io::ErrorKind::InvalidInput`] for a layer beyond the header's or choices that are not
+    /// The errors of the output, and [`io::ErrorKind::InvalidInput`] for a layer beyond the header's or choices that do not form
     /// whole tokens.
     pub fn record(
         &mut self,
@@ -81,10 +81,10 @@ impl<W: Write> TraceWriter<W> {
         Ok(())
     }
 
-    /// Writes what is kept and gives the output back.
+    /// Writes the kept tokens and returns the output.
     ///
     /// # Errors
-    /// What the output says.
+    /// The errors of the output.
     pub fn finish(mut self) -> io::Result<W> {
         self.flush_tokens()?;
         self.out.flush()?;
@@ -99,7 +99,7 @@ impl<W: Write> TraceWriter<W> {
             for kept in &mut self.kept[t * self.layers..][..self.layers] {
                 kept.sort_unstable_by_key(|c| c.expert);
                 line.layers.push(kept.iter().map(|c| c.expert).collect());
-                // Five digits say all that a router weight says.
+                // Five digits are enough for a router weight.
                 line.weights.push(kept.iter().map(|c| (c.weight * 1e5).round() / 1e5).collect());
                 kept.clear();
             }
