@@ -1,10 +1,8 @@
 //! Models without experts: messages do not mention experts, and types for them are refused everywhere in the same way.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
-use common::{assert_fails, demo_checkpoint, json, sluice, stderr, stdout};
+use crate::common::{assert_fails, demo_checkpoint, json, sluice, stderr, stdout};
 
 fn dense() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/llama")

@@ -1,11 +1,9 @@
 //! Models in volumes: they are named like one file, and what is known of them goes with them.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
-use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+use crate::common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
 /// The least size of a volume for the demo model, as `convert` states it.
 fn least(dst: &str) -> String {

@@ -1,12 +1,10 @@
 //! A model's text cannot control the terminal that shows it.
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::process::{Command, Stdio};
 
-use common::{copy_checkpoint, open_terminal, sluice, stdout};
+use crate::common::{copy_checkpoint, open_terminal, sluice, stdout};
 use serde_json::Value;
 
 /// A token that the demo model writes often.

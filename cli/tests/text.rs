@@ -1,11 +1,11 @@
 //! Text for users: the effect of the files beside tokenizer.json, special tokens, and `sluice tokenize`.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, sluice_with_input, stdout};
+use crate::common::{
+    assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, sluice_with_input, stdout,
+};
 use serde_json::{Value, json};
 
 fn read(path: &Path) -> Value {

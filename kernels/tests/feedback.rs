@@ -1,8 +1,6 @@
 //! Error feedback: packing that knows the correlations of the inputs.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 
 /// The sum of twelve uniform numbers is nearly normal.

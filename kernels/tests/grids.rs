@@ -1,8 +1,6 @@
 //! ggml's grids represent the numbers that the public decoder gives.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 use sluice_weights::{Codes, Grouped};
 

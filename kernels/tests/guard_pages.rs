@@ -1,9 +1,6 @@
 //! No kernel reads or writes a byte beyond its operands: after each operand lies an inaccessible page.
-#![cfg(unix)]
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 
 /// Memory that ends where an inaccessible page begins.

@@ -1,8 +1,6 @@
 //! Unpacking gives what was packed.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 
 /// Packs row-major numbers group by group.

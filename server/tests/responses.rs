@@ -1,8 +1,6 @@
 //! `/v1/responses` with a real, small model: streams, stored responses, and refusals.
 
-mod common;
-
-use common::{Running, start};
+use crate::common::{Running, start};
 use serde_json::{Value, json};
 use sluice_server::{ServerOptions, SessionOptions};
 
