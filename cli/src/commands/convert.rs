@@ -165,9 +165,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         return from_hub(args, &reference, &options);
     }
     if args.keep {
-        return Err(CliError::Usage(
-            "--keep is for models on the hub (hf:NAME): files in a folder stay there".into(),
-        ));
+        return Err(CliError::Usage("--keep is for models on the hub (hf:NAME): files in a folder stay there".into()));
     }
     let Some(dst) = args.dst.as_deref() else {
         let message = "name the model file to write, behind the folder of the checkpoint; only models of the hub (hf:NAME) have a \

@@ -270,9 +270,7 @@ fn types_from(args: &Args, release: Option<Release>) -> String {
 fn of_file(args: &Args) -> Result<Report, CliError> {
     if args.expert_type.is_some() || args.dense_type.is_some() {
         let target = &args.target;
-        return Err(CliError::Usage(format!(
-            "{target} is a model file, so its types are fixed: leave out --type"
-        )));
+        return Err(CliError::Usage(format!("{target} is a model file, so its types are fixed: leave out --type")));
     }
     let path = Path::new(&args.target);
     if let Some(error) = no_model(path) {
