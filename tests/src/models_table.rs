@@ -174,15 +174,16 @@ fn reads(models: &[Model]) -> String {
 fn needs(models: &[Model]) -> Result<String, String> {
     let mut out = "## What a model needs\n\n".to_owned();
     let machine =
-        |(ram, ssd, memory): (u64, u64, u64)| format!("{ram} GiB, a drive of {ssd} GB/s and memory of {memory} GB/s");
+        |(ram, ssd, memory): (u64, u64, u64)| format!("{ram} GiB available, a drive of {ssd} GB/s, memory of {memory} GB/s");
     let [a, b, c] = MACHINES.map(machine);
     let _ = write!(
         out,
-        "What `sluice plan` says of a context of {CONTEXT} tokens, of each model as published and, where that is larger, with experts in \
-         `q4`\nand the rest in `q8` (without experts: all in `q4`). With the *least memory* the dense parts are read again for every token; \
-         with the\nnext column they stay in memory, and what is left caches experts; with the last, nothing is read twice. Tokens per second \
-         are the upper\nbound of three machines with that much memory available, by their drives and memories alone: A has {a}; B {b};\n\
-         C {c}. `–`: the memory does not suffice.\n\n\
+        "This is what `sluice plan` says for a context of {CONTEXT} tokens, for each model as published and, if that is larger, with\n\
+         experts in `q4` and the rest in `q8` (without experts: all in `q4`). With the *least memory*, the dense parts are read again for\n\
+         every token. With the memory in the next column they stay in memory, and the rest caches experts. With that in the column after\n\
+         it, nothing is read twice.\n\
+         The last three columns are upper bounds in tokens per second for three machines, by their drives and memories alone:\n\n\
+         - A: {a};\n- B: {b};\n- C: {c}.\n\n`–` means that the memory does not suffice.\n\n\
          | model | types (experts, dense) | file, GB | token cycle, GB | least memory, GiB | dense parts held, GiB | all held, GiB | A | B | C |\n\
          |---|---|---|---|---|---|---|---|---|---|\n"
     );
