@@ -1,8 +1,8 @@
-//! Writes the model that tests of the server use, for scripts.
+//! Writes the model that the server's tests use, for scripts.
 //!
 //!     cargo run -p sluice-tests --example chat-model -- OUT.sluice [full|windows|states [CHECKPOINT]]
 //!
-//! With a third argument, the checkpoint that it is made of is left in that folder.
+//! With a third argument, the checkpoint from which the model is made stays in that folder.
 
 use std::env;
 use std::fs;

@@ -1,4 +1,4 @@
-//! Makes the tables of `docs/MODELS.md` anew that follow from configurations.
+//! Updates the tables of `docs/MODELS.md` that follow from configurations.
 //!
 //!     cargo run --release -p sluice-tests --example models-table
 

@@ -1,11 +1,11 @@
-//! The server with answers from a script, so that clients test the protocol and not the model.
+//! The server with answers from a script, so that clients can test the protocol and not the model.
 //!
 //!     cargo run -p sluice-tests --example scripted-server -- MODEL.sluice SCRIPT.json PORT [KEY]
 //!
-//! The script is an object: `turns`, a list of `{"role", "contains", "say"}`, and `otherwise`, what is said if no turn fits. A
-//! turn fits if a message behind the assistant's latest one has that role and contains that text; the first that fits is taken.
-//! `say` is what the model writes, with thinking and tool calls as its family writes them: a grammar forces it. With `times`, it
-//! says that so many times. Each request is noted on standard error.
+//! The script is an object: `turns`, a list of `{"role", "contains", "say"}`, and `otherwise`, the answer if no turn matches. A
+//! turn matches if a message after the assistant's latest one has that role and contains that text; the first match is taken. `say`
+//! is what the model writes, with thinking and tool calls in the syntax of its family; a grammar forces it. `times` repeats `say`
+//! that many times. Each request is logged on standard error.
 
 use std::env;
 use std::fs;
@@ -62,7 +62,7 @@ fn force(script: Value) -> Force {
     })
 }
 
-/// The messages behind the latest one of the assistant; a text counts as the user's.
+/// The messages after the latest one of the assistant; a plain text counts as the user's.
 fn latest(ask: &Ask) -> Vec<Message> {
     match &ask.input {
         Input::Chat(chat) | Input::After { chat, .. } => {
@@ -79,7 +79,7 @@ fn fits(turn: &Value, message: &Message) -> bool {
     message.fields["role"] == turn["role"] && text_of(message).contains(contains)
 }
 
-/// The text of a message, whether it is a string or parts of text.
+/// The text of a message, which is a string or a list of text parts.
 fn text_of(message: &Message) -> String {
     match message.fields.get("content") {
         Some(Value::String(text)) => text.clone(),

@@ -1,6 +1,7 @@
-//! A model for tests of the server: long contexts, a chat template, thinking and tools, and weights that cost nothing.
+//! A model for tests of the server, with long contexts, a chat template, thinking, tools, and weights that need no space in the
+//! repository.
 //!
-//! It is a golden checkpoint with another vocabulary. `tests/fixtures/chat-model/README.md` says what it is made of.
+//! It is a golden checkpoint with another vocabulary. `tests/fixtures/chat-model/README.md` describes its parts.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,19 +11,19 @@ use sluice_converter::{Options, convert};
 
 use crate::{Silent, fixture};
 
-/// What the layers of the model remember of a sequence, and so how it can go back.
+/// What the model's layers remember of a sequence. This decides how a sequence can go back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layers {
-    /// Keys and values of all tokens (the shape of Qwen3 MoE): back to any position.
+    /// Keys and values of all tokens (the shape of Qwen3 MoE): a sequence can go back to any position.
     Full,
-    /// Some layers see a sliding window of 128 tokens (the shape of gpt-oss): further back only to marks.
+    /// Some layers see a sliding window of 128 tokens (the shape of gpt-oss): beyond it, a sequence can go back only to marks.
     Windows,
-    /// Some layers have a recurrent state (the shape of Qwen3-Next): back only to marks.
+    /// Some layers have a recurrent state (the shape of Qwen3-Next): a sequence can go back only to marks.
     States,
 }
 
 impl Layers {
-    /// The golden checkpoint that has such layers.
+    /// The golden checkpoint with such layers.
     fn golden(self) -> &'static str {
         match self {
             Layers::Full => "qwen3_moe",
@@ -42,17 +43,17 @@ impl Layers {
     }
 }
 
-/// Rows of the embedding and of the output head: the tokens, and some that no token has.
+/// Rows of the embedding and of the output head: one for each token, and some without a token.
 const VOCABULARY: usize = 1552;
 /// Standard deviation of the embedding, as in the golden checkpoints.
 const EMBEDDING: f32 = 1.0;
-/// Standard deviation of the output head. Logits get one of about 3, so that a few tokens share most of the probability.
+/// Standard deviation of the output head. That of the logits is then about 3, so a few tokens share most of the probability.
 const HEAD: f32 = 0.4;
-/// Token ids that the model never writes by itself: control tokens of the demo's tokenizer and of `added_tokens.json`, but
-/// for `<|im_end|>`, and rows without a token.
+/// Token ids that the model never writes by itself: rows without a token, and control tokens of the demo's tokenizer and of
+/// `added_tokens.json`, except `<|im_end|>`.
 const SILENT: [std::ops::Range<usize>; 3] = [0..4, 1536..1538, 1539..VOCABULARY];
 
-/// Writes the checkpoint to `folder/checkpoint` and converts it to `folder/chat-model.sluice`, whose path is returned.
+/// Writes the checkpoint to `folder/checkpoint`, converts it to `folder/chat-model.sluice`, and returns the path of the latter.
 pub fn chat_model(folder: &Path, layers: Layers) -> PathBuf {
     let (checkpoint, model) = (folder.join("checkpoint"), folder.join("chat-model.sluice"));
     fs::create_dir_all(&checkpoint).unwrap();
@@ -90,7 +91,7 @@ fn object(value: Value) -> Map<String, Value> {
     }
 }
 
-/// The demo model's tokenizer with our tokens behind its own.
+/// The demo model's tokenizer with our tokens after its own.
 fn tokenizer(ours: &Path) -> Value {
     let mut tokenizer = json_file(&fixture("demo-model").join("tokenizer.json"));
     let first = tokenizer["model"]["vocab"].as_object().unwrap().len();
@@ -106,7 +107,7 @@ fn tokenizer(ours: &Path) -> Value {
     tokenizer
 }
 
-/// A safetensors file with embedding and output head for our vocabulary in place of its own; all else as it was.
+/// A safetensors file with embedding and output head for our vocabulary; everything else is unchanged.
 fn with_vocabulary(file: &[u8]) -> Vec<u8> {
     let header_len = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
     let header: Map<String, Value> = serde_json::from_slice(&file[8..8 + header_len]).unwrap();
@@ -157,7 +158,7 @@ fn random(seed: u64, width: usize, deviation: f32) -> Vec<f32> {
     (0..VOCABULARY * width).map(|_| (2.0 * next() - 1.0) * 3f32.sqrt() * deviation).collect()
 }
 
-/// Rounded to the nearest, little-endian.
+/// Rounded to nearest, little-endian.
 fn bf16(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| (((v.to_bits() + 0x8000) >> 16) as u16).to_le_bytes()).collect()
 }

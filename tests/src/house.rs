@@ -1,4 +1,4 @@
-//! A scheduler with its engine, and what the owners of generations have heard.
+//! A scheduler with its engine, and the events that the owners of generations received.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -8,22 +8,22 @@ use sluice_generate::{Event, Finish, Handle, Request, Scheduler, SchedulerOption
 use sluice_model::Engine;
 use sluice_text::Tokenizer;
 
-/// What an owner has heard.
+/// What an owner received.
 #[derive(Debug, Default, PartialEq)]
 pub struct Heard {
     /// Tokens.
     pub ids: Vec<u32>,
     /// Their text.
     pub text: String,
-    /// Why it has ended.
+    /// Why the generation ended.
     pub finish: Option<Finish>,
     /// What went wrong.
     pub error: Option<String>,
-    /// Tokens of the prompt that had been read, each time.
+    /// Tokens of the prompt that had been read, at each progress event.
     pub read: Vec<usize>,
-    /// Tokens that were dropped, and those that were left.
+    /// Dropped tokens and remaining tokens, for each shift.
     pub shifts: Vec<(usize, usize)>,
-    /// Tokens, counted at the end.
+    /// Token counts from the end of the generation.
     pub usage: Usage,
 }
 
@@ -44,17 +44,17 @@ impl Heard {
         }
     }
 
-    /// Without what depends on the others: how the prompt was cut.
+    /// The result without anything that depends on other generations, such as how the prompt was divided.
     pub fn said(&self) -> (&[u32], &str, Option<Finish>) {
         (&self.ids, &self.text, self.finish)
     }
 }
 
-/// An engine, a scheduler, and what the owners have heard.
+/// An engine, a scheduler, and what the owners received.
 pub struct House {
     /// The engine.
     pub engine: Engine,
-    /// What runs on it.
+    /// The scheduler on that engine.
     pub scheduler: Scheduler,
     /// By number of the generation.
     pub owners: BTreeMap<u64, (Handle, Receiver<Event>, Heard)>,
@@ -68,7 +68,7 @@ impl House {
         House { engine, scheduler, owners: BTreeMap::new() }
     }
 
-    /// Puts a generation into the queue; its number.
+    /// Puts a generation into the queue, and returns its number.
     pub fn submit(&mut self, request: Request) -> u64 {
         let (sender, events) = channel();
         let owner = move |event| sender.send(event).map_or(ControlFlow::Break(()), ControlFlow::Continue);
@@ -83,7 +83,7 @@ impl House {
         self.turn_watched(&mut Watch::default())
     }
 
-    /// One turn, watched.
+    /// One turn with observers.
     pub fn turn_watched(&mut self, watch: &mut Watch<'_>) -> bool {
         let worked = self.scheduler.turn(&mut self.engine, watch);
         for (_, events, heard) in self.owners.values_mut() {
@@ -92,7 +92,7 @@ impl House {
         worked
     }
 
-    /// Turns until all have ended.
+    /// Turns until all generations have ended.
     pub fn run(&mut self) {
         while self.turn() {}
         let Status { queued, reading, decoding, .. } = self.scheduler.status();
@@ -100,7 +100,7 @@ impl House {
         assert!(self.owners.values().all(|(handle, ..)| handle.place().is_none()), "none is left");
     }
 
-    /// What a generation's owner has heard.
+    /// What a generation's owner received.
     pub fn heard(&self, id: u64) -> &Heard {
         &self.owners[&id].2
     }

@@ -1,4 +1,4 @@
-//! What the whole-system tests share: fixtures, conversion into a temporary folder, comparison.
+//! Helpers for the whole-system tests: fixtures, conversion into a temporary folder, comparison.
 
 pub mod chat_model;
 pub mod house;
@@ -13,10 +13,10 @@ use sluice_format::WeightType;
 use sluice_model::{Engine, EngineOptions, RuntimeError};
 use tempfile::TempDir;
 
-/// Golden models with one of each kind of attention: latents, latents with an indexer, with one that layers share, windows with
-/// sinks, windows, keys beside recurrent states, stretches, windows with heads of their own, windows with compressed entries behind
-/// them, latents beside recurrent states, keys in blocks that are chosen, keys beside recurrent states of another kind, blocks that are
-/// chosen by their mean, beside tables of n-grams, and wider heads whose values are keys beside windows.
+/// One golden model for each kind of attention: latents; latents with an indexer; latents with an indexer that layers share;
+/// windows with sinks; windows; keys beside recurrent states; stretches; windows with heads of their own; windows with compressed
+/// entries; latents beside recurrent states; chosen blocks of keys; keys beside recurrent states of another kind; blocks chosen by
+/// their mean, beside tables of n-grams; wider heads whose values are keys, beside windows.
 pub const ATTENTIONS: [&str; 14] = [
     "deepseek_v3",
     "deepseek_v32",
@@ -34,7 +34,7 @@ pub const ATTENTIONS: [&str; 14] = [
     "qwen4_exp",
 ];
 
-/// Those of [`ATTENTIONS`] whose sequences cannot go back to any token.
+/// Whether a family of [`ATTENTIONS`] has sequences that cannot go back to any token.
 pub fn forgets(family: &str) -> bool {
     !["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "minimax_m3"].contains(&family)
 }
@@ -124,7 +124,7 @@ impl Progress for Silent {
 }
 
 impl Converted {
-    /// Converts a fixture with the same choice for experts and dense parts; `None` keeps the types of the source.
+    /// Converts a fixture with the same type for experts and dense parts; `None` keeps the types of the source.
     pub fn new(fixture_name: &str, ty: Option<WeightType>) -> Converted {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.sluice");
@@ -139,7 +139,7 @@ impl Converted {
         self.least_budget_for(&EngineOptions::default())
     }
 
-    /// The smallest budget that these options can be had with.
+    /// The smallest budget that works with these options.
     pub fn least_budget_for(&self, options: &EngineOptions) -> u64 {
         match Engine::open(&self.path, &EngineOptions { budget: Some(1), ..options.clone() }) {
             Err(RuntimeError::Budget(e)) => e.least,
@@ -154,14 +154,14 @@ impl Converted {
     }
 }
 
-/// Index of the largest logit; the first of equals.
+/// Index of the largest logit; the first one if several are equal.
 pub fn argmax(logits: &[f32]) -> u32 {
     let best =
         logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &l)| if l > best.1 { (i, l) } else { best });
     best.0 as u32
 }
 
-/// Greedy continuation of `prompt` by `count` tokens, and the logits behind each.
+/// Greedy continuation of `prompt` by `count` tokens, and the logits after each.
 pub fn greedy(engine: &mut Engine, prompt: &[u32], count: usize) -> (Vec<u32>, Vec<Vec<f32>>) {
     let mut sequence = engine.new_sequence();
     let mut logits = Vec::new();

@@ -9,7 +9,7 @@ use sluice_lab::estimate::{Machine, Needs, Speed};
 use sluice_model::KvType;
 use sluice_model::memory::{Demand, MemoryPlan};
 
-/// The models by the names of their geometries, and what they are called.
+/// The models by the names of their geometries, with their titles.
 const MODELS: [(&str, &str); 46] = [
     ("deepseek-r1", "DeepSeek-V3, R1, V3.1"),
     ("deepseek-v3.2", "DeepSeek-V3.2"),
@@ -59,10 +59,10 @@ const MODELS: [(&str, &str); 46] = [
     ("ernie-4.5-0.3b", "ERNIE 4.5 0.3B"),
 ];
 
-/// Geometries that are no published models.
+/// Geometries that are not published models.
 const MADE_UP: [&str; 1] = ["bench-34x128"];
 
-/// Types whose token cycles are given.
+/// Types whose token cycles are listed.
 const CYCLES: [(&str, WeightType); 6] = [
     ("bf16", WeightType::Bf16),
     ("fp8", WeightType::Fp8),
@@ -74,25 +74,25 @@ const CYCLES: [(&str, WeightType); 6] = [
 
 const GIB: u64 = 1 << 30;
 
-/// Machines of which speeds are given: available memory, drive, memory bandwidth.
+/// Machines whose speeds are listed: available memory, drive, memory bandwidth.
 const MACHINES: [(u64, u64, u64); 3] = [(16, 3, 50), (64, 7, 80), (256, 14, 300)];
 
-/// Tokens of context that memory and speed are for.
+/// Tokens of context for memory and speed.
 const CONTEXT: usize = 4096;
 
-/// Steps of memory in which the dense parts are tried to fit: the last digit that is given.
+/// Step of memory in which the size that holds the dense parts is searched: the last printed digit.
 const MEMORY_STEP: u64 = GIB / 10;
 
-/// The beginning and the end of what is made here.
+/// Beginning and end of the generated part.
 const MARKS: [&str; 2] = [
     "<!-- Made by `cargo run --release -p sluice-tests --example models-table`: -->\n",
     "<!-- The end of what is made. -->\n",
 ];
 
-/// `docs/MODELS.md` with tables that are made anew. Parity errors come from its table of families.
+/// `docs/MODELS.md` with updated tables. The parity errors come from its table of families.
 ///
 /// # Errors
-/// What is missing in the document, or in the list of models.
+/// If the document or the list of models lacks something.
 pub fn renewed(doc: &str) -> Result<String, String> {
     let listed = |name: &str| MODELS.iter().any(|(model, _)| *model == name) || MADE_UP.contains(&name);
     if let Some(name) = Geometry::presets().find(|name| !listed(name)) {
@@ -155,7 +155,7 @@ fn reads(models: &[Model]) -> String {
             digits(weights.all as f64 / 1e9),
             digits(weights.every_token as f64 / 1e9)
         );
-        // Of all routed experts of a token, without paddings.
+        // All routed experts of a token, without padding.
         let chosen = |ty: WeightType| -> f64 {
             let matrix = |rows: usize, cols: usize| ty.matrix_len(rows, cols).unwrap_or(0) as f64;
             let one = |width: usize| 2.0 * matrix(width, spec.hidden_size) + matrix(spec.hidden_size, width);
@@ -244,7 +244,7 @@ fn bits(ty: WeightType) -> f64 {
     8.0 * ty.matrix_len(rows, cols).unwrap_or(0) as f64 / (rows * cols) as f64
 }
 
-/// Three digits that mean something, and no more than two behind the point.
+/// Three significant digits, but at most two after the point.
 fn digits(value: f64) -> String {
     match value {
         v if v < 9.995 => format!("{v:.2}"),
@@ -253,7 +253,7 @@ fn digits(value: f64) -> String {
     }
 }
 
-/// One digit behind the point, rounded up: what is said to suffice does.
+/// One digit after the point, rounded up, so that the printed size suffices.
 fn tenths(value: f64) -> String {
     let value = (value * 10.0).ceil() / 10.0;
     if value < 100.0 { format!("{value:.1}") } else { format!("{:.0}", value.ceil()) }

@@ -1,5 +1,5 @@
-//! GPTQ by activation order, whose groups of columns are in disorder: carried bit for bit, at the size of the source, with the
-//! logits of the same numbers in f32.
+//! GPTQ with activation order, where the columns of a group are not adjacent. It is carried bit for bit, in the size of the source,
+//! and gives the logits of the same numbers in f32.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ mod safetensors;
 
 use safetensors::{Tensor, Tensors};
 
-/// Numbers by chance, always the same.
+/// Reproducible random numbers.
 struct Noise(u64);
 
 impl Noise {
@@ -26,7 +26,7 @@ impl Noise {
         (self.0 >> 33) as u32
     }
 
-    /// The numbers below `count` in some order.
+    /// The numbers below `count` in random order.
     fn order(&mut self, count: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..count).collect();
         for i in (1..count).rev() {
@@ -35,7 +35,7 @@ impl Noise {
         order
     }
 
-    /// The group of each column, equally many in each, in disorder.
+    /// The group of each column: groups of equal size, in random order.
     fn groups(&mut self, columns: usize, count: usize) -> Vec<usize> {
         let mut groups = vec![0; columns];
         self.order(columns).into_iter().enumerate().for_each(|(i, column)| groups[column] = i * count / columns);
@@ -48,7 +48,7 @@ fn words(shape: &[usize], words: impl IntoIterator<Item = u32>) -> Tensor {
     Tensor { dtype: "I32".into(), shape: shape.to_vec(), bytes }
 }
 
-/// A checkpoint and what its configuration says.
+/// A checkpoint and its configuration.
 struct Checkpoint {
     config: Value,
     tensors: Tensors,
@@ -102,8 +102,8 @@ fn logits(engine: &mut Engine, prompt: &[u32], step: usize) -> Vec<f32> {
     all
 }
 
-/// Divides every group of 64 columns into two of 32 with its scales and zeros, whose columns lie in disorder, and numbers the groups in
-/// disorder. The weights are the same numbers as before. Matrices that meet the same input have the same order, as GPTQ leaves them.
+/// Divides every group of 64 columns into two of 32, each with its scales and zeros, mixes their columns, and numbers the groups in
+/// random order. The weights stay the same numbers. As in GPTQ, matrices with the same input have the same order.
 fn in_disorder(ordered: &Checkpoint) -> Checkpoint {
     let mut tensors = ordered.tensors.clone();
     for stem in ordered.tensors.keys().filter_map(|name| name.strip_suffix(".g_idx")) {
@@ -114,7 +114,7 @@ fn in_disorder(ordered: &Checkpoint) -> Checkpoint {
         let (columns, scales, zeros) = (part("g_idx").shape[0], part("scales"), part("qzeros"));
         let count = columns / 32;
         let numbers = noise.order(count);
-        // Half of the columns of each old group, by chance, go to each of its new ones.
+        // A random half of the columns of each old group goes to each of its new groups.
         let mut group = vec![0; columns];
         for old in 0..columns / 64 {
             for (column, half) in noise.groups(64, 2).into_iter().enumerate() {
@@ -153,7 +153,7 @@ fn the_logits_are_those_of_the_reference_at_the_size_of_the_source() {
         let t = file.tensor(ExtentKind::Expert, 1, sluice_format::ANY_INDEX, name).unwrap();
         assert!(t.layout.is_ordered() && t.weight_type.to_string() == "u4-g32-f16-zero", "{name}: {t:?}");
     }
-    // Vectors are f32 in a file, which says nothing of larger models.
+    // Vectors are f32 in a file, which is insignificant in larger models.
     let vectors: u64 = file.tensors().iter().filter(|t| t.shape[1] == 1).map(|t| t.len / 2).sum();
     let stored: u64 = file.extents().iter().map(|e| e.logical_len).sum::<u64>() - vectors;
     assert!(stored * 100 <= disordered.bytes() * 103, "{stored} bytes of {}", disordered.bytes());
@@ -168,7 +168,7 @@ fn the_logits_are_those_of_the_reference_at_the_size_of_the_source() {
     let steps = golden.array("step_logits");
     let error = relative_error(&rows.concat(), &steps.data[..rows.len() * steps.shape[1]]);
     assert!(error < 1e-4, "step logits differ by {error:e}");
-    // With int8 activations, other columns share a block and so a scale: as near to the reference as the columns in their order.
+    // With int8 activations, other columns share a block and so a scale. The error is that of the columns in their original order.
     let with_int8 = |checkpoint: &Checkpoint| {
         let model = checkpoint.convert(TypeChoice::Keep);
         relative_error(&logits(&mut model.open(&options(false, 2)), &prompt, prompt.len()), &expected.data)
@@ -186,7 +186,7 @@ fn batches_threads_and_budgets_give_the_same_bits() {
         Err(sluice_model::RuntimeError::Budget(e)) => e.least,
         other => panic!("a budget of one byte: {:?}", other.map(|_| "accepted")),
     };
-    // Longer than the rows that are brought into order at a time.
+    // Longer than the number of rows that are reordered at a time.
     let prompt: Vec<u32> = golden.ids("input_ids").into_iter().cycle().take(140).collect();
     for exact in [true, false] {
         let want = logits(&mut model.open(&options(exact, 1)), &prompt, 140);
@@ -200,8 +200,8 @@ fn batches_threads_and_budgets_give_the_same_bits() {
     }
 }
 
-/// Makes every projection that it fits a matrix of GPTQ by activation order, with codes by chance, and the same of f32. `alike`: gate
-/// and up have the same order.
+/// Turns every suitable projection into a GPTQ matrix with activation order and random codes, and makes the same matrix in f32.
+/// `alike`: gate and up have the same order.
 fn by_chance(source: &Checkpoint, alike: bool) -> [Checkpoint; 2] {
     let (mut packed, mut plain) = (source.tensors.clone(), source.tensors.clone());
     for (name, t) in &source.tensors {
@@ -241,7 +241,7 @@ fn by_chance(source: &Checkpoint, alike: bool) -> [Checkpoint; 2] {
     [Checkpoint { config, tensors: packed }, Checkpoint { config: source.config.clone(), tensors: plain }]
 }
 
-/// Latent attention, a matrix per head, shared experts and dense layers too; gate and up together, and apart.
+/// Also covers latent attention, a matrix per head, shared experts and dense layers; gate and up together, and separate.
 #[test]
 fn every_kind_of_matrix_meets_its_columns_in_order() {
     let golden = Golden::load("deepseek_v3");
@@ -262,12 +262,12 @@ fn every_kind_of_matrix_meets_its_columns_in_order() {
         assert!(logits(&mut packed.open(&options(true, 1)), &prompt, 3) == found, "{pair:?}: other bits");
         let int8 = logits(&mut packed.open(&options(false, 2)), &prompt, prompt.len());
         let error = relative_error(&int8, &want);
-        // Columns in a wrong order would give other logits altogether.
+        // Columns in a wrong order would give completely different logits.
         assert!(error < 0.5, "{pair:?}: logits with int8 activations differ by {error:e}");
     }
 }
 
-/// An order that names a column which is not there, in a file whose checksums are right: no number, and no panic.
+/// An order that names a column that does not exist, in a file with right checksums, causes neither a result nor a panic.
 #[test]
 fn an_order_that_names_no_column_gives_no_number() {
     let model = in_disorder(&Checkpoint::of_fixture("qwen3_moe_gptq")).convert(TypeChoice::Keep);

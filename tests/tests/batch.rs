@@ -1,4 +1,4 @@
-//! Many sequences in one step: each gives the bits that it gives alone.
+//! Many sequences in one step: each gives the same bits as alone.
 
 use proptest::prelude::*;
 use sluice_model::{Control, Engine, EngineOptions, Phase, ReadEngineKind, Sequence, Span, Want};
@@ -7,29 +7,29 @@ use sluice_tests::{ATTENTIONS, Converted, Golden};
 /// Tokens of a sequence.
 const LENGTH: usize = 30;
 
-/// The tokens of sequence `number`: rotations of a golden's prompt, so that they route differently.
+/// The tokens of sequence `number`: a golden prompt, rotated so that sequences route differently.
 fn tokens(family: &str, number: usize) -> Vec<u32> {
     let ids = Golden::load(family).ids("input_ids");
     ids.iter().chain(ids.iter().rev()).copied().cycle().skip(3 * number).take(LENGTH).collect()
 }
 
-/// Logits of every token of a sequence that is alone, all at once.
+/// Logits of every token of a single sequence, computed at once.
 fn alone(engine: &mut Engine, tokens: &[u32]) -> Vec<Vec<f32>> {
     let (mut sequence, mut rows) = (engine.new_sequence(), Vec::new());
     engine.forward_all(&mut sequence, tokens, &mut |_, row| rows.push(row.to_vec())).unwrap();
     rows
 }
 
-/// What happens in one case: which storage, and in each step which sequences take how many tokens.
+/// One case: the budget and other options of storage, and how many tokens each sequence takes in each step.
 #[derive(Clone, Debug)]
 struct Case {
     family: &'static str,
     sequences: usize,
     threads: usize,
     engine: ReadEngineKind,
-    /// Of the way from the least budget to one that holds everything.
+    /// Position between the least budget and one that holds everything.
     budget: f64,
-    /// Per step and sequence: tokens, of which none means that it sits this one out.
+    /// Tokens per step and sequence; with 0, the sequence takes no part in the step.
     steps: Vec<Vec<usize>>,
 }
 

@@ -1,4 +1,4 @@
-//! The budget of an opened model shrinks and grows, and a model at rest gives its memory back: no bit of any result changes.
+//! The budget of an opened model shrinks and grows, and an idle model gives its memory back. No bit of any result changes.
 
 use proptest::prelude::*;
 use sluice_format::WeightType;
@@ -13,7 +13,7 @@ const TOKENS: usize = 20;
 #[derive(Clone, Copy, Debug)]
 enum Change {
     Nothing,
-    /// A budget, as a part of the way from the least to the most.
+    /// A budget, as a fraction of the range from the least to the most.
     Budget(f64),
     Rest,
 }
@@ -83,7 +83,7 @@ fn budgets_that_change_between_steps_change_no_bit() {
     let outcome = runner.run(&case, |(model, changes, engine, policy, budget, threads)| {
         let least = models[model].least_budget();
         let mut engine = models[model].open(&EngineOptions {
-            // Below twice the least some dense parts are streamed.
+            // Below twice the least budget, some dense parts are streamed.
             budget: Some(least + (3.0 * least as f64 * budget) as u64),
             read_engine: Some(engine),
             policy,
@@ -115,7 +115,7 @@ fn less_than_the_least_is_refused_and_more_than_the_most_is_the_most() {
     assert_eq!(engine.memory().slots, 2);
     engine.set_budget(u64::MAX).unwrap();
     assert_eq!(engine.memory().slots, plan.slots);
-    // At rest it is written down for the next step.
+    // The idle engine keeps the new budget for the next step.
     engine.release_idle();
     engine.set_budget(plan.least()).unwrap();
     assert!(engine.is_at_rest());
@@ -131,7 +131,7 @@ fn experts_that_stay_when_the_budget_shrinks_need_not_be_read_again() {
     let (plan, read) = (engine.memory().clone(), engine.stats().misses);
     engine.set_budget(plan.most() - plan.slot_len).unwrap();
     run(&mut engine, &[]);
-    // All fitted before: one that has left can only be missed, come back, and push out another.
+    // All experts fitted before. An evicted one can only be missed, come back, and evict another.
     assert!(engine.stats().misses - read < read, "most have stayed");
     engine.set_budget(plan.most()).unwrap();
     run(&mut engine, &[]);
@@ -157,7 +157,7 @@ fn under_pressure_the_budget_shrinks_in_steps_and_grows_back() {
     while engine.follow(Wish::More) {}
     assert_eq!(engine.memory(), &plan);
     assert!(run(&mut engine, &[]) == want);
-    // Not beyond what somebody has set.
+    // Not beyond a budget that was set.
     engine.set_budget(plan.least() + plan.slot_len).unwrap();
     assert!(!engine.follow(Wish::More) && engine.memory().slots == 3);
 }

@@ -1,4 +1,4 @@
-//! Cancelling a step: it ends soon, at any moment, and leaves behind what was there before it.
+//! Cancelling a step: it ends soon, at any moment, and leaves everything as it was before the step.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -15,7 +15,7 @@ fn is_cancelled(outcome: &Result<(), RuntimeError>) -> bool {
     matches!(outcome, Err(RuntimeError::Model(ModelError::Cancelled)))
 }
 
-/// All logits of a prompt, under `control`.
+/// All logits of a prompt, computed with `control`.
 fn logits(
     engine: &mut Engine,
     sequence: &mut Sequence,
@@ -58,7 +58,7 @@ fn a_step_that_is_cancelled_behind_any_layer_can_be_repeated() {
     }
 }
 
-/// From another thread, whatever the step is doing: reading, multiplying, attending.
+/// Cancels from another thread, whatever the step is doing: reading, multiplying, attending.
 #[test]
 fn a_step_can_be_cancelled_at_any_moment() {
     let model = Converted::new("demo-model", Some(sluice_format::WeightType::Q8));
@@ -80,7 +80,7 @@ fn a_step_can_be_cancelled_at_any_moment() {
                 cancel.cancel();
             });
             if delay == 0 {
-                // One at least is cancelled, however late threads run.
+                // At least one step is cancelled, however late threads run.
                 cancel.cancel();
             }
             running.store(true, Ordering::Release);
@@ -96,7 +96,7 @@ fn a_step_can_be_cancelled_at_any_moment() {
             outcome => assert!(is_cancelled(&outcome.map(drop))),
         }
         cancelled += 1;
-        // Complete passes stay; the rest of the prompt gives what it gives.
+        // Complete passes stay; the rest of the prompt gives the usual logits.
         let done = sequence.position();
         let rest = logits(&mut engine, &mut sequence, &prompt[done..], &mut Control::default()).unwrap();
         let vocab = want.len() / prompt.len();

@@ -1,4 +1,4 @@
-//! The model that tests of the server use: it holds what they rely on.
+//! The model of the server's tests has the properties on which they rely.
 
 use serde_json::json;
 use sluice_format::ModelFile;
@@ -13,7 +13,7 @@ fn options() -> EngineOptions {
     EngineOptions { context: Some(65_536), forget: true, threads: Some(1), ..EngineOptions::default() }
 }
 
-/// A conversation in which a tool was called and has answered.
+/// A conversation with a tool call and its result.
 fn conversation() -> Vec<Message> {
     let call = json!({"id": "call_1", "type": "function", "function": {"name": "read", "arguments": {"path": "a"}}});
     let mut asks = Message::new("assistant", "");

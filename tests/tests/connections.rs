@@ -1,16 +1,16 @@
-//! Only `hub` opens connections: no other crate calls what does, or depends on a crate that would.
+//! Only `hub` opens connections: no other crate calls functions that open one, or depends on a crate that would.
 //!
-//! `cli/tests/optional.rs` holds the running program to the same.
+//! `cli/tests/optional.rs` checks the same of the running program.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The crate that may.
+/// The crate that may open connections.
 const HUB: &str = "hub";
-/// Crates that are clients. The server's share `hyper` and `tokio` with some of these, which only listen there.
+/// Crates that are clients. The server shares `hyper` and `tokio` with some of these, but there they only listen.
 const CLIENTS: [&str; 9] =
     ["ureq", "reqwest", "hf-hub", "curl", "isahc", "attohttpc", "minreq", "hyper-rustls", "tokio-rustls"];
-/// What opens a connection, or sends without one, in the standard library and the crates that are there.
+/// Functions that open a connection, or send without one, in the standard library and the available crates.
 const CALLS: [&str; 10] = [
     "TcpStream::connect",
     "TcpSocket",
@@ -28,7 +28,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
-/// Folders of crates, from the workspace's manifest.
+/// Folders of crates, from the manifest of the workspace.
 fn crates() -> Vec<String> {
     let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
     let members = manifest.split("members = [").nth(1).unwrap().split(']').next().unwrap().to_owned();
@@ -73,7 +73,7 @@ fn only_the_hub_depends_on_clients() {
         let expected: &[&&str] = if folder == HUB { &[&"ureq"] } else { &[] };
         assert_eq!(clients, expected, "{folder}");
     }
-    // Nor does a crate of somebody else bring one.
+    // Nor does a crate from elsewhere bring such a crate.
     let lock = fs::read_to_string(root().join("Cargo.lock")).unwrap();
     for package in lock.split("[[package]]").skip(1) {
         let name = package.split("name = \"").nth(1).unwrap().split('"').next().unwrap();

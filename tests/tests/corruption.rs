@@ -1,4 +1,4 @@
-//! No bit flip anywhere in the file produces a token: it is refused, or it is found and named.
+//! No bit flip anywhere in the file changes a token: the file is refused, or the damage is found and named.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use sluice_format::{ModelFile, WeightType};
 use sluice_model::{Engine, EngineOptions, RuntimeError};
 use sluice_tests::{Converted, argmax};
 
-/// A small fixed generator: the test must fail the same way twice.
+/// A small generator with a fixed seed: a failure must be reproducible.
 struct Xorshift(u64);
 
 impl Xorshift {
@@ -45,7 +45,7 @@ fn two_hundred_random_bytes() {
         copy[at] ^= mask;
         fs::write(&damaged, &copy).unwrap();
 
-        // Verification finds it, whether at opening or in an extent.
+        // Verification finds the flip, when the file is opened or in an extent.
         let found = match ModelFile::open(&damaged) {
             Err(_) => true,
             Ok(file) => {
@@ -54,7 +54,7 @@ fn two_hundred_random_bytes() {
             }
         };
         assert!(found, "byte {at} ^ {mask:#x} is not found");
-        // Generation ends with an error, or never touched the damage and says what it always says.
+        // Generation ends with an error, or did not touch the damage and gives the usual text.
         if let Ok(ids) = generate(&damaged) {
             assert_eq!(ids, sound, "byte {at} ^ {mask:#x} changed the text");
         }

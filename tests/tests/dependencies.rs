@@ -1,4 +1,4 @@
-//! Dependencies point one way: between crates, and inside those that have layers.
+//! Dependencies have one direction: between crates, and inside crates that have layers.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,7 +8,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
-/// Crates of this workspace, by folder, and those that each may use outside its own tests.
+/// Crates of this workspace by folder, and the crates that each may use outside its own tests.
 const CRATES: [(&str, &[&str]); 18] = [
     ("checksum", &[]),
     ("weights", &[]),
@@ -48,7 +48,8 @@ const CRATES: [(&str, &[&str]); 18] = [
     ),
 ];
 
-/// Inside a crate: modules, and those above them, which they may not use. Whatever a crate root re-exports counts as its module.
+/// Within a crate: modules, and the modules above them, which they may not use. Whatever a crate root re-exports counts as its
+/// module.
 const ABOVE: [(&str, &[&str], &[&str]); 4] = [
     ("runtime/storage", &["io"], &["pool"]),
     ("runtime/model", &[], &["engine", "Engine", "EngineOptions", "RuntimeError", "memory"]),
@@ -69,7 +70,7 @@ fn crates_depend_downwards() {
     }
 }
 
-/// Programs that embed a library get no drives that are only simulated: the command line alone asks for them.
+/// Programs that embed a library get no simulated drives: only the command line requests them.
 #[test]
 fn only_the_command_line_simulates_drives() {
     for (folder, _) in CRATES {
@@ -86,7 +87,7 @@ fn there_is_one_xxh3() {
     assert!(!lock.contains("name = \"twox-hash\""), "twox-hash is a second implementation beside checksum/");
     for (folder, _) in CRATES {
         let manifest = fs::read_to_string(root().join(folder).join("Cargo.toml")).unwrap();
-        // Tests compare with the library.
+        // Tests may compare with the library.
         let program = manifest.split("\n[").filter(|section| !section.starts_with("dev-dependencies]"));
         assert!(program.into_iter().all(|section| !section.contains("xxhash-rust")), "{folder} uses xxhash-rust");
     }
@@ -106,7 +107,7 @@ fn modules_depend_downwards() {
         let mut files = Vec::new();
         collect(&root().join(folder).join("src"), &mut files);
         let of = |file: &PathBuf| module_of(file, &root().join(folder).join("src"));
-        // No module named: all those that stand below what is above.
+        // Without named modules: all modules below the upper ones.
         files.retain(|file| match modules {
             [] => !above.contains(&of(file).as_str()) && of(file) != "lib",
             named => named.contains(&of(file).as_str()),
@@ -122,7 +123,7 @@ fn modules_depend_downwards() {
     }
 }
 
-/// The top module that a file of a crate belongs to.
+/// The top-level module to which a file of a crate belongs.
 fn module_of(file: &Path, source: &Path) -> String {
     let first = file.strip_prefix(source).unwrap().components().next().unwrap();
     first.as_os_str().to_str().unwrap().trim_end_matches(".rs").to_owned()

@@ -1,4 +1,4 @@
-//! Drafts change no text: tokens are those that sampling would have chosen one by one, and what did not come true is forgotten.
+//! Drafts change no text: the tokens are those that sampling would have chosen one by one, and rejected proposals leave no trace.
 
 use sluice_format::WeightType;
 use sluice_generate::{
@@ -11,13 +11,13 @@ use sluice_text::StopCondition;
 
 const CONTEXT: usize = 192;
 
-/// Knows the answer, and lies now and then.
+/// A draft that knows the answer, and sometimes gives a wrong token.
 #[derive(Debug)]
 struct Oracle {
     /// Prompt and answer.
     text: Vec<u32>,
     vocab: u32,
-    /// Every so many tokens is a lie; 0: none.
+    /// One of this many tokens is wrong; 0: none.
     lies: usize,
 }
 
@@ -26,13 +26,13 @@ impl Draft for Oracle {
         let rest = self.text.get(context.len()..).unwrap_or_default();
         for (i, &id) in rest.iter().take(9).enumerate() {
             let lie = self.lies > 0 && (context.len() + i).is_multiple_of(self.lies);
-            // Ids that no model has are lies as well.
+            // Ids that the model does not have are wrong too.
             out.push(if lie { [(id + 1) % self.vocab, u32::MAX][i % 2] } else { id });
         }
     }
 }
 
-/// Lets every third token through.
+/// A constraint that allows every third token.
 #[derive(Debug)]
 struct Thirds(usize);
 
@@ -82,14 +82,14 @@ fn open(model: &Converted, sequences: usize) -> House {
     House::new(model.open(&options(sequences)), SchedulerOptions { prompt_rows: 20, ..SchedulerOptions::default() })
 }
 
-/// With proposals to generations that bring none: `tokens` each time, or as many as pay.
+/// Opens a house that drafts for generations without a draft of their own: `tokens` each time, or as many as pay.
 fn open_drafting(model: &Converted, sequences: usize, drafts: Drafts, tokens: Option<usize>) -> House {
     let engine = model.open(&EngineOptions { prediction: drafts.opens_prediction(true), ..options(sequences) });
     let scheduling = SchedulerOptions { prompt_rows: 20, drafts, draft_tokens: tokens, ..SchedulerOptions::default() };
     House::new(engine, scheduling)
 }
 
-/// What these requests say together, and in how many turns.
+/// The texts of these requests when they run together, and the number of turns.
 fn run(house: &mut House, requests: Vec<Request>) -> (Vec<Heard>, usize) {
     let ids: Vec<u64> = requests.into_iter().map(|request| house.submit(request)).collect();
     let mut turns = 0;
@@ -176,7 +176,8 @@ fn whoever_proposes_changes_no_text() {
     }
 }
 
-/// What the prediction layer finds the likeliest behind each token but the first and last of a text, given all of it.
+/// The tokens that the prediction layer finds the likeliest after each token but the first and last of a text, if it gets the whole
+/// text.
 fn predicted(engine: &mut Engine, text: &[u32]) -> Vec<u32> {
     let mut inputs = Vec::new();
     let mut observer = |rows: &[f32]| inputs.extend_from_slice(rows);

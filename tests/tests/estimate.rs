@@ -1,4 +1,4 @@
-//! What `sluice plan` computes: hit rates are those of replays, sizes are those of hand calculations.
+//! What `sluice plan` computes: its hit rates agree with replays, and its sizes with calculations by hand.
 
 use sluice_converter::synth::{Geometry, Layout, WeightTypes};
 use sluice_format::ModelFile;
@@ -12,7 +12,7 @@ use sluice_tests::fixture;
 
 const FOUR_BITS: WeightTypes = WeightTypes { experts: WeightType::Int4, dense: WeightType::Q8 };
 
-/// The default policy may become better than the curves, not worse.
+/// The default policy may become better than the curves, but not worse.
 #[test]
 fn curves_are_replays() {
     for curve in CURVES {
@@ -25,8 +25,8 @@ fn curves_are_replays() {
     }
 }
 
-/// DeepSeek-R1 in four bits. An expert: 3 × 7168 × 2048 weights at 4.5 bits = 24 772 608 bytes, which is whole pages. A
-/// token uses 58 layers × 8 of them: 11.49 GB.
+/// DeepSeek-R1 in four bits. An expert has 3 × 7168 × 2048 weights at 4.5 bits = 24 772 608 bytes, which is a whole number of
+/// pages. A token uses 58 layers × 8 of them: 11.49 GB.
 #[test]
 fn figures_of_deepseek_r1() {
     let geometry = Geometry::load("deepseek-r1", None).unwrap();
@@ -37,12 +37,12 @@ fn figures_of_deepseek_r1() {
     assert_eq!((needs.experts, needs.experts_per_token), (58 * 256, 58 * 8));
     assert_eq!(needs.token_cycle_bytes, 24_772_608 * 464);
     assert!((needs.token_cycle_bytes as f64 / 11.49e9 - 1.0).abs() < 0.001);
-    // Per layer 187 million weights of attention; 3 × 18432 × 7168 in three dense layers, a ninth of that shared in 58;
-    // the head: 129280 × 7168. At 8.5 bits 18.0 GB; routers in bf16 are 0.2 GB of it.
+    // Each layer has 187 million weights of attention; three dense layers have 3 × 18432 × 7168 each, and 58 layers a ninth of that
+    // in shared experts; the head has 129280 × 7168. At 8.5 bits that is 18.0 GB, 0.2 GB of which are routers in bf16.
     assert!((17.0e9..18.5e9).contains(&(needs.dense_bytes as f64)), "{}", needs.dense_bytes);
     // Latents of 576 f32 in 61 layers.
     assert_eq!(needs.kv_cache_bytes, 4096 * 576 * 4 * 61);
-    // A row of 576 has 18 scales of two bytes.
+    // A row of 576 has 18 scales of two bytes each.
     for (kv_type, row) in [(KvType::F16, 2 * 576), (KvType::Bf16, 2 * 576), (KvType::Q8, 576 + 2 * 18)] {
         let narrow = Needs::of(spec, extents, 4096, kv_type);
         assert_eq!(narrow.kv_cache_bytes, 4096 * row * 61);
@@ -63,7 +63,7 @@ fn figures_of_deepseek_r1() {
     let touched = needs.dense_bytes + needs.token_cycle_bytes + needs.kv_cache_bytes;
     assert!((speed.memory_seconds - touched as f64 / 50e9).abs() < 1e-9);
 
-    // With room for everything nothing is read from the drive any more.
+    // With room for everything, nothing is read from the drive any more.
     let all = Speed::of(spec, extents, Machine { ram: gib(1024), ..machine }, 4096, KvType::F32).unwrap();
     assert_eq!((all.hit_rate, all.missed_bytes, all.bound), (1.0, 0, Bound::Memory));
     assert_eq!(all.memory.effective, needs.best_memory);

@@ -1,10 +1,10 @@
-//! Every family in every form: what Hugging Face transformers computes from the golden checkpoints is what comes out, also
-//! when the budget holds few of the experts.
+//! Every family in every form gives what Hugging Face transformers computes from the golden checkpoints, also with a budget that
+//! holds only few of the experts.
 
 use sluice_model::{Control, Engine, EngineOptions, RuntimeError, Span, Want};
 use sluice_tests::{Converted, Golden, fixture, greedy, relative_error};
 
-/// Parity of one golden checkpoint, converted with its own types. `folder`: below the fixtures, or anywhere.
+/// Parity of one golden checkpoint, converted with its own types. `folder` is relative to the fixtures, or absolute.
 fn check(folder: &str) {
     let golden = Golden::load(&fixture(folder).to_string_lossy());
     let model = Converted::new(folder, None);
@@ -30,7 +30,7 @@ fn check(folder: &str) {
     assert!(streamed.1 == rows, "{folder}: streaming gives other bits");
 }
 
-/// The residual stream behind every layer, so that a wrong layer is named.
+/// Compares the residual stream after every layer, so that a failure names the wrong layer.
 fn check_layers(folder: &str, golden: &Golden, engine: &mut Engine, prompt: &[u32]) {
     let mut streams: Vec<Vec<f32>> = Vec::new();
     let mut sequence = engine.new_sequence();
@@ -62,7 +62,7 @@ fn logits(engine: &mut Engine, prompt: &[u32], step: usize) -> Vec<f32> {
     all
 }
 
-/// The smallest budget that works, from the error that a budget of one byte gives.
+/// The smallest budget that works, from the error for a budget of one byte.
 fn least_budget(model: &Converted) -> u64 {
     match Engine::open(&model.path, &exact(Some(1))) {
         Err(RuntimeError::Budget(e)) => e.least,
@@ -70,7 +70,7 @@ fn least_budget(model: &Converted) -> u64 {
     }
 }
 
-/// One test per golden checkpoint, so that all that are wrong are named.
+/// One test per golden checkpoint, so that every wrong one is named.
 macro_rules! goldens {
     ($($name:ident)*) => {
         $(#[test]
@@ -137,7 +137,7 @@ goldens! {
     gemma4_text
 }
 
-/// The golden checkpoints of the folder that `SLUICE_GOLDENS` names, if it is set: those of other seeds, shapes and forms.
+/// The golden checkpoints of the folder `SLUICE_GOLDENS`, if it is set: other seeds, shapes and forms.
 #[test]
 fn goldens_of_a_folder() {
     let Ok(folder) = std::env::var("SLUICE_GOLDENS") else { return };

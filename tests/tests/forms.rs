@@ -1,4 +1,4 @@
-//! One model in every form that a file can have: compressed, in volumes, of version 1 and rewritten. The same bits come out.
+//! One model in every form that a file can have: compressed, in volumes, of version 1, and rewritten. All give the same bits.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ fn converted(folder: &Path, name: &str, change: impl FnOnce(&mut Options)) -> Mo
     model
 }
 
-/// Token ids, logits, and how many experts were read; with this budget, or as much as there is.
+/// Token ids, logits, and the number of experts that were read; with this budget, or with all memory.
 fn run(path: &Path, budget: Option<u64>) -> (Vec<u32>, Vec<Vec<f32>>, u64) {
     let options = EngineOptions { budget, forget: true, threads: Some(2), ..EngineOptions::default() };
     let mut engine = Engine::open(path, &options).unwrap();
@@ -57,10 +57,10 @@ fn every_form_computes_the_same_bits() {
         assert!(experts().all(|e| (e.codec == Codec::Planes) == compress));
         if compress {
             let (stored, padded): (u64, u64) = experts().fold((0, 0), |(s, p), e| (s + e.stored_len, p + e.padded_len));
-            // These experts are small, so that whole pages cost some of it.
+            // These experts are small, so whole pages lose some of the gain.
             assert!(stored * 100 <= padded * 80, "{stored} of {padded}");
         }
-        // By any of its names, with all memory, and with so little that experts and dense parts come again and again.
+        // By any of its names, with all memory, and with so little that experts and dense parts are read again and again.
         let last = model.volumes().last().unwrap().path();
         assert!(run(last, None) == want, "{name}");
         let tight = least(last);
@@ -94,14 +94,14 @@ fn rewriting_gives_what_converting_would() {
     let s = upgraded(plain.path(), &to("b.sluice"), UpgradeOptions { compress, split_size: Some(part), ..as_it_is });
     assert_eq!(s.files.len(), both.volumes().len());
     assert_eq!(s.state_id, both.state_id().to_string());
-    // One file again, as it is and decompressed.
+    // Back to one file, with its compression kept and removed.
     let s = upgraded(both.volumes()[1].path(), &to("c.sluice"), as_it_is);
     same(&s.files[0], compressed.path());
     let s = upgraded(both.path(), &to("d.sluice"), UpgradeOptions { compress: Some(false), ..as_it_is });
     same(&s.files[0], plain.path());
     assert_eq!(s.state_id, both.state_id().to_string());
 
-    // Nothing to do, and nothing done.
+    // Nothing has to change, and nothing does.
     for (model, options) in [
         (&plain, as_it_is),
         (&plain, UpgradeOptions { compress: Some(false), ..as_it_is }),
@@ -112,11 +112,11 @@ fn rewriting_gives_what_converting_would() {
         assert!(!upgrade(model.path(), None, &options, &()).unwrap().written);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), before.len());
     }
-    // Volumes are not replaced in their own place, nor is anything else without being asked.
+    // Volumes are not replaced in place, and no other file without `overwrite`.
     assert!(upgrade(both.path(), None, &as_it_is, &()).unwrap_err().to_string().contains("several volumes"));
     let exists = upgrade(plain.path(), Some(&to("a.sluice")), &UpgradeOptions { compress, ..as_it_is }, &());
     assert!(exists.unwrap_err().to_string().contains("exists"));
-    // A damaged extent ends it, and leaves nothing.
+    // A damaged extent ends the rewriting, and leaves no file.
     let damaged = to("damaged.sluice");
     let mut bytes = fs::read(plain.path()).unwrap();
     let at = plain.extents()[20].offset as usize;
@@ -128,7 +128,7 @@ fn rewriting_gives_what_converting_would() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), count);
 }
 
-/// The committed file of version 1 opens and runs, and goes on running when it is rewritten in its own place.
+/// The committed file of version 1 opens and runs, and still does after it was rewritten in place.
 #[test]
 fn version_1_runs_and_is_rewritten() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! The inputs that once broke a parser break it no longer, and the fuzzing targets still take what is sound. The fuzzer itself
-//! is a workspace of its own (`fuzz/`); its targets are compiled into this test.
+//! Inputs that once broke a parser no longer do, and the fuzzing targets still accept valid input. The fuzzer itself is a separate
+//! workspace (`fuzz/`); its targets are compiled into this test.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ mod targets;
 
 use targets::{TARGETS, Target};
 
-/// The fuzzer allows 10 seconds, but other tests run beside this one.
+/// The fuzzer allows 10 seconds, but other tests run at the same time as this one.
 const TIME_MAX: Duration = Duration::from_secs(60);
 
 fn run(target: &Target, name: &str, input: &[u8], folder: &Path) {
@@ -21,7 +21,7 @@ fn run(target: &Target, name: &str, input: &[u8], folder: &Path) {
     assert!(taken < TIME_MAX, "{} takes {taken:?} for {name}", target.name);
 }
 
-/// One test for both: a target keeps what it needs in the folder that it has met first.
+/// A single test, because a target keeps its files in the first folder that it gets.
 #[test]
 fn no_fault_comes_back_and_what_is_sound_is_taken() {
     let regressions = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/regressions");
@@ -35,7 +35,7 @@ fn no_fault_comes_back_and_what_is_sound_is_taken() {
         }
         for (name, input) in (target.seeds)(scratch.path()) {
             run(target, &name, &input, scratch.path());
-            // What a broken download leaves.
+            // What an interrupted download leaves.
             run(target, &name, &input[..input.len() / 2], scratch.path());
         }
     }

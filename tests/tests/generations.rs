@@ -1,4 +1,4 @@
-//! Many generations on one engine: each says what it says alone, whoever else is there.
+//! Many generations on one engine: each gives the same text as alone, whatever else is running.
 
 use std::ops::ControlFlow;
 use std::sync::mpsc::channel;
@@ -30,7 +30,7 @@ fn options(sequences: usize) -> EngineOptions {
 }
 
 fn open(model: &Converted, sequences: usize, prompt_rows: usize) -> House {
-    // Nothing is kept: each says all that it has to say by itself.
+    // Nothing is kept, so each must compute everything itself.
     let scheduling = SchedulerOptions { prompt_rows, running: Some(sequences), kept: 0, ..SchedulerOptions::default() };
     House::new(model.open(&options(sequences)), scheduling)
 }
@@ -105,7 +105,7 @@ fn cancelling_one_changes_nothing_for_the_others() {
     house.run();
     let layers = house.engine.spec().layers.len();
     let want: Vec<Heard> = ids.iter().map(|id| std::mem::take(&mut house.owners.get_mut(id).unwrap().2)).collect();
-    // In the middle of a step, behind each layer; and in each phase.
+    // In the middle of a step, after each layer, and in each phase.
     for at in 1..=layers {
         for turn in [0, 1, 4, 9] {
             house.owners.clear();
@@ -145,7 +145,7 @@ fn who_comes_and_goes_cannot_keep_the_others_from_their_tokens() {
     let stayer = house.submit(Request::new(prompt(0, 5), 4));
     let victims: Vec<_> = (1..8).map(|n| house.submit(Request::new(prompt(n, 5), 4))).collect();
     let mut handles: Vec<_> = victims.iter().map(|id| house.owners[id].0.clone()).collect();
-    // Each time that the step begins again, another one goes.
+    // Each time that the step begins again, another generation is cancelled.
     let mut progress = |p: sluice_model::Progress| {
         if p.layers == 1 {
             handles.pop().iter().for_each(Handle::cancel);
@@ -189,7 +189,7 @@ fn the_queue_is_served_in_order_of_arrival() {
     assert_eq!(house.scheduler.status().queued, 5);
     assert_eq!(house.owners[&ids[4]].0.place(), Some(Place::Queued { ahead: 2 }));
     assert_eq!(house.owners[&ids[0]].0.place(), Some(Place::Decoding { generated: 1 }));
-    // Cancelled in the queue: heard of at once, and the others move up.
+    // Cancelled in the queue: its owner is told at once, and the others move up.
     house.owners[&ids[3]].0.cancel();
     house.turn();
     assert_eq!(house.heard(ids[3]).finish, Some(Finish::Cancelled));
@@ -229,7 +229,7 @@ fn what_makes_no_sense_is_refused_before_it_reaches_the_engine() {
 fn a_full_context_ends_a_generation() {
     let model = demo();
     let mut house = open(&model, 2, 16);
-    // The last token need not fit, since nothing follows it.
+    // The last token does not have to fit, because nothing follows it.
     for (length, tokens) in [(CONTEXT, 1), (CONTEXT - 2, 3)] {
         let id = house.submit(Request::new(prompt(3, length as u32), usize::MAX));
         house.run();
@@ -241,7 +241,7 @@ fn a_full_context_ends_a_generation() {
     assert_eq!((house.heard(nothing).finish, house.heard(nothing).ids.len()), (Some(Finish::Length), 0));
 }
 
-/// Bias, constraint, logprobs against the engine's own logits.
+/// Bias, constraint and logprobs agree with the engine's own logits.
 #[test]
 fn tokens_and_their_probabilities_are_those_of_the_logits() {
     let model = demo();
@@ -277,7 +277,7 @@ fn tokens_and_their_probabilities_are_those_of_the_logits() {
         assert!((f64::from(t.logprob) - book).abs() < 1e-5, "{t:?} {book}");
     }
     assert_eq!(logprob, Some(top[0].logprob));
-    // A bias moves the choice, and not the model's own probabilities.
+    // A bias changes the choice, but not the model's own probabilities.
     let far = f64::from(logits[order[0] as usize] - logits[order[7] as usize]) as f32;
     let (id, logprob, same) = first(Request { bias: vec![(order[7], far + 1.0)], ..base() });
     assert_eq!((id, &same), (order[7], &top));
@@ -288,7 +288,7 @@ fn tokens_and_their_probabilities_are_those_of_the_logits() {
     assert_eq!((id, none, nothing.len()), (best, None, 0));
 }
 
-/// Lets a list of tokens through, one after the other.
+/// A constraint that allows a list of tokens, one after the other.
 #[derive(Debug)]
 struct Script(Vec<u32>);
 
@@ -329,7 +329,7 @@ fn a_constraint_decides_what_may_come_and_when_it_is_over() {
     assert!(error.contains("every token is excluded"), "{error}");
 }
 
-/// A damaged expert ends those who need it, with its name, and nobody else.
+/// A damaged expert ends only the generations that need it, with its name.
 #[test]
 fn a_failing_step_ends_only_those_concerned() {
     let model = demo();
@@ -384,7 +384,7 @@ fn the_front_door_serves_many_threads() {
         let answers: Vec<_> = threads.into_iter().map(|t| said(&t.join().unwrap())).collect();
         assert_eq!(answers, alone);
     });
-    // Closing cancels what is left.
+    // Closing cancels generations that are left.
     let (sender, events) = channel();
     let endless = Request { max_tokens: 380, stop: StopCondition::default(), ..ask(1) };
     model.submit(endless, move |e| sender.send(e).map_or(ControlFlow::Break(()), ControlFlow::Continue)).unwrap();

@@ -1,5 +1,5 @@
-//! Models of GGUF's types, mixed from tensor to tensor as published files have them, compute what the same numbers compute as
-//! f32 safetensors. The numbers of the blocks are those of the public `gguf` package (`fixtures/gguf/make_quantised.py`).
+//! Models in GGUF's types, which vary from tensor to tensor as in published files, give the same results as the same numbers in f32
+//! safetensors. The numbers of the blocks are those of the public `gguf` package (`fixtures/gguf/make_quantised.py`).
 
 #[path = "../../converter/tests/common/gguf.rs"]
 #[allow(dead_code, missing_docs, unreachable_pub, reason = "the converter's tests use the rest of it")]
@@ -82,7 +82,7 @@ impl Twice {
         (self.noise.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize
     }
 
-    /// Blocks of a type, or numbers around `middle`, for `count` weights: as bytes, and as what they stand for.
+    /// Blocks of a type, or numbers around `middle`, for `count` weights: as bytes, and as the numbers that they represent.
     fn draw(&mut self, ty: Type, count: usize, middle: f32) -> (Vec<u8>, Vec<f32>) {
         if ty == F32 {
             let numbers: Vec<f32> = (0..count).map(|_| middle + self.bits() as f32 / 2f32.powi(33) - 0.125).collect();
@@ -134,7 +134,7 @@ impl Twice {
         }
     }
 
-    /// Writes both and converts them with the types that they have: what `gguf` became, and what safetensors became.
+    /// Writes both and converts them with their own types; returns the model from `gguf` and the one from safetensors.
     fn converted(&self, folder: &Path, config: &Json) -> (Converted, Converted) {
         let path = folder.join("model.gguf");
         fs::write(&path, file(&self.keys, &self.gguf)).unwrap();
@@ -145,7 +145,7 @@ impl Twice {
         (of(&path), of(&checkpoint))
     }
 
-    /// Both compute the same: exactly enough with f32 activations, about so with the usual ones.
+    /// Both give the same results: within rounding with f32 activations, and roughly with the usual ones.
     fn compare(&self, config: &Json) {
         let folder = tempfile::tempdir().unwrap();
         let (own, plain) = self.converted(folder.path(), config);
@@ -165,7 +165,7 @@ impl Twice {
         let found = logits(&mut own.open(&usual(2)), &prompt, 24);
         let error = relative_error(&found, &expected);
         println!("relative error {error:.1e} with activations of eight bits");
-        // Random layers without a purpose make more of every rounding.
+        // Random layers amplify every rounding.
         assert!(error < 0.2, "logits differ by {error:e} with activations of eight bits");
         assert!(logits(&mut own.open(&usual(1)), &prompt, 5) == found, "other threads and steps give other bits");
     }
@@ -181,8 +181,8 @@ fn logits(engine: &mut Engine, prompt: &[u32], step: usize) -> Vec<f32> {
     all
 }
 
-/// Every type has a layer in which it is that of the experts' gate and up, one in which it is that of down, and some in which
-/// it is that of a matrix of the attention.
+/// Every type is used for gate and up of the experts in one layer, for down in another one, and for matrices of the attention in
+/// some.
 #[test]
 fn experts_of_every_type() {
     const LAYERS: usize = TYPES.len();
@@ -228,7 +228,7 @@ fn experts_of_every_type() {
             model.add(&own, &hub, ty(3 + 5 * i), &[rows, WIDE]);
         }
         model.add(&own("ffn_gate_inp"), &hub("mlp.gate"), F32, &[EXPERTS, WIDE]);
-        // Gate and up share a type: where they do not, they become f32.
+        // Gate and up share a type; otherwise they become f32.
         model.experts(layer, "gate", ty(0), [WIDE, WIDE]);
         model.experts(layer, "up", ty(0), [WIDE, WIDE]);
         model.experts(layer, "down", ty(1), [WIDE, WIDE]);
@@ -236,7 +236,7 @@ fn experts_of_every_type() {
     model.compare(&config);
 }
 
-/// Queries and keys in the order in which llama.cpp turns them, and one matrix for embedding and head.
+/// Queries and keys in the order to which llama.cpp permutes them, and one matrix for embedding and head.
 #[test]
 fn turned_rows_of_every_type() {
     const LAYERS: usize = TYPES.len().div_ceil(2);
@@ -269,7 +269,7 @@ fn turned_rows_of_every_type() {
         model.norm(&own("ffn_norm"), &hub("post_attention_layernorm"), WIDE);
         for (part, ty, heads) in [("q", ty(0), 4), ("k", ty(1), 2)] {
             let numbers = model.own(&own(&format!("attn_{part}")), ty, &[heads * 64, WIDE], 0.0);
-            // Row `2i` of a head was row `i`, row `2i + 1` was row `32 + i`.
+            // Row `2i` of a head was row `i`, and row `2i + 1` was row `32 + i`.
             let row = |row: usize| &numbers[(row / 64 * 64 + row % 32 * 2 + row % 64 / 32) * WIDE..][..WIDE];
             let turned = (0..heads * 64).flat_map(|r| row(r).to_vec());
             model.hub.insert(hub(&format!("self_attn.{part}_proj")), Tensor::f32(&[heads * 64, WIDE], turned));
@@ -281,7 +281,8 @@ fn turned_rows_of_every_type() {
     model.compare(&config);
 }
 
-/// Widths of the latent attention below: of a head without and with position, of its values, of the latent; and heads.
+/// Widths of the latent attention below: parts of a head without and with position, its values, the latent; and the number of
+/// heads.
 const NOPE: usize = 64;
 const ROPE: usize = 32;
 const V: usize = 64;
@@ -347,7 +348,7 @@ impl Twice {
         ] {
             self.add(&own(part), &hub(&format!("self_attn.{module}")), attention, &[rows, cols]);
         }
-        // Keys head by head and transposed, values head by head.
+        // Keys per head and transposed, values per head.
         let k = self.own(&own("attn_k_b"), keys, &[HEADS, RANK, NOPE], 0.0);
         let v = self.own(&own("attn_v_b"), half, &[HEADS, V, RANK], 0.0);
         let mut both = Vec::new();
@@ -368,12 +369,12 @@ impl Twice {
     }
 }
 
-/// Latent attention with keys and values head by head, a shared expert, and types as dynamic quantisations mix them.
+/// Latent attention with keys and values per head, a shared expert, and types mixed as in dynamic quantisations.
 #[test]
 fn latent_attention_of_mixed_types() {
     let (mut model, config) = latent();
     model.ends(named("Q4_K"), named("Q5_K"));
-    // Gate and up, down, attention, its halves of keys and values.
+    // Gate and up, down, attention, and its separate keys and values.
     let recipes = [
         ["Q5_K", "Q6_K", "Q8_0", "Q8_0", "Q8_0"],
         ["IQ1_S", "IQ2_XXS", "Q4_K", "Q8_0", "IQ4_XS"],

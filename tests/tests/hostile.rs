@@ -1,4 +1,4 @@
-//! Callers at their worst: handles that go on many threads, observers and owners that panic, requests that make no sense together.
+//! Callers at their worst: handles dropped on many threads, observers and owners that panic, requests that contradict themselves.
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -39,7 +39,7 @@ fn pages_that_go_on_two_threads_at_a_time_come_back() {
     engine.forward(&mut sequence, &tokens, &mut Vec::new()).unwrap();
     sequence.save(&mut saved).unwrap();
     drop(sequence);
-    // Both let go of the same pages, in the same order.
+    // Both release the same pages, in the same order.
     const ROUNDS: usize = 3000;
     let (start, end) = (Barrier::new(2), Barrier::new(2));
     let hand = Mutex::new(None);
@@ -114,16 +114,16 @@ fn an_owner_may_have_the_last_handle_of_the_model() {
     };
     let (other, heard) = channel();
     let listens = move |event| other.send(event).map_or(ControlFlow::Break(()), ControlFlow::Continue);
-    // Longer than the first one, by enough that it is still there when the model goes.
+    // Enough longer than the first one to be still running when the model is dropped.
     model.submit(Request::new(vec![1, 2, 3], 50), owner).unwrap();
     model.submit(Request::new(vec![4, 5, 6], 180), listens).unwrap();
     drop(model);
-    // The model goes on its own thread, with the first one's owner. That cancels the second one.
+    // The model is dropped on its own thread, with the first one's owner. That cancels the second one.
     assert!(matches!(events.into_iter().last(), Some(Event::Finish { reason: Finish::Length, .. })));
     assert!(matches!(heard.into_iter().last(), Some(Event::Finish { reason: Finish::Cancelled, .. })));
 }
 
-/// Cancels a generation when it goes.
+/// Cancels a generation when it is dropped.
 struct CancelsAtEnd(Handle);
 
 impl Drop for CancelsAtEnd {
@@ -148,7 +148,7 @@ fn an_owner_that_panics_ends_its_own_generation_alone() {
             panic!("as it is meant to");
         })
         .unwrap();
-    // This one waits in the queue, and its owner looks at the scheduler when it goes.
+    // This one waits in the queue, and its owner looks at the scheduler when it is dropped.
     let guard = CancelsAtEnd(handle.clone());
     let owner = move |_| {
         let _ = &guard;
@@ -168,7 +168,7 @@ fn an_owner_that_panics_ends_its_own_generation_alone() {
     assert_eq!(model.complete(Request::new(vec![1], 1)).unwrap().ids.len(), 1);
 }
 
-/// Panics when it is asked for the `after`-th time.
+/// Panics at the `after`-th call.
 #[derive(Debug)]
 struct Panics {
     after: usize,
@@ -233,7 +233,7 @@ fn a_constraint_or_a_draft_that_panics_ends_its_own_generation_alone() {
     }
 }
 
-/// Proposes what has been said so far, whether or not it comes again, and more than there is room for.
+/// Proposes the text so far, whether or not it repeats, and more than there is room for.
 #[derive(Debug)]
 struct Echo(usize);
 
@@ -251,9 +251,9 @@ struct Wish {
     temperature: f32,
     keep: Option<usize>,
     draft: bool,
-    /// Cancelled in this turn, and behind this layer.
+    /// Cancelled in this turn, after this layer.
     cancelled: Option<(usize, usize)>,
-    /// Says `Break` to this event.
+    /// Returns `Break` for this event.
     breaks: Option<usize>,
     pause: usize,
 }
@@ -324,7 +324,7 @@ fn any_case() -> impl Strategy<Value = Case> {
         })
 }
 
-/// What each says alone, without a draft and without being cancelled.
+/// The result of each alone, without a draft and without being cancelled.
 fn alone(model: &Converted, wishes: &[Wish]) -> Vec<Heard> {
     let mut house = House::new(model.open(&options(1, CONTEXT)), SchedulerOptions::default());
     let each = wishes.iter().enumerate().map(|(number, wish)| {
@@ -335,7 +335,7 @@ fn alone(model: &Converted, wishes: &[Wish]) -> Vec<Heard> {
     each.collect()
 }
 
-/// Submits the wish of this number; an owner that breaks hears nothing behind that.
+/// Submits the wish of this number; an owner that returned `Break` receives nothing after that.
 fn submit(house: &mut House, number: usize, wish: &Wish) -> u64 {
     let request = request(&house.engine, number, wish, true);
     let Some(mut left) = wish.breaks else { return house.submit(request) };
@@ -349,7 +349,7 @@ fn submit(house: &mut House, number: usize, wish: &Wish) -> u64 {
     house.scheduler.submit(request, owner).unwrap().id()
 }
 
-/// To so much of what lies between the least and the most; a small one lets the engine rest as well.
+/// Sets the budget to this fraction of the range from the least to the most; a small one also makes the engine release its memory.
 fn change_budget(house: &mut House, part: f64) {
     let memory = house.engine.memory();
     let bytes = memory.least() + ((memory.most() - memory.least()) as f64 * part) as u64;
@@ -419,7 +419,7 @@ fn whoever_comes_and_goes_the_others_say_what_they_say_alone() {
     let models = MODELS.map(|(name, ty)| Converted::new(name, ty));
     let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
     let outcome = proptest::test_runner::TestRunner::new(config).run(&any_case(), |case| {
-        // Nowhere, in a folder, and in one that is not there.
+        // No folder, an existing one, and one that does not exist.
         let spill = [None, Some(folder.path().to_owned()), Some(folder.path().join("gone"))];
         run(&models[case.model], &case, spill[case.spill].clone())
     });

@@ -1,4 +1,4 @@
-//! Same file, same CPU, same prompt: same bits, whatever the budget, the read engine or the number of threads.
+//! The same file, processor and prompt give the same bits, whatever the budget, the read engine or the number of threads.
 
 use proptest::prelude::*;
 use sluice_format::WeightType;
@@ -7,7 +7,7 @@ use sluice_storage::io::IoConfig;
 use sluice_storage::pool::{Choice, PolicyKind};
 use sluice_tests::{ATTENTIONS, Converted, Golden, greedy, relative_error};
 
-/// The smallest budget that works, from the error that a budget of one byte gives.
+/// The smallest budget that works, from the error for a budget of one byte.
 #[test]
 fn budget_engine_and_threads_do_not_change_a_bit() {
     let golden = Golden::load("deepseek_v3");
@@ -76,7 +76,7 @@ fn prefill_reads_each_expert_once() {
     assert!(read as f64 <= 1.05 * distinct as f64, "{read} bytes read for {distinct} bytes of distinct experts");
 }
 
-/// Everything about storage that a user or a calibration can change.
+/// All properties of storage that a user or a calibration can change.
 fn any_storage(least: u64, everything: u64) -> impl Strategy<Value = EngineOptions> {
     let engine = prop_oneof![Just(ReadEngineKind::Auto), Just(ReadEngineKind::Pread)];
     let policy = proptest::sample::select(PolicyKind::ONLINE.to_vec());
@@ -117,8 +117,8 @@ fn engine_policy_prefetch_and_budget_never_change_a_bit() {
     outcome.unwrap();
 }
 
-/// How far the logits of half of the tokens may be from those with f32. The others may be further: the models are tiny and
-/// random, so that a rounding now and then turns a choice of the router or the indexer.
+/// How far the logits of half of the tokens may be from those with f32. The others may be further away: the models are tiny and
+/// random, so sometimes a rounding changes a choice of the router or the indexer.
 const KV_ERROR: [(KvType, f64); 4] =
     [(KvType::F32, 0.0), (KvType::F16, 0.005), (KvType::Bf16, 0.02), (KvType::Q8, 0.1)];
 

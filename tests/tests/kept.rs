@@ -1,4 +1,4 @@
-//! Sequences that are kept between requests: what is read once is not read again, and no text depends on that.
+//! Sequences that are kept between requests: what has been read is not read again, and no text depends on that.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -41,7 +41,7 @@ fn prompt(engine: &Engine, number: u32, length: usize) -> Vec<u32> {
     (0..length as u32).map(|i| (i * 7919 + number * 104_729 + 13) % vocab).collect()
 }
 
-/// A store that reads what is in the folder.
+/// A store with what is in the folder.
 fn store(folder: &Path) -> Arc<Store> {
     let options = StoreOptions { folder: folder.to_owned(), max_bytes: 1 << 30, expire_after: None };
     Arc::new(Store::open(options).unwrap())
@@ -52,7 +52,7 @@ fn words(number: u32, length: usize) -> Vec<u32> {
     (0..length as u32).map(|i| (i * 7919 + number * 104_729 + 13) % 1536).collect()
 }
 
-/// What a request gives, and how many tokens went through the layers for it.
+/// The result of a request, and how many tokens went through the layers for it.
 fn ask(house: &mut House, request: Request) -> (Heard, u64) {
     let before = house.engine.stats().tokens;
     let id = house.submit(request);
@@ -100,14 +100,14 @@ fn a_prompt_that_parts_from_an_earlier_one_goes_on_there_or_from_a_mark() {
         let mut house = House::new(engine, SchedulerOptions::default());
         let text = prompt(&house.engine, 1, 240);
         let marked = |marks: &[usize]| Request { marks: marks.to_vec(), ..Request::new(text.clone(), 4) };
-        // Of three marks, there is room for two.
+        // There is room for two of three marks.
         let (first, computed) = ask(&mut house, marked(&[50, 120, 170]));
         assert_eq!(computed, 243, "{name}");
         for (parts, want) in [(90, 0), (140, 120), (170, 170), (230, 170)] {
             let mut other = text[..parts].to_vec();
             other.extend(prompt(&house.engine, 9, 20));
             let (heard, computed) = ask(&mut house, Request { keep: false, ..Request::new(other.clone(), 4) });
-            // A window reaches a little farther back than its tokens see, by pages.
+            // A window reaches back a little farther than its tokens see, because it has whole pages.
             let cached = heard.usage.cached_tokens;
             match name {
                 "demo-model" => assert_eq!(cached, parts),
@@ -118,7 +118,7 @@ fn a_prompt_that_parts_from_an_earlier_one_goes_on_there_or_from_a_mark() {
             let mut alone = House::new(model.open(&options(1, 400)), SchedulerOptions::default());
             assert_eq!(ask(&mut alone, Request::new(other, 4)).0.said(), heard.said(), "{name}, {parts}");
         }
-        // The same again.
+        // The same request again.
         let (again, _) = ask(&mut house, marked(&[]));
         let want = if name == "golden/qwen3_next" { 170 } else { text.len() - 1 };
         assert_eq!((again.said(), again.usage.cached_tokens), (first.said(), want), "{name}");
@@ -146,7 +146,7 @@ fn equal_prompts_that_come_together_are_read_once() {
         let scheduling = SchedulerOptions { prompt_rows: 32, ..SchedulerOptions::default() };
         let mut house = House::new(model.open(&options(6, 400)), scheduling);
         let text = prompt(&house.engine, 3, 200);
-        // Another one parts from them on the way, and comes first.
+        // Another one diverges from them in the middle, and comes first.
         let mut other = text[..130].to_vec();
         other.extend(prompt(&house.engine, 4, 50));
         let ids: Vec<u64> = [house.submit(sampled(9, other.clone()))]
@@ -157,7 +157,7 @@ fn equal_prompts_that_come_together_are_read_once() {
         let status = house.scheduler.status();
         assert_eq!((status.queued, status.reading + status.decoding), (0, 5), "{name}: those that wait are admitted");
         house.run();
-        // 180 of the first, 70 more of the second, one each of three more; seven of each answer.
+        // 180 tokens of the first, 70 more of the second, one each of three more; seven of each answer.
         assert_eq!(house.engine.stats().tokens, 180 + 70 + 3 + 5 * 7, "{name}");
         let cached = ids.iter().map(|id| house.heard(*id).usage.cached_tokens).collect::<Vec<_>>();
         assert_eq!(cached, [0, 130, 199, 199, 199], "{name}");
@@ -215,18 +215,18 @@ fn what_was_read_until_a_generation_was_cancelled_stays_for_the_retry() {
 
 #[test]
 fn kept_sequences_make_nobody_wait_and_nobody_lose_pages() {
-    // Six pages; each conversation has four.
+    // There are six pages, and each conversation has four.
     let (_model, mut house) = demo(1, 384, SchedulerOptions::default());
     let (first, _) = ask(&mut house, Request::new(words(0, 200), 40));
     assert_eq!(house.scheduler.status().kept_tokens, 239);
     let (second, _) = ask(&mut house, Request::new(words(1, 200), 40));
     assert_eq!((first.finish, second.finish), (Some(Finish::Length), Some(Finish::Length)));
-    // The older one has given up its end.
+    // The older one has lost its end.
     let status = house.scheduler.status();
     assert_eq!((status.kept, status.kept_tokens), (2, 128 + 239), "{status:?}");
     let (again, computed) = ask(&mut house, Request::new(words(0, 200), 40));
     assert_eq!((again.said(), again.usage.cached_tokens, computed), (first.said(), 128, 72 + 39));
-    // Two that run keep their pages, whatever is kept; and a long one has all of them.
+    // Two running generations keep their pages, whatever is kept; and a long one gets all of them.
     let ids = [5, 6].map(|n| house.submit(Request::new(prompt(&house.engine, n, 60), 60)));
     house.turn();
     assert_eq!(house.scheduler.status().decoding, 2);
@@ -245,19 +245,19 @@ fn as_many_are_kept_as_was_said_and_no_more_than_are_of_use() {
     let (_model, mut house) = demo(8, 400, SchedulerOptions { kept: 3, ..SchedulerOptions::default() });
     for number in 0..5 {
         ask(&mut house, Request::new(words(number, 40), 2));
-        // The first one is of use again and again.
+        // The first one is used again and again.
         ask(&mut house, Request::new(words(0, 40), 2));
     }
     assert_eq!(house.scheduler.status().kept, 3);
     assert_eq!(ask(&mut house, Request::new(words(0, 40), 2)).0.usage.cached_tokens, 39);
     assert_eq!(ask(&mut house, Request::new(words(1, 40), 2)).0.usage.cached_tokens, 0);
     assert_eq!(ask(&mut house, Request::new(words(4, 40), 2)).0.usage.cached_tokens, 39);
-    // One that begins as another is not kept beside it.
+    // If one begins with another, both are not kept.
     ask(&mut house, Request::new(words(4, 80), 2));
     ask(&mut house, Request::new(words(4, 60), 0));
     let kept = house.scheduler.status();
     assert_eq!((kept.kept, kept.kept_tokens), (3, 41 + 41 + 81), "{kept:?}");
-    // Requests that leave nothing behind.
+    // Requests that leave nothing in memory.
     let private = Request { keep: false, ..Request::new(words(11, 80), 2) };
     ask(&mut house, private);
     assert_eq!(ask(&mut house, Request::new(words(11, 80), 2)).0.usage.cached_tokens, 0);
@@ -319,7 +319,7 @@ fn a_model_says_what_it_is_and_ends_what_it_has_begun() {
     reasons.sort_by_key(|reason| *reason == Finish::Length);
     assert_eq!(reasons, [Finish::Cancelled, Finish::Length]);
     assert_eq!(second.place(), None);
-    // Without time, what has begun is cancelled.
+    // Without time to end, running generations are cancelled.
     let model = Model::new(converted.open(&options(1, 400)), SchedulerOptions::default(), false).unwrap();
     let (sender, events) = channel();
     let owner = move |event| sender.send(event).map_or(ControlFlow::Break(()), ControlFlow::Continue);
@@ -352,7 +352,7 @@ fn another_run_of_the_program_goes_on_from_the_drive() {
             text.extend(prompt(&house.engine, turn, 15));
             house.scheduler.release_kept();
         }
-        // Whoever damages a file gets what was to be had without it.
+        // Whoever damages a file gets the result without it.
         for file in std::fs::read_dir(folder.path()).unwrap() {
             let path = file.unwrap().path();
             let mut bytes = std::fs::read(&path).unwrap();
@@ -375,7 +375,7 @@ fn a_program_that_is_killed_in_a_long_prompt_loses_little_of_it() {
         let folder = tempfile::tempdir().unwrap();
         let mut house = House::new(model.open(&options(2, 240)), with_store(folder.path()));
         let text = prompt(&house.engine, 1, 220);
-        // While another one talks, prompts are read in parts.
+        // While another generation is decoding, prompts are read in parts.
         house.submit(Request { keep: false, ..Request::new(prompt(&house.engine, 2, 3), 60) });
         house.turn();
         let id = house.submit(Request { title: Some("A long one".into()), ..Request::new(text.clone(), 5) });
@@ -401,7 +401,7 @@ fn a_model_that_rests_or_is_closed_has_everything_on_the_drive() {
     let folder = tempfile::tempdir().unwrap();
     let scheduling = SchedulerOptions { rest_after: Some(Duration::ZERO), ..with_store(folder.path()) };
     let model = Model::new(converted.open(&options(4, 240)), scheduling, false).unwrap();
-    // More at a time than may wait to be written.
+    // More at a time than may wait for writing.
     let requests = || (0..12).map(|n| Request::new(words(n, 70), 3)).collect();
     let want: Vec<_> = model.batch(requests()).into_iter().map(Result::unwrap).collect();
     while model.status().kept > 0 {
@@ -443,10 +443,10 @@ fn what_is_deleted_from_the_drive_goes_from_memory_and_does_not_come_back() {
     assert!(store.list().is_empty(), "{:?}", store.list());
 }
 
-/// One of many requests: a new text, or one that begins as an earlier text does.
+/// One of many requests: a new text, or one with the beginning of an earlier text.
 #[derive(Clone, Debug)]
 struct Turn {
-    /// Which of the earlier texts, and how much of it; a new one if there is none.
+    /// Which of the earlier texts, and how much of it; `None` for a new text.
     base: Option<(usize, f64)>,
     more: usize,
     tokens: usize,
@@ -454,7 +454,7 @@ struct Turn {
     drops: bool,
     keep: bool,
     marks: Vec<f64>,
-    /// Cancelled in this turn, and behind this layer.
+    /// Cancelled in this turn, after this layer.
     cancelled: Option<(usize, usize)>,
     pause: usize,
 }
@@ -526,7 +526,7 @@ fn request(turn: &Turn, number: usize, prompt: Vec<u32>) -> Request {
     }
 }
 
-/// The prompts, and what each gives on an engine that keeps nothing.
+/// The prompts, and the result of each on an engine that keeps nothing.
 fn alone(model: &Converted, turns: &[Turn]) -> Vec<(Vec<u32>, Heard)> {
     let options = EngineOptions { budget: None, ..options(1, CONTEXT) };
     let mut house = House::new(model.open(&options), SchedulerOptions { kept: 0, ..SchedulerOptions::default() });

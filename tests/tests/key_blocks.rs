@@ -1,4 +1,4 @@
-//! Attention to chosen blocks of keys gives the same bits whether the blocks are read where they lie or gathered first.
+//! Attention to chosen blocks of keys gives the same bits whether the blocks are read in place or gathered first.
 
 use std::fs;
 
@@ -10,7 +10,7 @@ use sluice_tests::{Golden, fixture};
 const FAMILY: &str = "minimax_m3";
 const TOKENS: usize = 250;
 
-/// The residual stream behind the first layer that chooses, where it chooses the last `blocks` blocks of `block_len` keys each.
+/// The residual stream after the first layer that chooses blocks, if it chooses the last `blocks` blocks of `block_len` keys each.
 fn stream(block_len: usize, blocks: usize, step: usize) -> Vec<f32> {
     let folder = tempfile::tempdir().unwrap();
     let golden = fixture("golden").join(FAMILY);
@@ -44,8 +44,8 @@ fn stream(block_len: usize, blocks: usize, step: usize) -> Vec<f32> {
 
 #[test]
 fn blocks_in_pages_and_gathered_ones_give_the_same_bits() {
-    // Two blocks of 64 are the rows of two pages; four of 32 have to be gathered. A token in the second half of a page sees the same
-    // keys either way.
+    // Two blocks of 64 are the rows of two pages; four blocks of 32 have to be gathered. A token in the second half of a page sees
+    // the same keys in both cases.
     let (pages, gathered) = (stream(64, 2, TOKENS), stream(32, 4, TOKENS));
     let width = pages.len() / TOKENS;
     let row = |stream: &[f32], token: usize| stream[token * width..][..width].to_vec();

@@ -1,4 +1,4 @@
-//! `docs/MODELS.md` says what the program computes.
+//! `docs/MODELS.md` agrees with what the program computes.
 
 use std::fs;
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! Tables of n-grams while a model runs: damage is found and named, however little of the table is in memory, and what measuring
-//! a conversion needs of them is there.
+//! Tables of n-grams while a model runs: damage is found and named, however little of the table is in memory, and conversions that
+//! measure find the rows that they need.
 
 use std::fs;
 use std::path::Path;
@@ -47,7 +47,7 @@ fn a_damaged_row_ends_the_step_that_needs_it_and_no_other() {
         let verified = ModelFile::open(&damaged).unwrap().read_extent(part, &mut extent);
         assert!(verified.is_err(), "{} verifies", part.name());
     }
-    // 80 tokens name rows of nearly every part.
+    // 80 tokens use rows of nearly every part.
     assert!(found > 20, "{found} of {} parts", parts.len());
 }
 

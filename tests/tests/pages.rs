@@ -1,4 +1,4 @@
-//! Pages: what sequences take of the pool, share, and give back, and what a step says when they run out.
+//! Pages: what sequences take from the pool, share, and return, and the error of a step when they run out.
 
 use std::path::Path;
 
@@ -51,7 +51,7 @@ fn a_fork_takes_a_page_when_it_goes_on_and_none_before() {
                 assert!(pages.total - pages.free <= before + i + 1, "{fixture}: {pages:?}");
             }
         }
-        // Each has what it would have alone, and so has the one that they were made of.
+        // Each gives the same bits as alone, and so does the one from which they were forked.
         let mut alone = engine.new_sequence();
         for number in [0, 49] {
             alone.clear();
@@ -78,7 +78,7 @@ fn a_window_keeps_itself_and_a_little_more() {
         let pages = engine.pages().into_iter().find(|pages| pages.kind == window).unwrap();
         (pages.total, pages.bytes, engine)
     };
-    // The plan has room for the window and the rows of a pass, whatever the context is.
+    // The plan has room for the window and the rows of a pass, whatever the context.
     let (many, bytes, _) = count(2048, 0);
     let (_, _, roomy) = count(1024, 0);
     let in_pass =
@@ -99,7 +99,7 @@ fn a_window_keeps_itself_and_a_little_more() {
     read(&mut engine, &mut sequence, &tokens);
     assert!(taken(&engine, window) <= 3, "{} pages", taken(&engine, window));
     assert_eq!(taken(&engine, PageKind::Rows), 1000usize.div_ceil(PAGE_TOKENS));
-    // It can go back as far as the slack reaches; farther, it has to begin anew.
+    // It can go back as far as the slack reaches; to go back farther, it must start again.
     assert_eq!(sequence.mark(), Err(RewindError::NoMarks { bytes: 2 * bytes }));
     assert_eq!(sequence.reachable(1000 - WINDOW_SLACK), Ok(1000 - WINDOW_SLACK));
     assert_eq!(sequence.reachable(500), Ok(0));
@@ -131,7 +131,7 @@ fn a_mark_keeps_its_window_and_what_was_marked_on_the_way_gives_way() {
     let mut engine = model.open(&EngineOptions { marks: 2, mark_every: Some(100), ..options(2, 1000) });
     let (mut sequence, tokens) = (engine.new_sequence(), tokens(815));
     tokens.chunks(90).for_each(|part| drop(read(&mut engine, &mut sequence, part)));
-    // Marks that were made on the way, every 180 tokens, of which two stay.
+    // Marks that were made while reading, every 180 tokens; two of them stay.
     assert_eq!(sequence.marks().count(), 0);
     assert_eq!(sequence.reachable(710), Ok(540));
     assert_eq!(sequence.reachable(500), Ok(0));

@@ -64,7 +64,7 @@ fn demo_model_speaks_as_the_reference_does() {
     }
 }
 
-/// Sum of −ln p over the windows that `expected.json` describes.
+/// Sum of −ln p over the windows in `expected.json`.
 fn negative_log_likelihood(ty: WeightType, options: &EngineOptions) -> (f64, usize) {
     let model = Converted::new("demo-model", Some(ty));
     let mut engine = model.open(options);

@@ -1,5 +1,5 @@
-//! Multi-token prediction: the layer behind the decoder gives what the reference computes, with the same bits however its tokens
-//! come, and costs nothing where it is not opened.
+//! Multi-token prediction: the layer after the decoder gives the reference's results, with the same bits however its tokens are
+//! divided, and costs nothing if it is not opened.
 
 use std::fs;
 use std::path::Path;
@@ -19,7 +19,7 @@ fn options(budget: Option<u64>) -> EngineOptions {
     EngineOptions { exact: true, budget, threads: Some(2), prediction: true, ..EngineOptions::default() }
 }
 
-/// What the head multiplies of each token.
+/// The inputs of the head for each token.
 fn head_inputs(engine: &mut Engine, tokens: &[u32]) -> Vec<f32> {
     let mut inputs = Vec::new();
     let mut observer = |rows: &[f32]| inputs.extend_from_slice(rows);
@@ -29,7 +29,7 @@ fn head_inputs(engine: &mut Engine, tokens: &[u32]) -> Vec<f32> {
     inputs
 }
 
-/// Appends tokens to a sequence of the prediction layer; what its head multiplies, and logits.
+/// Appends tokens to a sequence of the prediction layer; returns the inputs of its head, and logits.
 fn predict(
     engine: &mut Engine,
     sequence: &mut PredictionSequence,
@@ -103,7 +103,7 @@ fn add_file(folder: &Path, file: &Path) {
     fs::write(&index, map.to_string()).unwrap();
 }
 
-/// Changes the bytes of a tensor, in whichever file it is.
+/// Changes the bytes of a tensor, in any file.
 fn change_tensor(folder: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -121,7 +121,7 @@ fn change_tensor(folder: &Path, name: &str, change: impl FnOnce(&mut [u8])) {
     panic!("no tensor {name}");
 }
 
-/// What a golden says of the prediction layer.
+/// The golden results of the prediction layer.
 fn golden(name: &str) -> Golden {
     let own = fixture("mtp").join(name);
     if own.exists() { Golden::load(&own.to_string_lossy()) } else { Golden::load(name) }
@@ -195,7 +195,7 @@ fn sequences_share_a_step_go_back_and_fork() {
     let mut first = engine.new_prediction_sequence().unwrap();
     let mut second = engine.new_prediction_sequence().unwrap();
     predict(&mut engine, &mut second, &tokens[..4], &inputs[..4 * width]);
-    // A decoder's step in between changes nothing.
+    // A decoder's step in between makes no difference.
     head_inputs(&mut engine, &prompt[..3]);
     let spans = |sequence, at: std::ops::Range<usize>, phase| PredictionSpan {
         sequence,
@@ -236,7 +236,7 @@ fn its_own_embedding_and_head_are_used_where_they_are_others() {
     let (_, expected) = predictions(&mut shared, &next(&prompt), &inputs, 8);
 
     let folder = checkpoint(name);
-    // Row `id` of the own embedding is row `id + 1` of the model's; the own head is twice the model's.
+    // Row `id` of the layer's own embedding is row `id + 1` of the model's; its own head is twice the model's.
     change_tensor(folder.path(), "model.layers.3.embed_tokens.weight", |bytes| bytes.rotate_left(2 * width));
     change_tensor(folder.path(), "model.layers.3.shared_head.head.weight", |bytes| {
         let doubled = |x: u16| if x & 0x7f80 == 0 { x } else { x + 0x80 };

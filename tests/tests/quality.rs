@@ -1,4 +1,4 @@
-//! What quantising costs, on a trained model and a text that it was not trained on.
+//! The cost of quantising, for a trained model and a text on which it was not trained.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 const MODEL: &str = "demo-model";
 const WINDOW: usize = 256;
 
-/// Logits behind every token of a text, `[tokens, vocabulary]`, computed in windows.
+/// Logits after every token of a text, `[tokens, vocabulary]`, computed in windows.
 struct Scores {
     ids: Vec<u32>,
     rows: Vec<Vec<f32>>,
@@ -59,7 +59,7 @@ impl Scores {
         (nll / scored().count() as f64).exp()
     }
 
-    /// Mean Kullback-Leibler divergence from what another model says.
+    /// Mean Kullback-Leibler divergence from another model's predictions.
     fn divergence(&self, truth: &Scores) -> f64 {
         let one = |(truth, other): (&Vec<f32>, &Vec<f32>)| -> f64 {
             let (p, q) = (log_probabilities(truth), log_probabilities(other));
@@ -114,7 +114,7 @@ fn narrow_keys_and_values_cost_little() {
     }
 }
 
-/// Measures importance on a text and saves it.
+/// Measures importance on a text and saves the result.
 fn calibrate(model: &Path, text: &str, out: &Path) {
     let mut engine = Engine::open(model, &EngineOptions { exact: true, ..EngineOptions::default() }).unwrap();
     let ids = Tokenizer::of(engine.file().metadata()).unwrap().unwrap().encode(text, true).unwrap();
@@ -129,8 +129,8 @@ fn calibrate(model: &Path, text: &str, out: &Path) {
     calibration.importance(engine.spec(), ids.len() as u64).unwrap().save(out).unwrap();
 }
 
-/// What another play says of the columns serves the text that is measured, however it is computed and whether or not the
-/// dense part is quantised too.
+/// Importance measured on another play improves the measured text, with any arithmetic, and whether or not the dense part is
+/// quantised too.
 #[test]
 fn importance_from_another_play_lowers_perplexity() {
     let (text, play, folder) = (text("eval.txt"), text("calibration.txt"), tempfile::tempdir().unwrap());
@@ -155,8 +155,8 @@ fn importance_from_another_play_lowers_perplexity() {
     }
 }
 
-/// A few pages, in which an expert sees some 300 tokens, bring what the model says nearer to f32. Their perplexity is no
-/// measure: too few tokens.
+/// Importance from a few pages, in which an expert sees some 300 tokens, brings the model's predictions nearer to f32. Their
+/// perplexity is not a good measure: there are too few tokens.
 #[test]
 fn importance_from_a_few_pages_lowers_divergence() {
     let (text, folder) = (text("eval.txt"), tempfile::tempdir().unwrap());

@@ -1,4 +1,4 @@
-//! Reports of a model at work: they agree with the engine, they come when somebody looks, and they cost no step.
+//! Reports of a running model: they agree with the engine, they come when somebody looks, and they do not delay a step.
 
 use sluice_format::WeightType;
 use sluice_generate::{Model, Request, SchedulerOptions, Work};
@@ -13,7 +13,7 @@ fn options() -> EngineOptions {
 #[test]
 fn a_report_says_what_the_engine_says() {
     let model = Converted::new("demo-model", Some(WeightType::Q8));
-    // Fewer slots than experts, so that some are in memory and some are not.
+    // Fewer slots than experts, so only some experts are in memory.
     let engine =
         model.open(&EngineOptions { budget: Some(model.least_budget_for(&options()) + (1 << 20)), ..options() });
     let mut house = House::new(engine, SchedulerOptions::default());
@@ -41,7 +41,7 @@ fn a_report_says_what_the_engine_says() {
     let all: usize = report.experts.iter().map(|layer| layer.experts).sum();
     assert_eq!(all, report.memory.experts);
 
-    // What is between two pieces of work is no part of a window.
+    // Time between two pieces of work does not belong to a window.
     house.submit(Request::new(vec![8, 9], 5));
     house.run();
     let next = submitter.report().expect("there was one before");
@@ -73,7 +73,7 @@ fn a_model_at_rest_shows_that_it_is() {
     let options = SchedulerOptions { rest_after, ..SchedulerOptions::default() };
     let model = Model::new(converted.open(&self::options()), options, false).unwrap();
     model.complete(Request::new(vec![1, 2], 2)).unwrap();
-    // It rests at some time; looking does not keep it from that.
+    // It becomes idle at some time; looking does not prevent that.
     let at_rest = loop {
         match model.report().filter(|report| report.at_rest) {
             Some(report) => break report,

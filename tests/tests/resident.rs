@@ -1,4 +1,4 @@
-//! What a model gives back, the system really has: resident memory, in a process that does nothing else.
+//! Memory that a model releases really goes back to the system: resident memory, in a process that does nothing else.
 #![cfg(target_os = "linux")]
 
 use sluice_converter::synth::{Geometry, SynthOptions, WeightTypes, synth};
@@ -6,7 +6,7 @@ use sluice_format::WeightType;
 use sluice_model::{Engine, EngineOptions, ReadEngineKind};
 
 const MIB: u64 = 1 << 20;
-/// Bytes of a page on the systems that tests run on.
+/// Bytes of a page on the systems where tests run.
 const PAGE: u64 = 4096;
 
 /// Bytes of this process that are in memory.
@@ -16,7 +16,7 @@ fn resident() -> u64 {
     pages * PAGE
 }
 
-/// Bytes that the kernel keeps in memory for somebody, such as a ring that has them registered.
+/// Bytes that the kernel pins in memory, for example for a ring in which they are registered.
 fn pinned() -> u64 {
     let text = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();

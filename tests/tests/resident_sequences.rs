@@ -5,7 +5,7 @@ use sluice_format::WeightType;
 use sluice_model::{Control, Engine, EngineOptions, Sequence, Span, Want};
 use sluice_tests::Converted;
 
-/// What a run may take beside its budget.
+/// Memory that a run may take in addition to its budget.
 const BESIDE: u64 = 96 << 20;
 const SEQUENCES: usize = 64;
 const CONTEXT: usize = 512;

@@ -1,5 +1,5 @@
-//! Generations that go on behind tokens that were sampled in an earlier run of the program: nobody can tell them from those that were
-//! never interrupted. And generations in the background, which give way to all others.
+//! Generations that continue after tokens that an earlier run of the program sampled: they cannot be told from generations that
+//! were never interrupted. Also generations in the background, which give way to all others.
 
 use std::ops::ControlFlow;
 use std::sync::mpsc::channel;
@@ -25,7 +25,7 @@ fn open(model: &Converted, sequences: usize, context: usize) -> Engine {
     model.open(&EngineOptions { forget: true, threads: Some(1), ..options })
 }
 
-/// Lets one of three tokens through, in turns, and ends after some.
+/// A constraint that allows one of three tokens, in turns, and ends after some.
 #[derive(Debug)]
 struct Turns(usize);
 
@@ -48,7 +48,7 @@ impl Constraint for Turns {
     }
 }
 
-/// All that a generation's text can depend on.
+/// Everything on which a generation's text can depend.
 fn request(number: usize, vocab: usize, has_text: bool) -> Request {
     let prompt = (0..9 + number as u32).map(|i| (i * 7919 + 13) % vocab as u32).collect();
     let usual = Request {
@@ -73,7 +73,7 @@ fn request(number: usize, vocab: usize, has_text: bool) -> Request {
     }
 }
 
-/// What an owner hears, but for how the prompt was read.
+/// What an owner receives, except how the prompt was read.
 #[derive(Debug, Default, PartialEq)]
 struct Heard {
     tokens: Vec<Sampled>,
@@ -120,7 +120,7 @@ fn nobody_can_tell_that_it_was_interrupted() {
             assert_eq!(want.error, None, "{name}, {number}");
             let all = want.tokens.len();
             assert_eq!(number == 5, !want.shifts.is_empty(), "{name}, {number}");
-            // The last is a run that was killed before its end was noted.
+            // The last case is a run that was killed before its end was recorded.
             for cut in [1, 2, all / 3, all / 2, all - 1, all] {
                 let sampled = want.tokens[..cut.min(all)].to_vec();
                 let got = hear(&mut engine, Request { sampled, ..request(number, vocab, has_text) });
@@ -178,7 +178,7 @@ fn the_background_gives_way() {
         house.turn();
     }
     assert!(matches!(house.owners[&background[1]].0.place(), Some(Place::Decoding { .. })));
-    // They take no place in the queue from those that somebody waits for.
+    // They take no place in the queue from generations for which somebody waits.
     let usual: Vec<u64> = (0..3).map(|n| house.submit(ask(50 + 100 * n, Priority::Usual))).collect();
     house.turn();
     for id in &usual[..2] {

@@ -1,4 +1,4 @@
-//! When room runs out: a full context, and pages that do not suffice for all. Nobody says anything else than alone.
+//! When room runs out: a full context, and too few pages for all. No text changes.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -41,7 +41,7 @@ fn what_is_dropped_leaves_what_its_shorter_text_would_give() {
             let id = house.submit(request);
             house.run();
             house.scheduler.release_kept();
-            // By hand: a fresh sequence for every token.
+            // Calculated by hand: a fresh sequence for every token.
             let (mut window, mut ids, mut shifts) = (tokens, Vec::new(), Vec::new());
             for _ in 0..count {
                 if window.len() > CONTEXT {
@@ -63,14 +63,14 @@ fn what_is_dropped_leaves_what_its_shorter_text_would_give() {
     }
 }
 
-/// One of many: a seed, a length of the prompt, tokens to generate, what to do when the context is full.
+/// One of many requests: a seed, a length of the prompt, tokens to generate, what to do when the context is full.
 #[derive(Clone, Debug)]
 struct Wish {
     prompt: usize,
     tokens: usize,
     temperature: f32,
     keep: Option<usize>,
-    /// Turns before the next one comes.
+    /// Turns before the next request comes.
     pause: usize,
 }
 
@@ -89,7 +89,7 @@ fn request(engine: &Engine, number: usize, wish: &Wish) -> Request {
     }
 }
 
-/// Whether anyone has to wait in these cases is chance; where someone must, two tests below say.
+/// In these cases, it depends on chance whether one has to wait; two tests below have cases where one must.
 #[test]
 fn when_pages_run_out_everyone_still_says_what_they_say_alone() {
     const CONTEXT: usize = 384;
@@ -120,7 +120,7 @@ fn when_pages_run_out_everyone_still_says_what_they_say_alone() {
                 house.turn();
             }
         }
-        // Each turn gives the oldest a token, or a part of what it has to read.
+        // Each turn gives the oldest a token, or a part of its prompt.
         let mut turns = 0;
         while house.turn() {
             turns += 1;
@@ -150,7 +150,7 @@ fn when_pages_run_out_everyone_still_says_what_they_say_alone() {
 #[test]
 fn the_youngest_gives_way_and_comes_before_the_queue() {
     let model = Converted::new("demo-model", Some(WeightType::Q8));
-    // Four pages of 64 tokens and one more: two short ones fit, and do not when they have grown.
+    // Four pages of 64 tokens and one more: two short ones fit at first, but no longer when they have grown.
     let mut house = House::new(open(&model, 1, 256), SchedulerOptions { running: Some(3), ..Default::default() });
     let long = |house: &House, n| Request::new(prompt(&house.engine, n, 20), 180);
     let (first, second) = (house.submit(long(&house, 0)), house.submit(long(&house, 1)));
@@ -166,13 +166,13 @@ fn the_youngest_gives_way_and_comes_before_the_queue() {
     assert_eq!(house.heard(second).ids.len(), generated, "what it said until then was heard");
     let status = house.scheduler.status();
     assert_eq!((status.saved, status.decoding, status.preemptions), (1, 1, 1));
-    // A third one comes, which would fit, and does not overtake.
+    // A third one comes, which would fit, but does not overtake.
     let third = house.submit(Request::new(prompt(&house.engine, 2, 3), 2));
     let before = house.heard(first).ids.len();
     house.turn();
     assert_eq!(house.heard(first).ids.len(), before + 1, "the oldest goes on");
     assert_eq!(house.owners[&third].0.place(), Some(Place::Queued { ahead: 0 }));
-    // Another one is cancelled where it waits.
+    // Another one is cancelled while it waits.
     house.run();
     assert_eq!((house.heard(first).ids.len(), house.heard(second).ids.len()), (180, 180));
     assert_eq!(house.scheduler.status().saved, 0);

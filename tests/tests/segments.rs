@@ -1,4 +1,4 @@
-//! Saved segments: a sequence that is put together from several files goes on with the bits of one that was never saved.
+//! Saved segments: a sequence that is assembled from several files continues with the same bits as one that was never saved.
 
 use std::cell::RefCell;
 use std::fs;
@@ -77,7 +77,8 @@ fn a_chain_goes_on_with_the_same_bits_wherever_it_can() {
         let want = logits(&mut engine, &mut alone, &tokens);
         drop(alone);
         let vocab = want.len() / tokens.len();
-        // How many tokens are wanted, of how many files, and how many the sequence then has if it cannot go back to any token.
+        // The number of wanted tokens, of the files for them, and of the tokens that the sequence then has if it cannot go back to
+        // any token.
         let cases = [(250, 3, 240), (240, 3, 240), (239, 3, 200), (200, 2, 200), (190, 2, 150), (149, 2, 100)];
         for (wanted, files, reached) in cases.into_iter().chain([(99, 1, 70), (70, 1, 70), (69, 1, 0)]) {
             let mut back = engine.restore_segments(&mut open(&paths[..files]), &tokens[..wanted]).unwrap();
@@ -87,7 +88,7 @@ fn a_chain_goes_on_with_the_same_bits_wherever_it_can() {
             let end = tokens.len().min(at + 20);
             assert!(logits(&mut engine, &mut back, &tokens[at..end]) == want[at * vocab..end * vocab], "{family} {at}");
         }
-        // A text that parts from the stored one.
+        // A text that diverges from the stored one.
         let mut other = tokens.clone();
         other[170] = (other[170] + 1) % 90;
         let back = engine.restore_segments(&mut open(&paths[..2]), &other).unwrap();
@@ -132,7 +133,7 @@ fn a_segment_is_appended_to_what_it_continues() {
         }
         drop(back);
         assert!(engine.pages().iter().all(|pages| pages.free == pages.total), "{family}: every page comes back");
-        // Before another text, it is refused, and the sequence stays as it was.
+        // After another text, it is refused, and the sequence stays as it was.
         let mut strange = engine.new_sequence();
         read(&mut engine, &mut strange, &tokens[1..101]);
         assert!(matches!(engine.restore_onto(&mut strange, &paths[1]), Err(SessionError::OtherText { start: 64, .. })));
@@ -176,7 +177,7 @@ fn a_file_says_what_it_has() {
     assert!(matches!(peek(&paths[1]), Err(SessionError::Misplaced { .. })));
 }
 
-/// Whatever a part of a segment is damaged that is read: nothing goes unnoticed, and nothing is left behind.
+/// Damage in any part of a segment that is read never goes unnoticed, and leaves nothing in memory.
 #[test]
 fn damage_in_a_chain_is_found() {
     for family in ["deepseek_v3", "qwen3_next"] {
@@ -199,7 +200,7 @@ fn damage_in_a_chain_is_found() {
                     assert!(at < 32);
                     refused += 1;
                 }
-                // What a mark keeps is not read on the way to the end.
+                // The data of a mark is not read on the way to the end.
                 Ok(back) => assert_eq!((family, back.tokens()), ("qwen3_next", &tokens[..200])),
                 Err(other) => panic!("{family} at {at}: {other}"),
             }
@@ -216,7 +217,7 @@ fn damage_in_a_chain_is_found() {
 /// Bytes of the header.
 const HEADER_LEN: usize = 128;
 
-/// Begin and end of every section that is whole, as `docs/SESSIONS.md` says.
+/// Begin and end of every complete section, as `docs/SESSIONS.md` describes them.
 fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
     let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
     let (mut sections, mut at) = (Vec::new(), HEADER_LEN);
@@ -229,7 +230,7 @@ fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
     sections
 }
 
-/// Makes all checksums right again, and the hash of the text.
+/// Corrects all checksums and the hash of the text.
 fn seal(bytes: &mut [u8]) {
     let sections = sections(bytes);
     if let Some(&(begin, end)) = sections.first() {
@@ -248,7 +249,7 @@ fn seal(bytes: &mut [u8]) {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
-    /// Checksums find damage, not forgery: whatever stands in a file whose sums are right, nothing panics, and no page is lost.
+    /// Checksums find damage, not forgery: whatever a file with right checksums contains, nothing panics, and no page is lost.
     #[test]
     fn forged_segments_harm_nothing(
         changes in prop::collection::vec((0..60_usize, 0..16_usize, 0..9_usize), 1..4),
@@ -269,7 +270,7 @@ proptest! {
                 let mut forged = sound.clone();
                 let parts = sections(&sound);
                 for &(part, field, value) in &changes {
-                    // The header as often as any section, and then a number of the section as often as what it begins with.
+                    // The header as often as any section; and in a section, a number as often as its first fields.
                     let (at, len) = match part % (parts.len() + 1) {
                         0 => (HEADER_FIELDS[field].offset, HEADER_FIELDS[field].len.min(8)),
                         i if field % 2 == 0 => {
@@ -307,7 +308,7 @@ proptest! {
 }
 
 thread_local! {
-    /// Models, engines and chains to forge segments of.
+    /// Models, engines and chains whose segments are forged.
     static FORGERS: RefCell<Vec<(Converted, Engine, Chain)>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -348,7 +349,7 @@ fn the_beginning_of_a_long_segment_is_read_alone() {
     }
 }
 
-/// Pages are copied on write, so a fork is saved while the engine goes on with the original.
+/// Pages are copied on write, so a fork can be saved while the engine continues with the original.
 #[test]
 fn a_fork_is_saved_on_another_thread() {
     fn is_send<T: Send + Sync>() {}

@@ -1,5 +1,5 @@
-//! Sequences that are marked, forked and taken back: whatever they have been through, they give the bits of their tokens in one
-//! piece.
+//! Sequences that are marked, forked and taken back: whatever has happened to them, they give the same bits as their tokens
+//! computed at once.
 
 use proptest::prelude::*;
 use sluice_model::ModelError;
@@ -17,25 +17,25 @@ const SEQUENCES: usize = 6;
 /// Marks that a sequence with recurrent states keeps.
 const MARKS: usize = 2;
 
-/// What happens to the sequence with this number, of those that there are.
+/// What happens to the sequence with this number, modulo the number of sequences.
 #[derive(Clone, Debug)]
 enum Event {
-    /// All of them take a part of what they can have, in one step; none, or one token, or more.
+    /// All sequences take a part of what they can take, in one step: no token, one, or more.
     Step(Vec<Take>),
-    /// It begins a step that is cancelled behind some layer.
+    /// A sequence begins a step that is cancelled after some layer.
     Cancelled(usize, usize, usize),
     Fork(usize),
     Mark(usize),
-    /// To one of all marks that were ever made.
+    /// Back to one of all marks that were ever made.
     RewindToMark(usize, usize),
-    /// To a part of its length.
+    /// Back to a part of its length.
     RewindTo(usize, f64),
-    /// The same, and what it takes more is computed again.
+    /// The same, but what is missing is computed again.
     Rewind(usize, f64),
     Clear(usize),
-    /// So many proposals are checked, of which so many do not come true.
+    /// So many proposals are checked, and so many of them do not come true.
     Draft(usize, usize, usize),
-    /// It is saved, and what was restored takes its place.
+    /// It is saved, and the restored sequence replaces it.
     Saved(usize),
     /// A budget between the least and the most.
     Budget(f64),
@@ -47,7 +47,7 @@ enum Event {
 #[derive(Clone, Copy, Debug)]
 enum Take {
     Few(usize),
-    /// Of the most.
+    /// A fraction of the most.
     Part(f64),
 }
 
@@ -80,7 +80,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// A sequence, its tokens as the test knows them, and their logits as they were given.
+/// A sequence, its tokens as the test knows them, and the logits that it gave.
 struct Tracked {
     sequence: Sequence,
     tokens: Vec<u32>,
@@ -93,7 +93,7 @@ impl Tracked {
         self.logits.truncate(position);
     }
 
-    /// What it has given so far is what its tokens give in one piece.
+    /// The logits so far agree with those of its tokens computed at once.
     fn check(&self, alone: &mut Engine) -> Result<(), TestCaseError> {
         prop_assert_eq!(self.sequence.tokens(), &self.tokens[..]);
         if self.tokens.is_empty() {
@@ -112,13 +112,13 @@ impl Tracked {
     }
 }
 
-/// Appends tokens to the sequences, in one step. Which tokens: some that nothing before has had. False if there are not enough pages;
-/// then nothing has changed.
+/// Appends tokens to the sequences, in one step; some of these tokens have not occurred before. Returns false if there are not
+/// enough pages; then nothing has changed.
 fn step(engine: &mut Engine, all: &mut [Tracked], takes: &[Take], vocab: u32, fresh: &mut u32) -> bool {
     step_of(engine, all, takes, vocab, fresh, Phase::Prompt)
 }
 
-/// The same; where it is more than one token, it is of this phase.
+/// The same; spans of more than one token have this phase.
 fn step_of(
     engine: &mut Engine,
     all: &mut [Tracked],
@@ -159,7 +159,7 @@ fn step_of(
             tokens.truncate(logits.len());
             assert_eq!(sequence.tokens(), &tokens[..]);
         }
-        // Marks that nobody asked for may have gone.
+        // Marks that were not requested may have been removed.
         assert!(engine.pages().iter().zip(pages).all(|(now, before)| now.free >= before.free));
         return false;
     }
@@ -168,7 +168,7 @@ fn step_of(
     true
 }
 
-/// Begins to append `take` tokens; it ends behind one of the layers.
+/// Begins to append `take` tokens; the step is cancelled after one of the layers.
 fn cancelled_step(engine: &mut Engine, tracked: &mut Tracked, take: usize, layer: usize) {
     let take = take.min(engine.memory().context - tracked.tokens.len());
     if take == 0 || engine.room_for(std::iter::once((&tracked.sequence, take))).is_err() {
@@ -201,18 +201,18 @@ fn rewind_to_mark(tracked: &mut Tracked, mark: Mark) -> Result<(), TestCaseError
     Ok(())
 }
 
-/// Goes back to this part of the tokens, computing what is missing.
+/// Goes back to this fraction of the tokens, and computes what is missing.
 fn rewind(engine: &mut Engine, tracked: &mut Tracked, part: f64) {
     let wanted = (tracked.tokens.len() as f64 * part) as usize;
     match engine.rewind(&mut tracked.sequence, wanted, &mut Control::default()) {
         Ok(()) => tracked.truncate(wanted),
-        // What was to be computed again needs more than there is.
+        // What must be computed again needs more pages than there are.
         Err(RuntimeError::Model(ModelError::PagesFull(_))) => tracked.truncate(tracked.sequence.position()),
         Err(error) => panic!("{error}"),
     }
 }
 
-/// Checks proposals, and takes those back that did not come true.
+/// Checks proposals, and takes back those that did not come true.
 fn draft(engine: &mut Engine, tracked: &mut Tracked, take: usize, lies: usize, vocab: u32, fresh: &mut u32) {
     let before = tracked.tokens.len();
     if step_of(engine, std::slice::from_mut(tracked), &[Take::Few(take)], vocab, fresh, Phase::Draft) {
@@ -222,7 +222,7 @@ fn draft(engine: &mut Engine, tracked: &mut Tracked, take: usize, lies: usize, v
     }
 }
 
-/// To so much of what lies between the least budget and the most.
+/// Sets the budget to this fraction of the range from the least to the most.
 fn set_budget(engine: &mut Engine, part: f64) {
     let (least, most) = (engine.memory().least(), engine.memory().most());
     engine.set_budget(least + ((most - least) as f64 * part) as u64).unwrap();
@@ -248,7 +248,7 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
     for event in events {
         let count = all.len();
         match *event {
-            // Where pages run out, one of them goes.
+            // If there are not enough pages, one of the sequences is dropped.
             Event::Step(ref takes) => {
                 while !step(engine, &mut all, takes, vocab, &mut fresh) {
                     all.pop().expect("one sequence alone has pages enough").check(alone)?;
@@ -298,7 +298,7 @@ fn run(family: &str, engines: [&mut Engine; 2], events: &[Event]) -> Result<(), 
             Event::Rest => engine.release_idle(),
         }
     }
-    // All of them go on, so that what they remember is looked at.
+    // All of them continue, so that everything they remember is checked.
     while !step(engine, &mut all, &[Take::Few(1)], vocab, &mut fresh) {
         all.pop().expect("one sequence alone has pages enough").check(alone)?;
     }
@@ -313,7 +313,7 @@ fn a_sequence_gives_the_bits_of_its_tokens_whatever_it_has_been_through() {
     let cases = std::env::var("SLUICE_SEQUENCE_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(6);
     for family in ATTENTIONS {
         let model = Converted::new(&format!("golden/{family}"), None);
-        // With pages for all of them, and with few; some types of keys and values, and numbers of threads.
+        // With pages for all of them, and with few; with several types of keys and values, and numbers of threads.
         for (length, sequences, kv_type, threads) in [
             (LENGTHS[0], SEQUENCES, KvType::F16, 1),
             (LENGTHS[1], SEQUENCES, KvType::F32, 2),
@@ -328,7 +328,7 @@ fn a_sequence_gives_the_bits_of_its_tokens_whatever_it_has_been_through() {
                 forget: true,
                 ..EngineOptions::default()
             };
-            // Passes of few rows move windows on within a step.
+            // Passes of few rows move windows forward within a step.
             let few = EngineOptions {
                 budget: Some(model.least_budget_for(&options)),
                 threads: Some(threads),
@@ -366,7 +366,7 @@ fn a_recurrent_model_needs_room_for_marks_and_is_told_so() {
     engine.forward(&mut sequence, &ids[..5], &mut logits).unwrap();
     assert_eq!(sequence.mark(), Err(RewindError::NoMarks { bytes }));
     engine.decode(&mut sequence, ids[5], &mut logits).unwrap();
-    // Where the last step began there is a state still; between there is none.
+    // There is still a state where the last step began, but none in between.
     assert_eq!(sequence.reachable(5), Ok(5));
     assert_eq!(sequence.reachable(4), Ok(0));
     assert_eq!(sequence.rewind_to(7), Err(RewindError::Beyond { position: 6, wanted: 7 }));

@@ -1,4 +1,4 @@
-//! Sessions in a folder: found, restored with the same bits, written once, and bounded; whatever happens to the files.
+//! Sessions in a folder: found, restored with the same bits, written once, and limited in size, whatever happens to the files.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -38,7 +38,7 @@ fn tokens(family: &str) -> Vec<u32> {
     ids.iter().copied().cycle().enumerate().map(|(i, id)| (id + i as u32 / 50) % 90).take(250).collect()
 }
 
-/// A text that parts from another.
+/// A text that diverges from another one.
 fn parted(tokens: &[u32], at: usize) -> Vec<u32> {
     let parts = |(i, token): (usize, &u32)| if i < at { *token } else { (token + 1) % 90 };
     tokens.iter().enumerate().map(parts).collect()
@@ -90,7 +90,7 @@ impl House {
         all
     }
 
-    /// How many tokens of a text come back, after a look at the bits that follow.
+    /// How many tokens of a text are restored; checks the bits that follow.
     fn restored(&mut self, store: &Store, text: &[u32]) -> usize {
         let Some(found) = store.longest(self.engine.binding(), text) else { return 0 };
         let mut back = store.restore(&self.engine, &found).unwrap();
@@ -117,7 +117,7 @@ impl House {
     }
 }
 
-/// The session of so many tokens.
+/// The session with this many tokens.
 fn of_tokens(store: &Store, tokens: usize) -> SessionEntry {
     store.list().into_iter().find(|entry| entry.tokens == tokens).expect("there is such a session")
 }
@@ -141,7 +141,7 @@ fn later_turns_write_only_what_is_new_and_survive_a_restart() {
         let second = peek(&house.file_of(&entries[0])).unwrap();
         assert_eq!((second.start, second.bytes), (64, sequence.saved_len(64).unwrap()));
         if family == "deepseek_v3" {
-            // 86 tokens instead of 150, and what every file has.
+            // 86 tokens instead of 150, and the fixed part of every file.
             let whole = sequence.saved_len(0).unwrap();
             assert!(second.bytes < whole * 60 / 100, "{} of {whole} bytes", second.bytes);
         }
@@ -184,7 +184,7 @@ fn a_text_that_parts_inside_a_segment_continues_it_from_a_page_boundary() {
         let found = store.longest(house.engine.binding(), &tokens[..160]).unwrap();
         assert_eq!((found.matched(), found.position()), (160, if forgets { 120 } else { 160 }));
         assert!(store.longest(Default::default(), &tokens).is_none(), "another model's");
-        // A middle that is stored already can be worth a few pages, for its windows and states.
+        // If the middle is already stored, storing it again can be worth a few pages, for its windows and states.
         house.keep(&store, &tokens[..200]);
         assert_eq!(store.usage().files, if forgets { 3 } else { 2 });
         assert_eq!(house.restored(&store, &tokens[..205]), if forgets { 200 } else { 205 });
@@ -219,12 +219,12 @@ fn the_least_useful_leaves_go_first() {
     texts.iter().for_each(|text| house.keep(&store, text));
     let (bytes, one) = (store.usage().bytes, of_tokens(&store, 100).bytes);
     drop(store);
-    // There is room for no more than these.
+    // There is just enough room for these.
     let store = Store::open(StoreOptions { max_bytes: bytes, ..options(&house.path()) }).unwrap();
     assert_eq!(store.usage().files, 4);
     let binding = house.engine.binding();
     store.touch(binding, &texts[1]);
-    // As long as it is held, it stays, though it was used least.
+    // While it is in use it stays, although it was used least.
     let held = store.longest(binding, &texts[2]).unwrap();
     std::thread::sleep(Duration::from_millis(20));
     store.touch(binding, &texts[1]);
@@ -236,7 +236,7 @@ fn the_least_useful_leaves_go_first() {
     assert!(store.usage().bytes <= bytes);
     drop(held);
     drop(store);
-    // A smaller limit is kept at once.
+    // A smaller limit is enforced at once.
     let store = Store::open(StoreOptions { max_bytes: bytes - 2 * one, ..options(&house.path()) }).unwrap();
     store.flush();
     assert!(store.usage().bytes <= bytes - 2 * one);
@@ -246,7 +246,7 @@ fn the_least_useful_leaves_go_first() {
     store.flush();
     assert_eq!((store.usage().files, store.usage().bytes, house.files().len()), (0, 0, 0));
     drop(store);
-    // What does not fit at all is not written, and nothing is deleted for it.
+    // What does not fit at all is not written, and nothing is deleted to make room.
     let store = house.store();
     house.keep(&store, &tokens[..20]);
     drop(store);
@@ -321,7 +321,7 @@ fn what_others_and_crashes_have_left_harms_nothing() {
     foreign.iter().for_each(|name| fs::write(beside(name), "somebody's").unwrap());
     let link = beside(&format!("{}.session", "d".repeat(32)));
     symlink(&outside, &link).unwrap();
-    // A session under another's name.
+    // A session under another name.
     let renamed = beside(&format!("{}.session", "c".repeat(32)));
     fs::copy(&first, &renamed).unwrap();
     fs::create_dir(beside(&format!("{}.session", "b".repeat(32)))).unwrap();
@@ -332,7 +332,7 @@ fn what_others_and_crashes_have_left_harms_nothing() {
     assert!(left.iter().all(|name| !beside(name).exists()));
     assert!(foreign.iter().all(|name| fs::read(beside(name)).unwrap() == b"somebody's"));
     assert!(link.is_symlink() && outside.exists());
-    // A link that takes a session's place is not followed, and what continues that session is no longer used.
+    // A link in place of a session is not followed, and what continues that session is no longer used.
     fs::remove_file(&first).unwrap();
     symlink(&outside, &first).unwrap();
     let found = store.longest(house.engine.binding(), &tokens).unwrap();
@@ -358,7 +358,7 @@ fn a_file_that_is_cut_off_anywhere_is_not_used() {
             fs::write(path, &sound[..at]).unwrap();
             let store = house.store();
             assert_eq!(house.restored(&store, &tokens), left, "cut off at {at}");
-            // Without its beginning, the second is of no use either.
+            // Without its beginning, the second is useless too.
             assert_eq!(store.usage().unusable, if left == 0 { 2 } else { 1 });
         }
         fs::write(path, &sound).unwrap();
@@ -443,7 +443,7 @@ fn mutated_files_give_the_right_bits_or_none() {
     });
 }
 
-/// One thread keeps forks while the engine goes on, another looks and restores.
+/// One thread keeps forks while the engine runs, and another looks sessions up and restores them.
 #[test]
 fn several_threads_use_a_store() {
     let mut house = House::new("qwen3_next");
@@ -503,10 +503,10 @@ fn a_folder_that_fails_hurts_nobody() {
     assert!(house.engine.pages().iter().all(|pages| pages.free == pages.total));
 }
 
-/// Where the child keeps its sessions; without it, it is no child.
+/// Where the child keeps its sessions; if it is not set, the process is not the child.
 const CHILD: &str = "SLUICE_TEST_STORE";
 
-/// Not a test of its own: the process that the next one kills. It keeps sessions until then.
+/// Not a test of its own: the process that the next test kills. It keeps sessions until then.
 #[test]
 fn child() {
     let Ok(path) = std::env::var(CHILD) else { return };
@@ -543,7 +543,7 @@ fn what_was_kept_survives_a_kill_at_any_moment() {
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        // Once something new is there, at any moment.
+        // At any moment after something new is there.
         while last() == before {
             assert!(child.try_wait().unwrap().is_none(), "the child ended by itself");
             std::thread::sleep(Duration::from_millis(1));

@@ -1,4 +1,4 @@
-//! Saved sequences: they go on with the same bits, and nothing that is damaged or another's is taken for one.
+//! Saved sequences: they continue with the same bits, and damaged or foreign files are not accepted.
 
 use std::fs;
 use std::io::{self, Write};
@@ -40,7 +40,7 @@ fn restored(engine: &Engine, bytes: &[u8]) -> Result<Sequence, SessionError> {
     engine.restore(&mut &bytes[..], Path::new("the-session"))
 }
 
-/// Begin and end of every section, as `docs/SESSIONS.md` says.
+/// Begin and end of every section, as `docs/SESSIONS.md` describes them.
 fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
     let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
     let (mut sections, mut at) = (Vec::new(), HEADER_LEN);
@@ -52,7 +52,7 @@ fn sections(bytes: &[u8]) -> Vec<(usize, usize)> {
     sections
 }
 
-/// Makes all checksums right again.
+/// Corrects all checksums.
 fn seal(bytes: &mut [u8]) {
     let seed = xxh3_64(&bytes[..HEADER_LEN - 8]);
     bytes[HEADER_LEN - 8..HEADER_LEN].copy_from_slice(&seed.to_le_bytes());
@@ -69,7 +69,7 @@ fn a_restored_sequence_goes_on_with_the_same_bits() {
         let (model, tokens) = (Converted::new(&format!("golden/{family}"), None), tokens(family));
         for kv_type in KvType::ALL {
             let mut engine = model.open(&options(kv_type));
-            // Another engine, with other room: what is restored does not depend on how it lay in memory.
+            // Another engine with other room: a restored sequence does not depend on how it lay in memory.
             let mut other =
                 model.open(&EngineOptions { context: Some(50), threads: Some(1), marks: 1, ..options(kv_type) });
             let mut alone = engine.new_sequence();
@@ -93,7 +93,7 @@ fn a_restored_sequence_goes_on_with_the_same_bits() {
                     assert!(rest == want[at * vocab..], "{family} {kv_type}: other bits after {at} tokens");
                     back.rewind(mark).unwrap();
                 }
-                // Wherever it goes back to, what it needs is there.
+                // Wherever it goes back to, everything it needs is there.
                 let mut fork = back.fork();
                 let reached = fork.rewind_to(at / 2).unwrap();
                 assert!(logits(&mut other, &mut fork, &tokens[reached..]) == want[reached * vocab..]);
@@ -138,7 +138,7 @@ fn marks_are_saved_with_what_they_keep() {
             back.rewind(mark).unwrap();
             assert!(logits(&mut engine, &mut back, &tokens[at..at + 1]) == want[at * vocab..][..vocab]);
         }
-        // With room for fewer, the newest stay, of those that take room.
+        // With room for fewer, the newest of those that take room stay.
         let mut back = restored(&few, &bytes).unwrap();
         let forgets = forgets(family);
         let stay = positions(&back);
@@ -205,7 +205,7 @@ fn no_damage_goes_unnoticed() {
         for case in 0..90 {
             let mut bytes = sound.clone();
             match case % 6 {
-                // Every part as often as the others, however short.
+                // Every part equally often, however short it is.
                 0 | 1 => {
                     let (begin, end) = [&[(0, HEADER_LEN)], &parts[..]].concat()[rng.below(parts.len() + 1)];
                     let at = begin + rng.below(end - begin);
@@ -213,7 +213,7 @@ fn no_damage_goes_unnoticed() {
                 }
                 2 => bytes.truncate(rng.below(sound.len())),
                 3 => {
-                    // Two sections change places.
+                    // Two sections are exchanged.
                     let (a, b) = (rng.below(parts.len()), rng.below(parts.len() - 1));
                     let b = if b >= a { b + 1 } else { b };
                     let ((a, a_end), (b, b_end)) = (parts[a.min(b)], parts[a.max(b)]);
@@ -241,7 +241,7 @@ fn no_damage_goes_unnoticed() {
     assert!(refused >= 590, "only {refused} of 630 changed anything");
 }
 
-/// Checksums find damage, not forgery: whatever numbers stand in a file whose sums are right, nothing panics.
+/// Checksums find damage, not forgery: whatever numbers a file with right checksums contains, nothing panics.
 #[test]
 fn forged_numbers_harm_nothing() {
     for family in ATTENTIONS {
@@ -302,7 +302,7 @@ fn what_is_sound_and_does_not_fit_is_refused_by_name() {
     for wrong in [40, 44, 48, 72, 80, 96, 116] {
         assert!(matches!(changed(wrong, &[77]), SessionError::Misplaced { .. }), "byte {wrong}");
     }
-    // A sound header of a segment that begins elsewhere.
+    // A valid header of a segment that begins elsewhere.
     assert!(matches!(changed(48, &[64, 0, 0, 0, 0, 0, 0, 0, 100]), SessionError::TooLong { .. }));
     // A forged length is compared, never allocated.
     assert!(matches!(changed(56, &[0xff; 8]), SessionError::TooLong { position: u64::MAX, .. }));
@@ -312,7 +312,7 @@ fn what_is_sound_and_does_not_fit_is_refused_by_name() {
     let longer = [&sound[..], b"x"].concat();
     assert!(matches!(restored(&engine, &longer), Err(SessionError::Misplaced { .. })));
     assert!(matches!(restored(&engine, b"SLUSEQ"), Err(SessionError::NotASession { .. })));
-    // And a step refuses a sequence that another engine has made.
+    // A step also refuses a sequence from another engine.
     let mut strange = narrow.new_sequence();
     assert!(engine.decode(&mut strange, 1, &mut Vec::new()).is_err());
 }
@@ -346,7 +346,7 @@ fn a_session_is_the_old_one_or_the_new_one() {
     let new = saved(&sequence);
     for room in (0..new.len()).step_by(997) {
         assert_eq!(sequence.save(&mut Full(room)).unwrap_err().kind(), io::ErrorKind::StorageFull);
-        // What a saving that was killed there leaves behind.
+        // What a killed process leaves after saving there.
         let leftover = folder.path().join(format!("session.{}-0", std::process::id()));
         fs::write(&leftover, &new[..room]).unwrap();
         assert_eq!(engine.restore_file(&path).unwrap().position(), 7);
@@ -366,12 +366,12 @@ fn a_session_is_the_old_one_or_the_new_one() {
     assert!(matches!(engine.restore_file(&missing), Err(SessionError::Open { .. })));
 }
 
-/// Where the child saves; without it, it is no child.
+/// Where the child saves; if it is not set, the process is not the child.
 const CHILD: &str = "SLUICE_TEST_SESSION";
 /// Which of its sequences it saves first.
 const FIRST: &str = "SLUICE_TEST_FIRST";
 
-/// The sequences that are saved in turn: different ones, so that a mixture of two would be found.
+/// The sequences that are saved alternately; they differ, so that a mixture of both would be found.
 fn savings(model: &Path) -> (Engine, [Sequence; 2]) {
     let options = EngineOptions { marks: 2, ..options(KvType::F32) };
     let mut engine = Engine::open(model, &options).unwrap();
@@ -386,7 +386,7 @@ fn savings(model: &Path) -> (Engine, [Sequence; 2]) {
     (engine, sequences)
 }
 
-/// Not a test of its own: the process that the next one kills. It saves until then.
+/// Not a test of its own: the process that the next test kills. It saves until then.
 #[test]
 fn child() {
     let Ok(path) = std::env::var(CHILD) else { return };
@@ -414,12 +414,12 @@ fn a_saving_that_is_killed_leaves_the_old_session_or_the_new_one() {
         let mut child = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "sessions::child"])
             .env(CHILD, &path)
-            // On a drive that is slow to sync, most are killed during the second saving: then it is the first that is there.
+            // On a drive that is slow to sync, most are killed during the second saving; then the first sequence is there.
             .env(FIRST, (round % 2).to_string())
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        // Once it has begun to save, at any moment.
+        // At any moment after it has begun to save.
         let first = fs::metadata(&path).unwrap().modified().unwrap();
         while fs::metadata(&path).unwrap().modified().unwrap() == first {
             assert!(child.try_wait().unwrap().is_none(), "the child ended by itself");

@@ -19,7 +19,7 @@ use tempfile::TempDir;
 
 const FOUR_BITS: WeightTypes = WeightTypes { experts: WeightType::Int4, dense: WeightType::Q8 };
 
-/// A small model of the shape of the benchmark's: 128 experts, of which 8 are used.
+/// A small model in the shape of the benchmark's: 128 experts, 8 of them used.
 fn small(folder: &Path, layers: usize) -> Geometry {
     let config = serde_json::json!({
         "model_type": "deepseek_v3", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 128,
@@ -64,7 +64,7 @@ fn every_type_is_valid_and_computes() {
     }
 }
 
-/// A conversion of the same configuration to the same types places and sizes everything alike.
+/// A conversion of the same configuration to the same types gives every part the same place and size.
 #[test]
 fn the_layout_is_that_of_a_conversion() {
     let geometry = demo();
@@ -77,7 +77,7 @@ fn the_layout_is_that_of_a_conversion() {
             extents.iter().map(|e| (e.name(), e.offset, e.stored_len, e.logical_len)).collect::<Vec<_>>()
         };
         let ours = places(layout.extents());
-        // The demo's router is f32 in the checkpoint, which a conversion keeps.
+        // The demo's router is f32 in the checkpoint, and a conversion keeps that.
         let theirs = places(file.extents());
         if ty == WeightType::F32 {
             assert_eq!(ours, theirs);
@@ -115,7 +115,7 @@ fn refusals_leave_nothing_behind() {
     fs::write(&path, "mine").unwrap();
     assert!(matches!(with_skew(1.0), Err(ConvertError::Exists { .. })));
     assert_eq!(fs::read(&path).unwrap(), b"mine");
-    // Only a model file is ever replaced.
+    // Only model files are ever replaced.
     let overwrite = SynthOptions { overwrite: true, ..SynthOptions::new(FOUR_BITS) };
     assert!(matches!(synth(&geometry, &path, &overwrite, &()), Err(ConvertError::NotReplaced { .. })));
     assert_eq!(fs::read(&path).unwrap(), b"mine");
@@ -146,8 +146,8 @@ fn trace(path: &Path, tokens: &[u32]) -> Trace {
     Trace::read(Cursor::new(bytes), "synth").unwrap()
 }
 
-/// What real models do (Qwen3-30B: 38–43 % of the experts of a token were used by the one before, LRU with an eighth of the
-/// experts hits 53 %), and what independent tokens would do at skew 0: 8 of 128 repeat by chance.
+/// Compares with real models (Qwen3-30B: 38–43 % of a token's experts were used by the token before; LRU with an eighth of the
+/// experts hits 53 %), and at skew 0 with independent tokens: 8 of 128 repeat by chance.
 #[test]
 fn routing_repeats_itself_like_that_of_a_real_model() {
     let folder = tempfile::tempdir().unwrap();
@@ -172,7 +172,7 @@ fn routing_repeats_itself_like_that_of_a_real_model() {
     assert!(repeated < 0.2, "{repeated}");
 }
 
-/// A full-size DeepSeek-R1 of holes: every offset beyond 2^38 is reached by the file's reader and by both read engines.
+/// A full-size DeepSeek-R1 of holes: the file's reader and both read engines reach offsets beyond 2^38.
 #[test]
 fn a_sparse_file_of_380_gigabytes_is_served() {
     const BEYOND: u64 = 1 << 38;
@@ -218,7 +218,7 @@ fn a_sparse_file_of_380_gigabytes_is_served() {
             };
             slot = scheduler.submit(slot, read).unwrap().finish().unwrap();
             assert!(slot.bytes().iter().all(|&b| b == 0));
-            // The checksum is looked at, hole or not.
+            // The checksum is compared, hole or not.
             let wrong = ExtentRead { checksum: extent.checksum ^ 1, ..read };
             slot = scheduler.submit(slot, wrong).unwrap().finish().unwrap_err().slot.unwrap();
         }

@@ -1,5 +1,5 @@
-//! Lossy on request: fewer experts are read than the routers ask for, only where somebody says so, and what is computed that way is not
-//! taken for what the model says.
+//! Lossy on request: fewer experts are read than the routers request, but only if an option says so, and results computed that way
+//! are never confused with the model's own.
 
 use std::fs;
 use std::num::NonZeroU16;
@@ -25,7 +25,7 @@ fn at_most(experts: u16) -> Thrift {
     Thrift { top_k: NonZeroU16::new(experts), ..Thrift::default() }
 }
 
-/// A copy of a golden checkpoint whose configuration says something else.
+/// A copy of a golden checkpoint with a changed configuration.
 fn reconfigured(family: &str, change: impl FnOnce(&mut Value)) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(fixture("golden").join(family)).unwrap() {
@@ -52,7 +52,7 @@ fn logits(engine: &mut Engine, prompt: &[u32]) -> Vec<f32> {
 
 #[test]
 fn fewer_experts_are_what_the_model_would_say_if_it_had_no_more() {
-    // Scores of groups and chosen logits: weights are renormalised in different ways.
+    // Scores by group and chosen logits: weights are renormalised in different ways.
     for family in ["qwen3_moe", "deepseek_v3", "gpt_oss"] {
         let prompt = Golden::load(family).ids("input_ids");
         let few = reconfigured(family, |config| {
@@ -71,7 +71,7 @@ fn fewer_experts_are_what_the_model_would_say_if_it_had_no_more() {
     }
 }
 
-/// Greedy text of the demo model in little memory, and what it took.
+/// Greedy text of the demo model in little memory, and its statistics.
 fn stream(model: &Converted, thrift: Thrift) -> (Vec<u32>, Stats) {
     let options = EngineOptions { prefetch: Prefetch::Off, budget: Some(budget(model)), ..options(thrift) };
     let mut engine = model.open(&options);

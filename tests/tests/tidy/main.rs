@@ -1,6 +1,6 @@
-//! Rules about the code that no compiler knows. A failure says where, and what to do.
+//! Rules about the code that no compiler checks. A failure names the place, and what to do.
 //!
-//! Exceptions stand with the rules in `rules.rs`, each for one file; they may only become fewer.
+//! Exceptions are listed with the rules in `rules.rs`, each for one file; their number may only shrink.
 
 mod rules;
 mod samples;
@@ -28,7 +28,7 @@ fn the_code_is_tidy() {
     assert!(complaints.is_empty(), "\n{}\n", complaints.join("\n"));
 }
 
-/// What a rule has to say about all files: findings beyond its exceptions, and exceptions that are no longer needed.
+/// The complaints of a rule about all files: findings beyond its exceptions, and exceptions that are no longer needed.
 fn complaints(rule: &Rule, exceptions: &[(&str, usize)], sources: &[Source]) -> Vec<String> {
     let mut complaints = Vec::new();
     for source in sources {
@@ -49,7 +49,7 @@ fn complaints(rule: &Rule, exceptions: &[(&str, usize)], sources: &[Source]) -> 
     complaints
 }
 
-/// Reads Rust and prose below a folder, in order of their names.
+/// Reads Rust and prose below a folder, in the order of their names.
 fn collect(root: &Path, folder: &str, sources: &mut Vec<Source>) {
     let entries = fs::read_dir(root.join(folder)).unwrap_or_else(|e| panic!("{folder}: {e}"));
     let mut names: Vec<String> =

@@ -1,9 +1,9 @@
-//! The rules. Each says what it finds, what to do about it, and which files have which exceptions.
+//! The rules. Each says what it finds, how to fix it, and which files have which exceptions.
 
 use crate::source::{Source, Token};
 use crate::words::mentions;
 
-/// Something that a rule objects to.
+/// A place to which a rule objects.
 pub(crate) struct Finding {
     pub(crate) line: usize,
     pub(crate) what: String,
@@ -14,12 +14,12 @@ pub(crate) struct Rule {
     pub(crate) name: &'static str,
     pub(crate) remedy: &'static str,
     pub(crate) check: fn(&Source) -> Vec<Finding>,
-    /// Files with findings that are known, and how many they may have, or [`ANY`]. This may only shrink: what is here and not
-    /// found any more fails the test as well.
+    /// Files with known findings, and how many they may have, or [`ANY`]. The numbers may only shrink: exceptions that are no
+    /// longer needed fail the test too.
     pub(crate) exceptions: &'static [(&'static str, usize)],
 }
 
-/// Any number of findings. A file that has none left loses its exception.
+/// Any number of findings. A file that has none left must lose its exception.
 pub(crate) const ANY: usize = usize::MAX;
 
 /// Most lines of a file.
@@ -74,7 +74,7 @@ pub(crate) const RULES: &[Rule] = &[
         name: "ignored tests",
         remedy: "run it, make it faster, or delete it: what never runs proves nothing",
         check: ignored_tests,
-        // One writes the golden file of a new version, the other is started by a test, with an environment of its own.
+        // One writes the golden file of a new version; the other is started by a test with its own environment.
         exceptions: &[("format/tests/golden.rs", 1), ("kernels/src/isa.rs", 1)],
     },
     Rule {
@@ -109,7 +109,7 @@ pub(crate) const RULES: &[Rule] = &[
     },
 ];
 
-/// Where `unsafe` lives: kernels, checksums and their memory, I/O and its memory, and tests that look at memory from outside.
+/// Files with `unsafe`: kernels, checksums and their memory, I/O and its memory, and tests that look at memory from outside.
 const UNSAFE_FILES: &[(&str, usize)] = &[
     ("checksum/src/avx2.rs", ANY),
     ("checksum/src/neon.rs", ANY),
@@ -151,7 +151,7 @@ fn long_functions(source: &Source) -> Vec<Finding> {
 
 fn unfinished(source: &Source) -> Vec<Finding> {
     let mut found = tokens(source, &[&["todo", "!"], &["unimplemented", "!"], &["dbg", "!"]]);
-    // In two parts, since this file is looked at as well.
+    // In two parts, because this file is checked too.
     let marks = [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("XX", "X")];
     for (line, text) in source.lines().filter(|_| source.is_rust()) {
         let comment = text.split_once("//").map_or("", |(_, comment)| comment).trim_start_matches(['/', '!', ' ']);
@@ -168,7 +168,7 @@ fn printing(source: &Source) -> Vec<Finding> {
 }
 
 fn exits(source: &Source) -> Vec<Finding> {
-    // A fuzzer says with its death what it has found.
+    // A fuzzer reports what it has found by panicking.
     if source.path.ends_with("/main.rs") || source.path.starts_with("fuzz/") {
         return Vec::new();
     }
@@ -191,7 +191,7 @@ fn too_many_arguments(source: &Source) -> Vec<Finding> {
     tokens(source, &[&["clippy", ":", ":", "too_many_arguments"]])
 }
 
-/// Crates in which nothing is read from a drive while a model runs.
+/// Crates that do not read from a drive while a model runs.
 const WITHOUT_READS: [&str; 6] =
     ["checksum/src/", "format/src/", "kernels/src/", "converter/src/", "runtime/text/src/", "runtime/generate/src/"];
 
@@ -203,7 +203,7 @@ fn chunks(source: &Source) -> Vec<Finding> {
     source.tokens.iter().filter(ours).map(|token| finding(token.line, &token.text)).collect()
 }
 
-/// What the standard library calls a chunk is called so, and so are keys and values of configurations.
+/// What the standard library calls a chunk keeps that name, and so do keys and values of configurations.
 fn is_called_so_elsewhere(name: &str) -> bool {
     const OF_CONFIGURATIONS: [&str; 2] = ["\"attention_chunk_size\"", "\"chunked_attention\""];
     const NAMES: [&str; 4] = ["chunk_by", "chunks", "utf8_chunks", "ChunksExact"];
@@ -216,7 +216,7 @@ fn finding(line: usize, what: &str) -> Finding {
     Finding { line, what: format!("`{what}`") }
 }
 
-/// Places at which one of the sequences of tokens stands.
+/// Places where one of the sequences of tokens occurs.
 fn tokens(source: &Source, sequences: &[&[&str]]) -> Vec<Finding> {
     let mut found = Vec::new();
     for sequence in sequences {
@@ -231,7 +231,7 @@ fn outside_tests(source: &Source, sequences: &[&[&str]]) -> Vec<Finding> {
     found
 }
 
-/// Lines that have one of the phrases, in code, comments or prose.
+/// Lines with one of the phrases, in code, comments or prose.
 fn words(source: &Source, phrases: &[&[&str]]) -> Vec<Finding> {
     // The rules themselves have to name what they forbid.
     if source.path.starts_with("tests/tests/tidy/") {

@@ -1,4 +1,4 @@
-//! Each rule finds what it is about in a few lines that break it, and nothing in lines that do not.
+//! Each rule finds what it forbids in a few lines that break it, and nothing in lines that do not.
 
 use crate::complaints;
 use crate::rules::{ANY, FILE_LINES, FUNCTION_LINES, RULES, Rule};
@@ -15,7 +15,7 @@ fn lines(name: &str, path: &str, text: &str) -> Vec<usize> {
     lines
 }
 
-/// `lines` lines, the first of which opens a function.
+/// `lines` lines; the first one opens a function.
 fn function(lines: usize) -> String {
     format!("fn long() {{\n{}}}\n", "    step();\n".repeat(lines - 2))
 }
@@ -130,7 +130,7 @@ fn words() {
     );
 }
 
-/// What is complained of in a file with three findings, under an exception for so many.
+/// The complaints about a file with three findings, with an exception for so many.
 fn complaints_with(allowed: usize, text: &str) -> Vec<String> {
     complaints(rule("unsafe"), &[("a.rs", allowed)], &[Source::new("a.rs", text)])
 }

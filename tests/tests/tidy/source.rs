@@ -1,4 +1,4 @@
-//! A file as the rules see it: its lines, its tokens, its functions, and which of its lines are tests.
+//! A file as the rules see it: its lines, its tokens, its functions, and which of its lines belong to tests.
 
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -9,26 +9,26 @@ use syn::visit::{self, Visit};
 
 /// A file of the workspace: Rust, or prose.
 pub(crate) struct Source {
-    /// From the root of the workspace, with `/`.
+    /// Relative to the root of the workspace, with `/`.
     pub(crate) path: String,
     pub(crate) text: String,
-    /// Empty in prose.
+    /// Empty for prose.
     pub(crate) tokens: Vec<Token>,
     pub(crate) functions: Vec<Function>,
-    /// Modules that this file declares for tests alone, as paths without `.rs`.
+    /// Modules that this file declares only for tests, as paths without `.rs`.
     pub(crate) test_modules: Vec<String>,
-    /// Whether the whole file is about tests: one of `tests/`, a bench, an example, or a module of tests.
+    /// Whether the whole file belongs to tests: a file of `tests/`, a bench, an example, or a module of tests.
     pub(crate) is_test: bool,
     test_lines: Vec<RangeInclusive<usize>>,
 }
 
-/// An identifier, a literal, a bracket or one character of punctuation. Comments are none.
+/// An identifier, a literal, a bracket or one punctuation character. Comments are not tokens.
 pub(crate) struct Token {
     pub(crate) text: String,
     pub(crate) line: usize,
 }
 
-/// A function with a body, wherever it stands.
+/// A function with a body, in any place.
 pub(crate) struct Function {
     pub(crate) name: String,
     pub(crate) line: usize,
@@ -37,7 +37,7 @@ pub(crate) struct Function {
 }
 
 impl Source {
-    /// Reads a file; Rust that is none panics with the place.
+    /// Reads a file; panics with the place if it should be Rust and is not.
     pub(crate) fn new(path: &str, text: &str) -> Source {
         let mut source = Source {
             path: path.to_owned(),
@@ -72,7 +72,7 @@ impl Source {
         self.is_test || self.test_lines.iter().any(|lines| lines.contains(&line))
     }
 
-    /// Lines on which these tokens follow one another.
+    /// Lines on which these tokens follow each other.
     pub(crate) fn find<'a>(&'a self, wanted: &'a [&str]) -> impl Iterator<Item = usize> + 'a {
         let begins_here =
             move |tokens: &&[Token]| tokens.iter().zip(wanted).all(|(token, wanted)| token.text == *wanted);
@@ -84,7 +84,7 @@ impl Source {
         self.functions.push(Function { name: signature.ident.to_string(), line: from, lines: to - from + 1 });
     }
 
-    /// Remembers an item that is there for tests alone.
+    /// Notes an item that exists only for tests.
     fn item(&mut self, attributes: &[syn::Attribute], item: &dyn Spanned) -> bool {
         let is_test = attributes.iter().any(|a| {
             let condition = || a.parse_args::<syn::Path>().is_ok_and(|condition| condition.is_ident("test"));
@@ -97,7 +97,7 @@ impl Source {
         is_test
     }
 
-    /// The folder in which modules of this file are.
+    /// The folder with the modules of this file.
     fn folder(&self) -> &str {
         let path = self.path.trim_end_matches(".rs");
         ["/mod", "/lib", "/main"].iter().find_map(|end| path.strip_suffix(end)).unwrap_or(path)
@@ -139,7 +139,7 @@ impl<'ast> Visit<'ast> for Source {
     }
 }
 
-/// Marks the files of modules that others declare for tests alone.
+/// Marks the files of modules that others declare only for tests.
 pub(crate) fn mark_test_modules(sources: &mut [Source]) {
     let modules: BTreeSet<String> = sources.iter().flat_map(|s| s.test_modules.iter().cloned()).collect();
     for source in sources {

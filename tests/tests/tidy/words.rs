@@ -1,7 +1,7 @@
-//! One word for one thing: what a rule about words looks for, in identifiers, comments and messages alike.
+//! One word for one thing: what a rule about words looks for, in identifiers, comments and messages.
 
-/// Whether a line has these words one after another, with nothing but a space, `-` or `_` between them. A word that ends in `*`
-/// stands for all that begin so.
+/// Whether a line has these words one after another, with only a space, `-` or `_` between them. A word that ends in `*` matches
+/// all words with that beginning.
 pub(crate) fn mentions(line: &str, phrase: &[&str]) -> bool {
     let joins = |c: char| c.is_alphabetic() || matches!(c, ' ' | '-' | '_');
     line.split(|c| !joins(c)).any(|part| {
