@@ -1,8 +1,8 @@
-//! Writes a checkpoint of random bf16 weights in the DeepSeek-V3 architecture, as large as wanted, to measure conversions:
+//! Writes a checkpoint of random bf16 weights in the DeepSeek-V3 architecture, of any size, to measure conversions:
 //!
 //! `cargo run --release -p sluice-converter --example make_checkpoint -- FOLDER LAYERS`
 //!
-//! One layer takes about 130 MB, 32 experts of 2048 × 640 among them.
+//! One layer takes about 130 MB, including 32 experts of 2048 × 640.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -16,7 +16,7 @@ const EXPERTS: usize = 32;
 const VOCAB: usize = 8192;
 const HEADS: usize = 8;
 const RANK: usize = 128;
-/// Widths of a head: without position, with position, value.
+/// Widths of a head: the part without position, the part with position, the values.
 const HEAD: (usize, usize, usize) = (64, 32, 64);
 
 fn main() -> io::Result<()> {
@@ -57,7 +57,7 @@ fn write_checkpoint(folder: &Path, layers: usize) -> io::Result<()> {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        // A sign, an exponent near 2^-6, any mantissa: finite, and of the size of weights.
+        // A sign, an exponent near 2^-6, any mantissa: finite, and of the magnitude of weights.
         let bits = (state as u16 & 0x80ff) | (0x3c00 - ((state >> 20) as u16 & 0x0100));
         out.write_all(&bits.to_le_bytes())?;
     }

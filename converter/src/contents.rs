@@ -1,10 +1,11 @@
-//! Digests of the source, whole: formed of what a conversion reads anyway, whoever reads it and in whatever order.
+//! Digests of the whole source, computed from the bytes that a conversion reads anyway, whichever thread reads them and in any
+//! order.
 //!
-//! The bytes of a shard are its header and, without gaps, its tensors. A tensor's bytes are cut into **leaves** of 16 KiB; its
-//! digest is the digest of the digests of its leaves, and the digest of a shard that of its header's digest and its tensors'
-//! digests. So all bytes are covered, those of tensors that the model does not use too, and a thread that reads some rows of a
-//! tensor can contribute the leaves that lie in them. What nobody has contributed when all extents are done (tensors that are
-//! left out, leaves that no thread has read from end to end) is read at the end.
+//! The bytes of a shard are its header and, without gaps, its tensors. A tensor's bytes are divided into **leaves** of 16 KiB. The
+//! digest of a tensor is the digest of the digests of its leaves; the digest of a shard is that of its header's digest and its
+//! tensors' digests. So all bytes are covered, including tensors that the model does not use, and a thread that reads some rows of
+//! a tensor can contribute the leaves in them. Leaves that are still unknown when all extents are done (in tensors that are left
+//! out, or because no thread has read them from end to end) are read at the end.
 
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -19,21 +20,21 @@ use crate::source::Checkpoint;
 pub(crate) const LEAF: u64 = 16 << 10;
 /// Bytes read at once at the end: whole leaves.
 const PIECE: u64 = 64 * LEAF;
-/// Tensors that a thread follows at once: those of an extent take turns, and each has scales.
+/// Tensors that a thread follows at once: those of an extent alternate, and each has scales.
 const RUNS: usize = 8;
 
-/// Where a tensor's bytes are in the files of a checkpoint, whether the model uses it or not.
+/// Where a tensor's bytes are in the files of a checkpoint, whether or not the model uses it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
-    /// Number of its file.
+    /// Index of its file.
     pub(crate) file: usize,
     /// First byte in the file.
     pub(crate) start: u64,
     pub(crate) len: u64,
 }
 
-/// The parts of a file: `ranges` are the places and lengths of its tensors, which do not overlap. Bytes between them that
-/// belong to no tensor are parts too, so that parts cover `from..to` without gaps; tensors without bytes are none.
+/// The parts of a file. `ranges` are the places and lengths of its tensors, which do not overlap. Bytes between them that belong to
+/// no tensor are parts too, so the parts cover `from..to` without gaps; tensors without bytes are not parts.
 pub(crate) fn parts_of(file: usize, ranges: impl Iterator<Item = (u64, u64)>, from: u64, to: u64) -> Vec<Part> {
     let mut ranges: Vec<(u64, u64)> = ranges.filter(|&(_, len)| len > 0).collect();
     ranges.sort_unstable();
@@ -51,7 +52,7 @@ pub(crate) fn parts_of(file: usize, ranges: impl Iterator<Item = (u64, u64)>, fr
     parts
 }
 
-/// The digest of a part of so many bytes that are all zero.
+/// The digest of a part with this many bytes, all zero.
 pub(crate) fn digest_of_zeros(len: u64) -> u128 {
     let zeros = [0; LEAF as usize];
     let (leaf, rest) = (xxh3_128(&zeros), (len % LEAF) as usize);
@@ -59,26 +60,26 @@ pub(crate) fn digest_of_zeros(len: u64) -> u128 {
     digest_of((0..len / LEAF).map(|_| &leaf).chain(&tail))
 }
 
-/// What is known of a part.
+/// What is known about a part.
 enum Known {
-    /// These leaves.
+    /// The digests of some leaves.
     Leaves { digests: Vec<Option<u128>>, count: usize },
-    /// All.
+    /// The whole digest.
     Whole(u128),
 }
 
-/// The digests that are known, of all parts of a checkpoint. Threads share it.
+/// The known digests of all parts of a checkpoint. Threads share it.
 pub(crate) struct Contents<'a> {
     checkpoint: &'a Checkpoint,
     parts: Vec<Mutex<Known>>,
     /// Parts that became known, for the journal.
     news: Mutex<Vec<(usize, u128)>>,
-    /// A file whose bytes were not the same when they were read again.
+    /// A file whose bytes had changed when they were read again.
     torn: OnceLock<usize>,
 }
 
 impl<'a> Contents<'a> {
-    /// Nothing is known but what an earlier run has found, by part.
+    /// Starts with the digests that an earlier run has found, by part.
     pub(crate) fn new(checkpoint: &'a Checkpoint, found: &[(usize, u128)]) -> Self {
         let nothing = || Known::Leaves { digests: Vec::new(), count: 0 };
         let mut parts: Vec<Known> = checkpoint.parts.iter().map(|_| nothing()).collect();
@@ -94,7 +95,7 @@ impl<'a> Contents<'a> {
         std::mem::take(&mut lock(&self.news))
     }
 
-    /// Number of a file whose bytes were seen to change while they were read.
+    /// Index of a file whose bytes changed while they were read.
     pub(crate) fn torn(&self) -> Option<usize> {
         self.torn.get().copied()
     }
@@ -121,17 +122,17 @@ impl<'a> Contents<'a> {
         }
     }
 
-    /// Reads what nobody has read.
+    /// Reads everything that has not been read yet.
     pub(crate) fn complete(&self) -> Result<(), ConvertError> {
         (0..self.parts.len()).into_par_iter().try_for_each(|part| self.complete_part(part))
     }
 
-    /// Reads what nobody has read of one file.
+    /// Reads everything of one file that has not been read yet.
     pub(crate) fn complete_file(&self, file: usize) -> Result<(), ConvertError> {
         self.parts_of_file(file).into_par_iter().try_for_each(|part| self.complete_part(part))
     }
 
-    /// Whether all of a file is known.
+    /// Whether the whole file is known.
     pub(crate) fn is_file_whole(&self, file: usize) -> bool {
         self.parts_of_file(file).all(|part| self.is_whole(part))
     }
@@ -165,7 +166,7 @@ impl<'a> Contents<'a> {
         Ok(())
     }
 
-    /// Digests of all parts, in their order. All must be known: [`Contents::complete`] sees to it.
+    /// Digests of all parts, in order. All must be known: [`Contents::complete`] ensures that.
     pub(crate) fn digests(&self) -> Vec<u128> {
         let whole = |part: &Mutex<Known>| match &*lock(part) {
             Known::Whole(digest) => *digest,
@@ -191,7 +192,7 @@ pub(crate) fn digest_of<'d>(digests: impl IntoIterator<Item = &'d u128>) -> u128
 pub(crate) struct PartDigest(Xxh3);
 
 impl PartDigest {
-    /// Appends bytes: all but the last call bring whole leaves.
+    /// Appends bytes; all calls but the last must bring whole leaves.
     pub(crate) fn update(&mut self, bytes: &[u8]) {
         bytes.chunks(LEAF as usize).for_each(|leaf| self.0.update(&xxh3_128(leaf).to_le_bytes()));
     }
@@ -211,7 +212,7 @@ pub(crate) struct Follower<'a> {
 struct Run {
     part: usize,
     next: u64,
-    /// Of the leaf that has been read from its beginning up to `next`, if it is one.
+    /// The hash of the current leaf, if it was read from its beginning up to `next`.
     leaf: Option<Box<Xxh3>>,
 }
 
@@ -220,12 +221,12 @@ impl<'a> Follower<'a> {
         Follower { contents, runs: Vec::new() }
     }
 
-    /// Forgets what was begun: what is read next is something else.
+    /// Forgets unfinished leaves: the next read is of something else.
     pub(crate) fn reset(&mut self) {
         self.runs.clear();
     }
 
-    /// Hears of bytes of a part that were read from `at` on.
+    /// Records bytes of a part that were read from `at` on.
     pub(crate) fn read(&mut self, part: usize, at: u64, bytes: &[u8]) {
         if bytes.is_empty() || self.contents.is_whole(part) {
             return;
@@ -265,7 +266,7 @@ impl<'a> Follower<'a> {
     }
 }
 
-/// A thread that panicked has left the list whole: every change to it is one step.
+/// A thread that panicked leaves a consistent list, because every change to it is one step.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

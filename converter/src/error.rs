@@ -8,11 +8,11 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use sluice_format::{FormatError, ImportanceError, WeightType};
 
-/// What to do about a repository of the hub that is not sound itself.
+/// Advice about a repository of the hub that is itself damaged.
 pub(crate) const OF_REPOSITORY: &str =
     "The repository is so on the hub: tell its authors, or name another revision of it, as hf:OWNER/NAME@REVISION";
 
-/// Whether a source is on the hub, by the path that stands for it.
+/// Whether a source is on the hub, judging by its path.
 pub(crate) fn is_of_hub(path: &Path) -> bool {
     path.as_os_str().as_encoded_bytes().starts_with(b"hf:")
 }
@@ -21,7 +21,7 @@ pub(crate) fn is_of_hub(path: &Path) -> bool {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConvertError {
-    /// The operating system refused.
+    /// The operating system returned an error.
     #[error("{path}: cannot {action}: {source}")]
     Io {
         /// The file or folder.
@@ -39,7 +39,7 @@ pub enum ConvertError {
         /// What is missing.
         problem: String,
     },
-    /// A file is of another kind than was asked for.
+    /// A file of another kind than requested.
     #[error("{path} is {what}. {advice}")]
     Foreign {
         /// The file.
@@ -58,11 +58,11 @@ pub enum ConvertError {
     Pointers {
         /// The folder.
         path: PathBuf,
-        /// How many are.
+        /// How many files are pointers.
         count: usize,
-        /// Of how many.
+        /// How many files there are.
         total: usize,
-        /// Those.
+        /// The names of the pointers.
         names: Vec<String>,
     },
     /// Files of the checkpoint are missing.
@@ -78,11 +78,11 @@ pub enum ConvertError {
         path: PathBuf,
         /// How many are missing.
         missing: usize,
-        /// Of how many.
+        /// How many files there should be.
         total: usize,
         /// The first few.
         names: String,
-        /// What is left of downloads that have not ended, or nothing.
+        /// What unfinished downloads have left, or an empty text.
         unfinished: String,
     },
     /// Parts of a model in several GGUF files are missing.
@@ -96,17 +96,17 @@ pub enum ConvertError {
         path: PathBuf,
         /// How many are missing.
         missing: usize,
-        /// Of how many.
+        /// How many parts there should be.
         total: usize,
         /// The first few.
         names: String,
     },
-    /// A GGUF file is sound, and cannot be converted.
+    /// A valid GGUF file that cannot be converted.
     #[error("{path} cannot be converted: {problem}")]
     Gguf {
         /// The file.
         path: PathBuf,
-        /// What it is, or holds, and what to do.
+        /// What it is or holds, and what to do.
         problem: String,
     },
     /// Two files hold a tensor of the same name.
@@ -122,7 +122,7 @@ pub enum ConvertError {
         /// The first two files.
         files: [String; 2],
     },
-    /// There is no output head, and the configuration does not say that the token embedding is one.
+    /// There is no output head, and the configuration does not say that the token embedding replaces it.
     #[error(
         "{path}: there is no `{head}`, and `tie_word_embeddings` is {said}, so the token embedding is not the output \
          head{hint}. Check that the download is complete. If the head is the token embedding all the same, write \
@@ -135,10 +135,10 @@ pub enum ConvertError {
         head: String,
         /// What the configuration says, or what its silence means.
         said: &'static str,
-        /// What may explain it, or nothing.
+        /// A possible explanation, or an empty text.
         hint: String,
     },
-    /// A file of the checkpoint is damaged or lies.
+    /// A file of the checkpoint is damaged or contradicts itself.
     #[error("{path} is damaged: {problem}. {}", if is_of_hub(path) { OF_REPOSITORY } else { "Download it again" })]
     Damaged {
         /// The file.
@@ -155,7 +155,7 @@ pub enum ConvertError {
         /// The file.
         path: PathBuf,
     },
-    /// A model file does not say what it was made of.
+    /// A model file does not say from which source it was made.
     #[error("{path}: {problem}")]
     NoProvenance {
         /// The model file.
@@ -173,12 +173,12 @@ pub enum ConvertError {
         /// What is wrong with it, and what is supported.
         problem: String,
     },
-    /// Values of `config.json` that are possible one by one do not fit together.
+    /// Values of `config.json` that are each possible but do not fit together.
     #[error("{path} describes an impossible model: {problem}")]
     Impossible {
         /// `config.json`.
         path: PathBuf,
-        /// What does not fit, in the words of the specification.
+        /// What does not fit, in terms of the specification.
         problem: String,
     },
     /// Tensors that the model needs are not in the checkpoint.
@@ -192,7 +192,7 @@ pub enum ConvertError {
         count: usize,
         /// The first few.
         names: String,
-        /// What may explain it, as a sentence, or nothing.
+        /// A possible explanation as a sentence, or an empty text.
         hint: String,
     },
     /// Tensors that nothing would use; leaving them out silently could change what the model computes.
@@ -210,7 +210,7 @@ pub enum ConvertError {
         /// The model type.
         family: String,
     },
-    /// Tensors are partly as the family's releases have them, partly as MLX has them, and what that means cannot be told.
+    /// Some tensors are arranged as in the family's releases, others as in MLX, so their meaning is unclear.
     #[error(
         "{path}: {problem}. Norms of this family are stored as what is added to one; MLX stores the sum. Which it is \
          cannot be told here, and the wrong one would change what the model says. Convert the original release"
@@ -221,7 +221,7 @@ pub enum ConvertError {
         /// What contradicts what.
         problem: String,
     },
-    /// A tensor that would only be without effect if it were zero.
+    /// A tensor that could be left out only if it were zero.
     #[error(
         "{path}: `{tensor}` holds numbers that are not zero, and the model as `config.json` describes it adds nothing \
          there. Check that `config.json` belongs to these weights"
@@ -232,7 +232,7 @@ pub enum ConvertError {
         /// The tensor.
         tensor: String,
     },
-    /// Decoder layers that the configuration does not count: without them the model would compute something else.
+    /// Decoder layers that the configuration does not count: without them, the model would compute something else.
     #[error(
         "{path}: {count} tensors belong to layers behind the {layers} that `num_hidden_layers` counts: {names}. \
          They are not of layers that predict further tokens either, which have an `eh_proj`. \
@@ -267,12 +267,12 @@ pub enum ConvertError {
         path: PathBuf,
         /// The tensor.
         tensor: String,
-        /// Its type.
+        /// Its format.
         dtype: String,
         /// What is supported there.
         supported: &'static str,
     },
-    /// A weight is infinite or not a number.
+    /// A weight is infinite or NaN.
     #[error(
         "{path}: `{tensor}` holds a value that is infinite or not a number. The checkpoint is damaged: download it again"
     )]
@@ -282,7 +282,7 @@ pub enum ConvertError {
         /// The tensor.
         tensor: String,
     },
-    /// A weight is too large for the type that was asked for.
+    /// A weight is too large for the requested type.
     #[error("`{tensor}` holds a value that is too large for {weight_type}. Use `keep` or f32 for it")]
     TooLarge {
         /// The tensor.
@@ -309,21 +309,21 @@ pub enum ConvertError {
         /// The destination.
         path: PathBuf,
     },
-    /// The destination cannot be written, as its folder is not there.
+    /// The destination cannot be written because its folder does not exist.
     #[error("the folder {path} does not exist: make it, or choose another place for the model file")]
     NoFolder {
         /// The folder.
         path: PathBuf,
     },
-    /// The destination exists and may not be replaced, whatever was asked for.
+    /// The destination exists and must not be replaced, whatever the options.
     #[error("{path}: {problem}, and only model files are overwritten. Choose another name for the model file")]
     NotReplaced {
         /// The destination.
         path: PathBuf,
-        /// What it is instead.
+        /// What it is.
         problem: &'static str,
     },
-    /// Where a file has to be written is something that no conversion has left there.
+    /// In the place of a file that must be written is something that no conversion has left there.
     #[error("{path} is in the way: {problem}. Remove it, or choose another name for the model file")]
     InTheWay {
         /// The partial file or its journal.
@@ -331,13 +331,13 @@ pub enum ConvertError {
         /// What it is.
         problem: &'static str,
     },
-    /// Another conversion is writing there.
+    /// Another conversion is writing to the same place.
     #[error("{path} is being written by another conversion. Wait for it, or stop it")]
     Locked {
         /// The partial file.
         path: PathBuf,
     },
-    /// The drive is too small.
+    /// There is too little free space.
     #[error(
         "{path}: the converted file needs {} more on this drive{}, {} are free. Free some space or choose another drive",
         human_bytes(*needed), of_scratch(*scratch), human_bytes(*available)
@@ -352,7 +352,7 @@ pub enum ConvertError {
         /// Bytes available.
         available: u64,
     },
-    /// The drive has become full on the way.
+    /// The drive became full during the conversion.
     #[error(
         "{path}: the drive is full ({source}). What has been converted is kept: free some space, and the same command goes on where \
          it stopped"
@@ -363,7 +363,7 @@ pub enum ConvertError {
         /// What could not be written.
         source: Box<dyn Error + Send + Sync>,
     },
-    /// A layer could not be executed to measure what meets its matrices.
+    /// A layer could not be computed to measure the inputs of its matrices.
     #[error("layer {layer} cannot be measured: {source}. Convert with --no-importance, which measures nothing")]
     Measure {
         /// The layer.
@@ -371,7 +371,7 @@ pub enum ConvertError {
         /// Why.
         source: Box<dyn Error + Send + Sync>,
     },
-    /// A source that has yet to be fetched could not be.
+    /// A source could not be fetched.
     #[error("{0}")]
     Fetch(Arc<dyn Error + Send + Sync>),
     /// The importance file is unreadable, damaged, or belongs to another model.
@@ -388,7 +388,7 @@ impl ConvertError {
         move |source| ConvertError::Io { path: path.to_owned(), action, source }
     }
 
-    /// [`ConvertError::Full`] of the conversion to `path`, if that is what this comes of.
+    /// Turns this into [`ConvertError::Full`] for the conversion to `path`, if a full drive is the cause.
     pub(crate) fn or_full(self, path: &Path) -> Self {
         let full = [Errno::ENOSPC, Errno::EDQUOT].map(|errno| Some(errno as i32));
         let is_full = |error: &(dyn Error + 'static)| {
@@ -405,7 +405,7 @@ impl ConvertError {
     }
 }
 
-/// Says what part of the space only measuring needs.
+/// Says how much of the space only measuring needs.
 fn of_scratch(scratch: u64) -> String {
     if scratch == 0 {
         return String::new();
@@ -413,7 +413,7 @@ fn of_scratch(scratch: u64) -> String {
     format!(" ({} of it only meanwhile, to measure; --no-importance does without)", human_bytes(scratch))
 }
 
-/// A number of bytes as people read it, with the exact number behind it.
+/// A number of bytes in a readable form, followed by the exact number.
 fn human_bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
     let mut unit = 0;
@@ -433,7 +433,7 @@ pub(crate) fn first_few(names: &[String]) -> String {
     shown.join(", ") + more
 }
 
-/// The first few of tensors' names, and how many there are if they are several.
+/// The first few names of tensors, and their number if there are several.
 pub(crate) fn counted(names: &[String]) -> String {
     match names.len() {
         1 => first_few(names),

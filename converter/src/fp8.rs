@@ -5,13 +5,13 @@ use std::sync::LazyLock;
 use sluice_format::FP8_BLOCK;
 use sluice_kernels::e4m3_to_f32;
 
-/// Rows and columns of the source that share one fp8 scale, and of the file's fp8 type.
+/// Rows and columns that share one scale, in the source and in the file's fp8 type.
 pub(crate) const SCALE_BLOCK: usize = 128;
 
 /// The largest e4m3fn number.
 pub(crate) const E4M3_MAX: f32 = 448.0;
 
-/// The value of every code; NaN for the two that are none.
+/// The value of every code; NaN for the two codes without a value.
 pub(crate) static E4M3: LazyLock<[f32; 256]> = LazyLock::new(|| std::array::from_fn(|code| e4m3_to_f32(code as u8)));
 
 /// Whether a code is one of the two NaNs.
@@ -19,21 +19,21 @@ pub(crate) fn is_nan(code: u8) -> bool {
     code & 0x7f == 0x7f
 }
 
-/// Rounds to e4m3fn, ties to even; magnitudes beyond the largest become the largest. `x` is not NaN.
+/// Rounds to e4m3fn, ties to even; larger magnitudes become the largest. `x` is not NaN.
 pub(crate) fn f32_to_e4m3(x: f32) -> u8 {
     let sign = ((x.to_bits() >> 24) & 0x80) as u8;
     let magnitude = x.abs();
-    // 464 lies halfway between 448 and the 480 that the format does not have.
+    // 464 is halfway between 448 and 480, which the format does not have.
     if magnitude >= 464.0 {
         return sign | 0x7e;
     }
-    // Below the smallest normal number, 2^-6, steps are 2^-9: scaled by 2^9 the code is the rounded integer, and rounding
-    // up to 8 is the smallest normal number's code.
+    // Below the smallest normal number, 2^-6, steps are 2^-9: after scaling by 2^9, the code is the rounded integer. Rounding up to
+    // 8 gives the code of the smallest normal number.
     if magnitude < 1.0 / 64.0 {
         return sign | (magnitude * 512.0).round_ties_even() as u8;
     }
     let bits = magnitude.to_bits();
-    // Rounds 23 bits of mantissa to 3, ties to even; a carry runs into the exponent as it should.
+    // Rounds 23 bits of mantissa to 3, ties to even; a carry correctly increments the exponent.
     let rounded = (bits + 0x7_ffff + ((bits >> 20) & 1)) >> 20;
     // f32's exponent bias is 127, e4m3's is 7.
     sign | (rounded - ((127 - 7) << 3)) as u8
@@ -48,7 +48,7 @@ pub(crate) fn quantise_strip(values: &[f32], cols: usize) -> (Vec<u8>, Vec<f32>)
             *max = block.iter().fold(*max, |m, v| m.max(v.abs()));
         }
     }
-    // A block of zeros, or of numbers too small for a normal scale, still needs one to divide by.
+    // A block of zeros, or of numbers too small for a normal scale, still needs a divisor.
     let scales: Vec<f32> = absmax.iter().map(|max| (max / E4M3_MAX).max(f32::MIN_POSITIVE)).collect();
     let mut codes = Vec::with_capacity(values.len());
     for row in values.chunks_exact(cols) {
@@ -63,7 +63,7 @@ pub(crate) fn quantise_strip(values: &[f32], cols: usize) -> (Vec<u8>, Vec<f32>)
 mod tests {
     use super::*;
 
-    /// Every code that is a number comes back, and everything between two neighbours goes to the nearer one.
+    /// Every code with a value is reproduced, and everything between two neighbours is rounded to the nearer one.
     #[test]
     fn rounds_to_the_nearest_code_ties_to_even() {
         for code in 0..0x7eu8 {

@@ -1,5 +1,5 @@
-//! Doors for the fuzzing targets (`fuzz/`), which must get past checksums and make checkpoints that fit a configuration.
-//! Nothing in the program uses this module, and no promise is made about it.
+//! Entry points for the fuzzing targets (`fuzz/`), which must get past checksums and make checkpoints that fit a configuration.
+//! Nothing in the program uses this module, and it has no stable interface.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,14 +10,14 @@ use crate::family::{self, config::Config};
 use crate::partial;
 use crate::plan::{Plan, build};
 
-/// Gives header and records of a journal the checksums that they must have to belong to this plan's conversion. What is no
-/// whole record stays as it is.
+/// Gives header and records of a journal the checksums that bind them to this plan's conversion. Incomplete records stay as they
+/// are.
 pub fn seal_journal(plan: &Plan, journal: &mut [u8]) {
     partial::identity(plan, plan.hash_with(None)).seal(journal);
 }
 
-/// Names and shapes of tensors that make a checkpoint of this `config.json`, in the first spelling that its family has;
-/// `None` if the configuration is refused, or the tensors are more than `most`.
+/// Names and shapes of tensors for a checkpoint with this `config.json`, in the family's first spelling; `None` if the
+/// configuration is refused, or there are more than `most` tensors.
 pub fn tensors_of(config: &[u8], most: usize) -> Option<Vec<(String, Vec<usize>)>> {
     let config = Config::parse(Path::new("config.json"), config).ok()?;
     let family = family::find(&config).ok()?;

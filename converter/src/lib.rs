@@ -9,14 +9,14 @@
 //! | module | does |
 //! |---|---|
 //! | [`source`] | where the bytes of a checkpoint come from, and which tensors there are; trusts nothing in them |
-//! | `family` | knows what `config.json` means and what tensors are called, one file per family |
+//! | `family` | the meaning of `config.json` and the names of tensors, one file per family |
 //! | `recipe`, [`mod@pattern`] | types by pattern |
 //! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
-//! | `encoding` | knows how numbers are written down, one file per published encoding |
+//! | `encoding` | number formats, one file per published encoding |
 //! | `fp8`, `pack` | rows of numbers → row groups of the file |
 //! | `journal`, `own`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
-//! | `layer_file`, `states`, [`mod@measure`] | what meets the matrices, measured layer by layer on the way |
+//! | `layer_file`, `states`, [`mod@measure`] | the inputs of the matrices, measured layer by layer during the conversion |
 //! | `report` | summary |
 //! | `upgrade` | model files rewritten as the newest version of the format, compressed, in volumes |
 //! | [`mod@synth`] | model files with random weights, to measure machines |
@@ -62,7 +62,7 @@ pub use report::Summary;
 pub use source::recognise::no_model;
 pub use upgrade::{UpgradeOptions, UpgradeSummary, upgrade};
 
-/// Hears how a conversion goes. Called from several threads.
+/// Receives the progress of a conversion. Called from several threads.
 pub trait Progress: Sync {
     /// The conversion begins: bytes of extents to write in all, and how many of them an earlier run has written.
     fn started(&self, total_bytes: u64, already_done: u64);
@@ -72,14 +72,14 @@ pub trait Progress: Sync {
     fn note(&self, text: &str);
 }
 
-/// Hears nothing.
+/// Ignores everything.
 impl Progress for () {
     fn started(&self, _total_bytes: u64, _already_done: u64) {}
     fn advanced(&self, _bytes: u64) {}
     fn note(&self, _text: &str) {}
 }
 
-/// Passes everything on, and keeps what was said.
+/// Passes everything on, and keeps the notes.
 struct Remarks<'a> {
     progress: &'a dyn Progress,
     said: Mutex<Vec<String>>,
@@ -104,13 +104,13 @@ impl Progress for Remarks<'_> {
 /// the same options.
 ///
 /// # Errors
-/// See [`ConvertError`]. After an error, `dst` is what it was; what has been converted stays in `dst.partial`.
+/// See [`ConvertError`]. After an error, `dst` is unchanged; what has been converted stays in `dst.partial`.
 pub fn convert(src: &Path, dst: &Path, options: &Options, progress: &dyn Progress) -> Result<Summary, ConvertError> {
     let plan = plan(src, options)?;
     convert_plan(&plan, dst, progress)
 }
 
-/// Whether `dst` can become the model file of this plan, as far as that can be known before anything is written.
+/// Whether `dst` can become the model file of this plan, as far as this can be known before anything is written.
 ///
 /// # Errors
 /// [`ConvertError::Exists`], [`ConvertError::NotReplaced`], and [`ConvertError::NoFolder`].
@@ -128,7 +128,7 @@ pub fn clear_remains(plan: &Plan, dst: &Path) {
     partial::clear_remains(dst, plan);
 }
 
-/// Carries out a plan: [`convert`] with a plan that the caller has looked at.
+/// Carries out a plan: [`convert`] with a plan that the caller has inspected.
 ///
 /// # Errors
 /// As [`convert`].
@@ -136,7 +136,8 @@ pub fn convert_plan(plan: &Plan, dst: &Path, progress: &dyn Progress) -> Result<
     convert_measured(plan, dst, None, progress)
 }
 
-/// As [`convert_plan`], with what measures the model on the way, if the plan asks for it ([`Plan::is_measured`]).
+/// Like [`convert_plan`], with an object that measures the model during the conversion if the plan requests it
+/// ([`Plan::is_measured`]).
 ///
 /// # Errors
 /// As [`convert`]; [`ConvertError::Measure`].

@@ -1,11 +1,11 @@
-//! What is measured of a model while it is converted.
+//! What is measured in a model during its conversion.
 //!
-//! The inputs of a matrix say how its weights are best rounded, and to know the inputs, the model has to compute. So a text runs
-//! through the model layer by layer: as soon as the weights of a layer can be read, a model file of this one layer is written
-//! (`layer_file`), in types that hold them as they are; somebody who can execute it takes the states of the
-//! text through, and says what met its matrices; then the layer is converted. So one pass over the checkpoint does both, and what
-//! is kept is the states and the measurements of one layer. The states before a layer also lie beside the journal (`states`), so that an
-//! interrupted conversion goes on in the layer where it was.
+//! The inputs of a matrix determine how its weights are best rounded, and to know the inputs, the model has to compute. So a text
+//! runs through the model layer by layer. As soon as the weights of a layer can be read, a model file with only this layer is
+//! written (`layer_file`), in types that hold the weights unchanged. An object that can execute the layer takes the states of the
+//! text through it, and returns statistics of the inputs of its matrices. Then the layer is converted. So one pass over the
+//! checkpoint does both, and only the states and the measurements of one layer are kept. The states before a layer are also stored
+//! beside the journal (`states`), so that an interrupted conversion continues in the layer where it stopped.
 
 use std::error::Error;
 use std::fmt;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use sluice_format::MatrixKey;
 use sluice_kernels::Feedback;
 
-/// Executes layers and measures what meets their matrices. Its results must not depend on time, threads or earlier runs.
+/// Executes layers and measures the inputs of their matrices. Its results must not depend on time, threads or earlier runs.
 pub trait Measure {
     /// The text.
     fn tokens(&self) -> &[u32];
@@ -23,40 +23,40 @@ pub trait Measure {
     /// Takes the embeddings of the text, `[tokens, hidden]`.
     fn begin(&mut self, states: Vec<f32>);
 
-    /// Takes the states through a layer; layers come in ascending order, each once. `file` is a model file of this layer alone, called
-    /// layer 0 there, with an embedding and a head of one row. The last layer's inputs hold those of the head too.
+    /// Takes the states through a layer; each layer comes once, in ascending order. `file` is a model file with only this layer, as
+    /// layer 0, with an embedding and a head of one row. The last layer's inputs include those of the head.
     ///
     /// # Errors
-    /// What keeps the layer from being executed.
+    /// If the layer cannot be executed.
     fn layer(&mut self, layer: usize, file: &Path) -> Result<Arc<dyn Inputs>, Box<dyn Error + Send + Sync>>;
 
-    /// Most bytes that [`Measure::keep`] gives.
+    /// Most bytes that [`Measure::keep`] returns.
     fn kept_bytes(&self) -> u64;
 
-    /// All that is needed to go on before the next layer.
+    /// Everything that is needed to continue before the next layer.
     ///
     /// # Errors
-    /// What keeps it from being kept.
+    /// If it cannot be kept.
     fn keep(&self) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>>;
 
-    /// Goes on where a measurement on the same text, of the same weights, gave `kept` away. `false`, and nothing has changed, if these are
-    /// no such bytes.
+    /// Continues where a measurement on the same text and weights returned `kept`. If these are not such bytes, returns `false` and
+    /// changes nothing.
     fn go_on(&mut self, kept: &[u8]) -> bool;
 }
 
-/// What met the matrices of one layer.
+/// Statistics of the inputs of one layer's matrices.
 pub trait Inputs: Send + Sync {
-    /// Does what [`Inputs::guide`] will need for these matrices, on all threads.
+    /// Prepares what [`Inputs::guide`] needs for these matrices, on all threads.
     fn prepare(&self, keys: &[MatrixKey]);
 
-    /// How a matrix is to be rounded.
+    /// How a matrix should be rounded.
     fn guide(&self, key: &MatrixKey) -> Guide;
 }
 
-/// How a matrix is to be rounded.
+/// How a matrix should be rounded.
 #[derive(Clone, Default)]
 pub enum Guide {
-    /// All columns count alike.
+    /// All columns are equally important.
     #[default]
     Nothing,
     /// The importance of each column.

@@ -1,4 +1,4 @@
-//! What the caller may choose.
+//! The caller's options.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -21,7 +21,7 @@ const OUTPUT_TYPES: [WeightType; 7] = [
     WeightType::Q2,
 ];
 
-/// The type that a group of weights is stored in.
+/// The type in which a group of weights is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum TypeChoice {
     /// As the checkpoint has it, bit for bit.
@@ -62,14 +62,14 @@ fn output_types() -> String {
     OUTPUT_TYPES.iter().fold("keep".to_owned(), |list, t| format!("{list}, {t}"))
 }
 
-/// What the caller may choose.
+/// The caller's options.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Type of the routed experts.
     pub expert_type: TypeChoice,
     /// Type of everything else. Norms, biases and routers are never quantised, nor is the token embedding.
     pub dense_type: TypeChoice,
-    /// Types by pattern, which go before the two.
+    /// Types by pattern, which take precedence over the two above.
     pub recipe: Option<Recipe>,
     /// Page size of the file, one of [`sluice_format::PAGE_SIZES`].
     pub page_size: u32,

@@ -1,4 +1,4 @@
-//! One extent: reads its tensors in bounded blocks of rows, brings them into the file's layout, writes them front to back.
+//! One extent: reads its tensors in bounded blocks of rows, converts them to the file's layout, and writes them front to back.
 
 use rayon::prelude::*;
 use sluice_format::sectors::{SectorId, Sectors};
@@ -15,10 +15,10 @@ use crate::layer_file::one_row;
 use crate::measure::{Guide, Inputs};
 use crate::plan::{Plan, TensorPlan};
 
-/// Elements that are in memory at once, per thread and tensor. Fixed: the sums of errors follow the order of blocks.
+/// Elements in memory at once, per thread and tensor. Fixed, because the sums of errors depend on the order of blocks.
 const BLOCK_ELEMENTS: usize = 1 << 20;
 
-/// The largest magnitude that `q8` holds: half a step beyond the last one of the largest scale that f16 has.
+/// The largest magnitude of `q8`: half a step beyond the last one of the largest f16 scale.
 const Q8_LARGEST: f32 = 127.5 * 65504.0;
 
 /// Squared error and squared magnitude, summed over the elements of a tensor.
@@ -26,22 +26,22 @@ const Q8_LARGEST: f32 = 127.5 * 65504.0;
 pub(crate) struct ErrorSums {
     pub(crate) error: f64,
     pub(crate) magnitude: f64,
-    /// Blocks that became zero although their weights are not: f16 has no scale that small.
+    /// Blocks that became zero although their weights are not zero, because f16 has no scale that small.
     pub(crate) vanished: u64,
 }
 
-/// What is known of an extent once it is written; the journal keeps it.
+/// What is known about a written extent; the journal keeps it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Outcome {
-    /// Number of the extent.
+    /// Index of the extent.
     pub(crate) extent: usize,
-    /// What has become of it in the file.
+    /// Its place and form in the file.
     pub(crate) written: Written,
-    /// xxh3-128 of the source bytes that went into it.
+    /// xxh3-128 of its source bytes.
     pub(crate) source_digest: u128,
     /// Their number.
     pub(crate) source_bytes: u64,
-    /// By tensor of the extent.
+    /// Per tensor of the extent.
     pub(crate) errors: Vec<ErrorSums>,
 }
 
@@ -53,19 +53,19 @@ pub(crate) struct Packer<'a> {
     packed: Vec<u8>,
 }
 
-/// A source of a tensor, open.
+/// An open source of a tensor.
 struct Opened<'a> {
     source: &'a Selection,
     decoder: Box<dyn Decoder + 'a>,
-    /// Whether its codes are stored as they are.
+    /// Whether its codes are stored unchanged.
     carries: bool,
 }
 
-/// A tensor being packed: its plan, its sources, where its errors go.
+/// A tensor that is being packed: its plan, its sources, and its errors.
 struct Job<'a> {
     tensor: &'a TensorPlan,
     sources: Vec<Opened<'a>>,
-    /// How to round, by number in the batch; empty where nothing is known or the type does not ask.
+    /// How to round, by index in the batch; empty if nothing is known or the type does not use it.
     guides: Vec<Guide>,
     sums: ErrorSums,
 }
@@ -76,7 +76,7 @@ impl<'a> Packer<'a> {
         Packer { plan, reader, values: Vec::new(), packed: Vec::new() }
     }
 
-    /// Digest and number of the source bytes of an extent as [`Packer::extent`] finds them, without packing anything.
+    /// Digest and number of the source bytes of an extent, read as in [`Packer::extent`] but without packing.
     pub(crate) fn source_digest(&mut self, extent: usize) -> Result<(u128, u64), ConvertError> {
         let plan = self.plan;
         for tensor in &plan.extents[extent] {
@@ -94,7 +94,7 @@ impl<'a> Packer<'a> {
     /// Opens the sources of a tensor.
     fn open(&mut self, tensor: &'a TensorPlan) -> Result<Vec<Opened<'a>>, ConvertError> {
         let open = |source: &'a Selection| {
-            // What is stored in order is carried.
+            // If the order of columns is stored, codes are carried.
             let carries = source.carrier(tensor.shape) == Some(tensor.weight_type)
                 && (tensor.layout.is_ordered() || source.order().is_none());
             Ok(Opened { source, decoder: source.open(&mut self.reader)?, carries })
@@ -102,12 +102,12 @@ impl<'a> Packer<'a> {
         tensor.sources.iter().map(open).collect()
     }
 
-    /// Forgets what was read of an extent that failed.
+    /// Discards what was read for an extent that failed.
     pub(crate) fn reset(&mut self) {
         self.reader.take_digest();
     }
 
-    /// Writes extent number `extent` and reports the bytes as they are written. `inputs`: what has been measured of its layer.
+    /// Writes the extent with index `extent`, and reports the bytes as they are written. `inputs`: the measurements of its layer.
     pub(crate) fn extent(
         &mut self,
         extent: usize,
@@ -128,13 +128,13 @@ impl<'a> Packer<'a> {
             })?);
         }
         let became = writer.finish()?;
-        // Paddings count as written with the extent's end, so that the sum is the whole file.
+        // Padding is reported at the end of the extent, so that the sum is the whole file.
         written(record.stored_len - reported);
         let (source_digest, source_bytes) = self.reader.take_digest();
         Ok(Outcome { extent, written: became, source_digest, source_bytes, errors })
     }
 
-    /// Writes the tensors of an extent of a layer that is to be executed. `place`: layer and index of the extent there.
+    /// Writes the tensors of an extent of a layer that will be executed. `place`: layer and index of the extent there.
     pub(crate) fn reading(
         &mut self,
         tensors: &'a [TensorPlan],
@@ -148,7 +148,7 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Gives rows of a tensor of one source to `sink`, with their places in `rows`.
+    /// Passes the rows of a tensor from one source to `sink`, with their places in `rows`.
     pub(crate) fn rows(
         &mut self,
         tensor: &'a TensorPlan,
@@ -203,7 +203,7 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Rows of a table, in sectors: all but the last of them full. `first`: the first sector of the table's part.
+    /// Rows of a table, in sectors; all sectors but the last are full. `first`: the first sector of the table's part.
     fn sectors(&mut self, job: &mut Job<'_>, rows: Rows, first: SectorId) -> Result<(), ConvertError> {
         self.plain(job, rows)?;
         let sectors = sectors_of(job.tensor);
@@ -213,13 +213,13 @@ impl<'a> Packer<'a> {
         let pieces: Vec<(&mut [u8], &[u8])> = self.packed.chunks_exact_mut(sectors.len).zip(full).collect();
         let before = rows.first / sectors.rows;
         pieces.into_par_iter().enumerate().for_each(|(number, (sector, rows))| {
-            // An extent has at most MAX_EXTENT_BYTES, so that 32 bits are enough.
+            // An extent has at most MAX_EXTENT_BYTES, so 32 bits are enough.
             sectors.seal(SectorId { sector: (before + number) as u32, ..first }, rows, sector);
         });
         Ok(())
     }
 
-    /// What one source gives to such a block.
+    /// The contribution of one source to such a block.
     fn plain_source(&mut self, job: &mut Job<'_>, number: usize, rows: Rows) -> Result<(), ConvertError> {
         let ty = job.tensor.weight_type;
         if job.sources[number].carries {
@@ -240,7 +240,7 @@ impl<'a> Packer<'a> {
         self.check_sums(job, job.sources[number].source)
     }
 
-    /// Brings rows of a source into `values`, all of them finite.
+    /// Reads rows of a source into `values`, and checks that all are finite.
     fn values(&mut self, opened: &Opened<'_>, rows: Rows) -> Result<(), ConvertError> {
         let values = &mut self.values;
         opened.decoder.values(rows, &mut self.reader, values)?;
@@ -250,7 +250,7 @@ impl<'a> Packer<'a> {
         if values.iter().all(|v| v.is_finite()) { Ok(()) } else { Err(self.reader.not_finite(opened.source.tensor)) }
     }
 
-    /// A block of whole row groups; those of a pair alternate.
+    /// A block of whole row groups; the groups of a pair alternate.
     fn tiled(&mut self, job: &mut Job<'_>, rows: Rows) -> Result<(), ConvertError> {
         let step = job.sources.len();
         let group_len = group_len(job.tensor.weight_type, rows.cols);
@@ -266,7 +266,7 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    /// Everything that goes through f32. Pieces of rows are packed on all threads that have nothing else to do.
+    /// Everything that is converted through f32. All idle threads pack pieces of rows.
     fn convert(&mut self, job: &mut Job<'_>, first: usize, rows: Rows, group_len: usize) -> Result<(), ConvertError> {
         let (source, ty) = (job.sources[first].source, job.tensor.weight_type);
         self.values(&job.sources[first], rows)?;
@@ -286,7 +286,7 @@ impl<'a> Packer<'a> {
         self.check_sums(job, source)
     }
 
-    /// What was finite in the source must be finite in the file.
+    /// Checks that what was finite in the source is finite in the file.
     fn check_sums(&self, job: &Job<'_>, source: &Selection) -> Result<(), ConvertError> {
         if job.sums.error.is_finite() { Ok(()) } else { Err(self.too_large(job, source)) }
     }
@@ -297,7 +297,8 @@ impl<'a> Packer<'a> {
     }
 }
 
-/// What a source gives to a block of `rows`: of a vector that is made of several tensors, all of its own, one behind the other.
+/// The part of a source in a block of `rows`. For a vector of several tensors, each source gives all its elements, one after the
+/// other.
 fn rows_of(plan: &Plan, tensor: &TensorPlan, source: &Selection, rows: Rows) -> Rows {
     if tensor.layout != Layout::Plain || tensor.sources.len() == 1 {
         return rows;
@@ -305,12 +306,12 @@ fn rows_of(plan: &Plan, tensor: &TensorPlan, source: &Selection, rows: Rows) -> 
     one_row(0, plan.checkpoint.tensors[source.tensor].shape.iter().product())
 }
 
-/// Rows that one thread packs at once: `fp8` has one scale for so many, error feedback takes multiples of 48 best.
+/// Rows that one thread packs at once: in `fp8` that many share a scale, and multiples of 48 are best for error feedback.
 fn piece_rows(ty: WeightType) -> usize {
     if ty == WeightType::Fp8 { SCALE_BLOCK } else { 48 }
 }
 
-/// Packs some rows of a matrix, and says by how much they have changed.
+/// Packs some rows of a matrix, and returns how much they have changed.
 fn pack_piece(
     ty: WeightType,
     values: &[f32],
@@ -338,7 +339,7 @@ fn pack_piece(
             }
             (None, None) => kernels::pack_row_group_weighted(ty, values, n, cols, importance, out),
         }
-        // Everything fits in f32.
+        // Every value fits into f32.
         if ty != WeightType::F32 {
             let matrix = kernels::Matrix::new(ty, n, cols, out);
             let stored = kernels::unpack(matrix.expect("the slot has a row group's length"));
@@ -351,7 +352,7 @@ fn pack_piece(
     sums
 }
 
-/// Blocks of rows of `cols` columns that are zero as stored and nowhere else.
+/// Counts the blocks of rows of `cols` columns that are zero as stored but not in the source.
 fn vanished(values: &[f32], stored: &[f32], cols: usize) -> u64 {
     let zero = |block: &[f32]| block.iter().all(|&v| v == 0.0);
     let rows = values.chunks_exact(cols).zip(stored.chunks_exact(cols));
@@ -373,7 +374,7 @@ impl ErrorSums {
     }
 }
 
-/// The matrices of a tensor whose rounding depends on their inputs; of a batch, all of them.
+/// The matrices of a tensor whose rounding depends on their inputs; for a batch, all of them.
 fn guided_of(extent: &ExtentRecord, tensor: &TensorPlan) -> Vec<MatrixKey> {
     if !tensor.weight_type.is_fitted() {
         return Vec::new();
@@ -381,7 +382,7 @@ fn guided_of(extent: &ExtentRecord, tensor: &TensorPlan) -> Vec<MatrixKey> {
     let key = |index| MatrixKey { kind: extent.kind, layer: extent.layer, name: tensor.name.to_owned(), index };
     match extent.kind {
         ExtentKind::Expert => vec![key(extent.index)],
-        // All parts of the head meet the same input.
+        // All parts of the head have the same input.
         _ => (0..tensor.shape[0] as u32).map(key).collect(),
     }
 }
@@ -392,19 +393,19 @@ pub(crate) fn guided(plan: &Plan, extent: usize) -> Vec<MatrixKey> {
     plan.extents[extent].iter().flat_map(|tensor| guided_of(record, tensor)).collect()
 }
 
-/// The order of the columns of a tensor as it is stored before its matrices: that of its sources, which is one.
+/// The order of the columns of a tensor, which is stored before its matrices; all its sources have the same order.
 fn column_order(sources: &[Opened<'_>], cols: usize) -> Vec<u8> {
     let len = order_len(cols).expect("the plan computed the tensor's length from it");
     let mut bytes: Vec<u8> = match sources[0].decoder.order() {
         Some(order) => order.iter().flat_map(|column| column.to_le_bytes()).collect(),
-        // Of other experts of the layer, they are in disorder.
+        // Other experts of the layer have their columns out of order.
         None => (0..=u16::MAX).take(cols).flat_map(u16::to_le_bytes).collect(),
     };
     bytes.resize(len, 0);
     bytes
 }
 
-/// How the matrices of a tensor are rounded, by number in the batch.
+/// How the matrices of a tensor are rounded, by index in the batch.
 fn guides(plan: &Plan, inputs: Option<&dyn Inputs>, extent: &ExtentRecord, tensor: &TensorPlan) -> Vec<Guide> {
     let guide = |key: MatrixKey| match (&plan.importance, inputs) {
         (Some(importance), _) => {
@@ -428,7 +429,7 @@ fn sectors_of(tensor: &TensorPlan) -> Sectors {
     sectors.expect("the plan computed the tensor's length from it")
 }
 
-/// The blocks of rows of a tensor, matrix after matrix.
+/// The blocks of rows of a tensor, one matrix after the other.
 fn blocks(tensor: &TensorPlan) -> impl Iterator<Item = Rows> + use<> {
     let cols = tensor.shape[2];
     let fit = BLOCK_ELEMENTS / cols.max(1);
@@ -436,12 +437,12 @@ fn blocks(tensor: &TensorPlan) -> impl Iterator<Item = Rows> + use<> {
         let unit = sectors_of(tensor).rows;
         return blocks_of(tensor.shape, (fit - fit % unit).max(unit));
     }
-    // Whole scale blocks where they fit, and always for fp8, which needs them; else whole row groups.
+    // Whole scale blocks if they fit, and always for fp8, which needs them; otherwise whole row groups.
     let unit = if fit >= SCALE_BLOCK || tensor.weight_type == WeightType::Fp8 { SCALE_BLOCK } else { ROW_GROUP };
     blocks_of(tensor.shape, (fit - fit % unit).max(unit))
 }
 
-/// Blocks of `height` rows, and of what is left.
+/// Blocks of `height` rows, and one for the rest.
 fn blocks_of([batch, rows, cols]: [usize; 3], height: usize) -> impl Iterator<Item = Rows> + use<> {
     let starts = move |batch| (0..rows).step_by(height).map(move |first| (batch, first));
     let block = move |(batch, first): (usize, usize)| Rows {

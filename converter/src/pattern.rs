@@ -1,6 +1,6 @@
-//! Patterns of names: of files, as the hub's programs take them, and of tensors, as recipes do.
+//! Patterns for names of files, as in the hub's programs, and for names of tensors, as in recipes.
 
-/// A pattern that all of a name must match.
+/// A pattern that must match a whole name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pattern(Vec<Piece>);
 
@@ -8,22 +8,22 @@ pub struct Pattern(Vec<Piece>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Piece {
     Text(String),
-    /// Any text: `/` and dots too.
+    /// Any text, including `/` and dots.
     Any,
     /// Any character.
     One,
-    /// A character of one of these ranges, or of none of them.
+    /// A character in one of these ranges, or in none of them.
     Set {
         ranges: Vec<(char, char)>,
         negated: bool,
     },
-    /// All digits that stand here, if they are a number from the first to the last.
+    /// All digits at this place, if they are a number from the first to the last.
     Number(usize, usize),
 }
 
 impl Pattern {
-    /// A pattern of file names: `*` stands for anything, `?` for one character, `[a-c]` for one of these, `[!a]` for one that is none
-    /// of these. A bracket that is not closed stands for itself.
+    /// A pattern of file names: `*` matches any text, `?` one character, `[a-c]` one of these, `[!a]` one that is not one of these.
+    /// A bracket that is not closed matches itself.
     pub fn of_files(text: &str) -> Self {
         let mut pieces = Pieces::default();
         let mut rest = text;
@@ -45,10 +45,10 @@ impl Pattern {
         Pattern(pieces.0)
     }
 
-    /// A pattern of names of tensors: `*` stands for anything, `{3}` for a number, `{0-2}` for a number from the first to the last.
+    /// A pattern of names of tensors: `*` matches any text, `{3}` a number, `{0-2}` a number from the first to the last.
     ///
     /// # Errors
-    /// A sentence about a brace that is no such range.
+    /// A sentence about a brace that is not such a range.
     pub fn of_tensors(text: &str) -> Result<Self, String> {
         let mut pieces = Pieces::default();
         let mut rest = text;
@@ -72,13 +72,13 @@ impl Pattern {
         Ok(Pattern(pieces.0))
     }
 
-    /// Whether all of a name matches. The work is at most that of comparing the pattern at each place of the name.
+    /// Whether the whole name matches. The work is at most that of comparing the pattern at each place of the name.
     ///
-    /// Only the last `*` ever swallows more. That is enough: what stands between two `*` ends no earlier if it begins later (a number
-    /// takes all digits there are), so where it first fits leaves the most to the rest.
+    /// Only the last `*` is ever extended. That is enough: a piece between two `*` never ends earlier if it begins later (a number
+    /// takes all digits at its place), so its first match leaves the most for the rest.
     pub fn matches(&self, name: &str) -> bool {
         let (mut piece, mut at) = (0, 0);
-        // The piece behind the last `*`, and the place where that `*` ends for now.
+        // The piece after the last `*`, and the place where that `*` ends for now.
         let mut star = None;
         loop {
             let taken = match self.0.get(piece) {
@@ -103,7 +103,7 @@ impl Pattern {
 }
 
 impl Piece {
-    /// How many bytes at the beginning of a text this stands for; `None` if for none. Not for [`Piece::Any`].
+    /// How many bytes at the beginning of a text this matches; `None` if it does not match. Not for [`Piece::Any`].
     fn taken(&self, text: &str) -> Option<usize> {
         match self {
             Piece::Text(own) => text.starts_with(own.as_str()).then_some(own.len()),
@@ -122,19 +122,19 @@ impl Piece {
     }
 }
 
-/// Pieces in the making.
+/// Pieces under construction.
 #[derive(Default)]
 struct Pieces(Vec<Piece>);
 
 impl Pieces {
     fn push(&mut self, piece: Piece) {
-        // Two `*` in a row are one.
+        // Two adjacent `*` are the same as one.
         if piece != Piece::Any || self.0.last() != Some(&Piece::Any) {
             self.0.push(piece);
         }
     }
 
-    /// Adds a character that stands for itself.
+    /// Adds a character that matches itself.
     fn add(&mut self, c: char) {
         match self.0.last_mut() {
             Some(Piece::Text(text)) => text.push(c),
@@ -143,8 +143,8 @@ impl Pieces {
     }
 }
 
-/// The set whose opening bracket stands before `text`, and what follows it; `None` if no bracket closes it. A bracket that comes
-/// first belongs to the set.
+/// The set whose opening bracket is before `text`, and the rest; `None` if no bracket closes it. A closing bracket in first place
+/// belongs to the set.
 fn set(text: &str) -> Option<(Piece, &str)> {
     let (negated, text) = match text.strip_prefix(['!', '^']) {
         Some(rest) => (true, rest),
@@ -207,7 +207,7 @@ mod tests {
         assert!(matches(&"*a".repeat(40), &"ba".repeat(40)));
     }
 
-    /// The meaning of a pattern, as plainly as it can be said: a `*` is tried with every length.
+    /// The meaning of a pattern in its simplest form: every length of each `*` is tried.
     fn plainly(pieces: &[Piece], name: &str) -> bool {
         let Some((piece, others)) = pieces.split_first() else { return name.is_empty() };
         match piece {
@@ -236,7 +236,7 @@ mod tests {
         assert!(found > 1000, "{found}");
     }
 
-    /// One that tried all lengths of each `*` would not end.
+    /// Trying all lengths of each `*` would not end here.
     #[test]
     fn many_stars_do_not_make_it_long() {
         let pattern = Pattern::of_tensors(&("*a".repeat(300) + "*b")).unwrap();

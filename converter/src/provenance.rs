@@ -1,6 +1,6 @@
 //! Where the weights of a model file came from: written by a conversion, and compared with a checkpoint.
 //!
-//! `docs/FORMAT.md` describes both blobs, and what the digests cover.
+//! `docs/FORMAT.md` describes both blobs and the contents of the digests.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,9 +18,9 @@ use crate::plan::{CONVERTER, LeftOut, Plan};
 use crate::report::errors;
 use crate::source::{self, header, is_plain_name, open_safetensors, recognise, side_file};
 
-/// Bytes read at once to compare: whole leaves.
+/// Bytes read at once for a comparison: whole leaves.
 const PIECE: u64 = 64 * LEAF;
-/// Blobs of this program's own; all others are files of the checkpoint.
+/// Prefix of this program's own blobs; all others are files of the checkpoint.
 const OWN_BLOBS: &str = "sluice/";
 
 /// One file of the source.
@@ -32,7 +32,7 @@ struct SourceFileRecord {
     /// Digests of the file in the blob of digests.
     #[serde(default)]
     digests: usize,
-    /// Of header and all tensors. Older files do not have it.
+    /// Digest of header and all tensors. Older files lack it.
     xxh3_128: Option<String>,
 }
 
@@ -47,7 +47,7 @@ struct Recipe<'a> {
     /// xxh3-64 of the importance file, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     importance_xxh3_64: Option<String>,
-    /// A digest of the text that was measured on, and of how, if one was.
+    /// A digest of the text used for measuring and of the method, if the model was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     measured_xxh3_64: Option<String>,
 }
@@ -58,7 +58,7 @@ struct Provenance<'a> {
     converter: &'static str,
     recipe: Recipe<'a>,
     source_files: Vec<SourceFileRecord>,
-    /// Over the digests of what each extent was made from, in file order.
+    /// Computed from the digests of the sources of all extents, in file order.
     source_xxh3_128: String,
     types: &'a BTreeMap<String, Vec<String>>,
     relative_rms_error: BTreeMap<String, f64>,
@@ -70,7 +70,7 @@ fn hex(digest: u128) -> String {
     format!("{digest:032x}")
 }
 
-/// The digest of a file from that of its header and those of its parts.
+/// The digest of a file, from that of its header and those of its parts.
 fn file_digest(header: u128, parts: &[u128]) -> u128 {
     digest_of(std::iter::once(&header).chain(parts))
 }
@@ -114,7 +114,7 @@ pub(crate) fn blob(plan: &Plan, outcomes: &[Outcome], parts: &[u128]) -> Vec<u8>
     serde_json::to_vec_pretty(&provenance).expect("plain data with string keys always serialises")
 }
 
-/// What of a provenance a comparison needs.
+/// The fields of a provenance that a comparison needs.
 #[derive(Deserialize)]
 struct Sources {
     #[serde(default)]
@@ -123,7 +123,7 @@ struct Sources {
     source_files: Vec<SourceFileRecord>,
 }
 
-/// How a file of a checkpoint compares with what a model file was made of.
+/// The result of comparing a file of a checkpoint with the source of a model file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SourceFile {
     /// Its name inside the folder.
@@ -131,28 +131,28 @@ pub struct SourceFile {
     /// How it differs; `None` if it does not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub difference: Option<String>,
-    /// The tensors in it that differ, where its header is the same.
+    /// The tensors in it that differ, if its header is the same.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tensors: Vec<String>,
 }
 
-/// A model file beside a checkpoint.
+/// A model file and a checkpoint that are compared.
 #[derive(Debug)]
 pub struct Comparison {
     model: PathBuf,
     folder: PathBuf,
     records: Vec<SourceFileRecord>,
-    /// Of each record.
+    /// For each record.
     digests: Vec<Vec<u128>>,
-    /// Name and content of the files that the model file holds verbatim.
+    /// Name and contents of the files that the model file holds verbatim.
     verbatim: Vec<(String, Vec<u8>)>,
 }
 
 impl Comparison {
-    /// Reads what `model` says of its source, to compare it with the checkpoint in `folder`.
+    /// Reads the provenance of `model`, to compare it with the checkpoint in `folder`.
     ///
     /// # Errors
-    /// [`ConvertError::NoProvenance`] if it does not say enough, [`ConvertError::NotACheckpoint`] if there is no such folder.
+    /// [`ConvertError::NoProvenance`] if it is incomplete, [`ConvertError::NotACheckpoint`] if there is no such folder.
     pub fn new(model: &ModelFile, folder: &Path) -> Result<Self, ConvertError> {
         let lacks =
             |problem: &str| ConvertError::NoProvenance { path: model.path().to_owned(), problem: problem.into() };
@@ -176,7 +176,7 @@ impl Comparison {
         if rest.next().is_some() || !records.iter().zip(&digests).all(sound) {
             return Err(lacks("what it says of its source contradicts itself"));
         }
-        // Of a GGUF file, its folder: the others of several parts are there too.
+        // For a GGUF file, its folder, because further parts of the model are there.
         let beside =
             folder.parent().map_or(Path::new("."), |f| if f.as_os_str().is_empty() { Path::new(".") } else { f });
         let folder = if recognise::is_gguf(folder) { beside } else { folder };
@@ -194,11 +194,11 @@ impl Comparison {
         self.records.iter().fold(0, |sum, r| sum.saturating_add(r.bytes))
     }
 
-    /// Compares every file, and reads each once. `read` is told of bytes as they are read, by several threads.
+    /// Compares every file and reads each once. `read` is told about bytes as they are read, by several threads.
     ///
     /// # Errors
-    /// [`ConvertError::Io`] for files that cannot be read, and [`ConvertError::SourceChanged`] for one that changes meanwhile:
-    /// that says nothing of what they hold.
+    /// [`ConvertError::Io`] for files that cannot be read, and [`ConvertError::SourceChanged`] for one that changes during the
+    /// comparison, because that would show nothing about its contents.
     pub fn run(&self, read: &(dyn Fn(u64) + Sync)) -> Result<Vec<SourceFile>, ConvertError> {
         if let Some(first) = self.records.first().filter(|first| recognise::is_gguf(&self.folder.join(&first.name))) {
             return self.gguf(&self.folder.join(&first.name), read);
@@ -215,7 +215,7 @@ impl Comparison {
             };
             all.push(SourceFile { name: name.clone(), difference, tensors: Vec::new() });
         }
-        // What a conversion would carry today.
+        // Files that a conversion would carry now.
         for name in TEXT_FILES.into_iter().filter(|name| !self.verbatim.iter().any(|(held, _)| held == name)) {
             if side_file(&self.folder, name)?.is_some() {
                 let difference = Some("the model file does not hold it".to_owned());
@@ -225,7 +225,7 @@ impl Comparison {
         Ok(all)
     }
 
-    /// Compares the parts of a model in GGUF files, and what their keys say.
+    /// Compares the parts of a model in GGUF files, and the result of their keys.
     fn gguf(&self, path: &Path, read: &(dyn Fn(u64) + Sync)) -> Result<Vec<SourceFile>, ConvertError> {
         let of = |name: &str, difference, tensors| SourceFile { name: name.to_owned(), difference, tensors };
         let checkpoint = match source::open(path) {
@@ -264,7 +264,7 @@ impl Comparison {
         Ok(all)
     }
 
-    /// What the digests of a file's parts say; `name_of` names what a part holds.
+    /// The result from the digests of a file's parts; `name_of` names the contents of a part.
     fn compared(
         &self,
         record: &SourceFileRecord,
@@ -335,7 +335,7 @@ impl Comparison {
     }
 }
 
-/// Fills a buffer with a file's bytes from a place on.
+/// Fills a buffer with a file's bytes from an offset on.
 type ReadAt<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), ConvertError> + Sync + 'a;
 
 fn part_digest(read_at: &ReadAt<'_>, part: &Part, read: &(dyn Fn(u64) + Sync)) -> Result<u128, ConvertError> {

@@ -1,4 +1,4 @@
-//! Types by pattern: which weights become what, where two types for all are too few.
+//! Types by pattern: a type for each group of weights, if two types for all are not enough.
 //!
 //! `docs/QUANTISATION.md` describes the file.
 
@@ -12,7 +12,7 @@ use crate::options::TypeChoice;
 use crate::pattern::Pattern;
 use crate::source::read_side_file;
 
-/// Longest recipe that is read.
+/// Length limit of a recipe.
 const MAX_LEN: usize = 1 << 20;
 
 /// Patterns and types; the first pattern that matches a tensor decides.
@@ -35,7 +35,7 @@ impl Recipe {
     /// Reads the recipe in the file at `path`.
     ///
     /// # Errors
-    /// [`ConvertError::Io`], among others for what is no regular file, and [`ConvertError::Recipe`].
+    /// [`ConvertError::Io`], also if it is not a regular file, and [`ConvertError::Recipe`].
     pub fn load(path: &Path) -> Result<Self, ConvertError> {
         let text = read_side_file(path)?;
         let whole =
@@ -64,18 +64,18 @@ impl Recipe {
         Ok(Recipe { path: path.to_owned(), rules })
     }
 
-    /// The rules that match a tensor, by number, and their types; the first decides.
+    /// The rules that match a tensor, by index, and their types; the first decides.
     pub(crate) fn matching(&self, name: &str) -> impl Iterator<Item = (usize, TypeChoice)> {
         let matching = self.rules.iter().enumerate().filter(move |(_, rule)| rule.pattern.matches(name));
         matching.map(|(number, rule)| (number, rule.choice))
     }
 
-    /// Its rules as they were written, without comments and empty lines.
+    /// Its rules as written, without comments and empty lines.
     pub(crate) fn lines(&self) -> Vec<&str> {
         self.rules.iter().map(|rule| rule.text.as_str()).collect()
     }
 
-    /// Remarks on rules that have changed nothing. `effects`: of the rules that match any tensor, the most that each does, by number.
+    /// Notes about rules without effect. `effects`: for each rule that matches any tensor, by index, its strongest effect.
     pub(crate) fn idle(&self, effects: &BTreeMap<usize, Effect>) -> Vec<String> {
         let of = |effect: Option<Effect>, why: &str| {
             let rules = self.rules.iter().enumerate().filter(|(number, _)| effects.get(number).copied() == effect);
@@ -95,12 +95,12 @@ impl Recipe {
     }
 }
 
-/// What a rule does to a tensor that it matches.
+/// The effect of a rule on a tensor that it matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Effect {
-    /// A rule above it decides.
+    /// An earlier rule decides.
     Overridden,
-    /// It decides what would be so without it.
+    /// It decides, but the type would be the same without it.
     Nothing,
     /// It changes the type.
     Changes,
@@ -117,7 +117,7 @@ impl Rule {
     }
 }
 
-/// What patterns are matched with: `layers.3.expert.down`, `head`, `embedding`.
+/// The names that patterns match: `layers.3.expert.down`, `head`, `embedding`.
 pub(crate) fn name(kind: ExtentKind, layer: u32, tensor: &str) -> String {
     match layer {
         NO_LAYER => kind.to_string(),

@@ -1,4 +1,4 @@
-//! What a conversion did, for the user.
+//! A summary of a conversion, for the user.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use crate::pack::{ErrorSums, Outcome};
 use crate::plan::{KindSize, LeftOut, Plan};
 use crate::source::SourceTensor;
 
-/// What a conversion did.
+/// A summary of a conversion.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
     /// The source's `model_type`.
@@ -36,7 +36,7 @@ pub struct Summary {
     pub widened: Vec<String>,
     /// Tensors of the checkpoint that are not in the file.
     pub left_out: Vec<LeftOut>,
-    /// Everything that [`crate::Progress::note`] was told.
+    /// All texts passed to [`crate::Progress::note`].
     pub notes: Vec<String>,
     /// Bytes of weights read by this run.
     pub bytes_read: u64,
@@ -44,11 +44,12 @@ pub struct Summary {
     pub bytes_written: u64,
     /// Extents that an earlier run had finished.
     pub resumed_extents: usize,
-    /// Whether an interrupted conversion with other options or another source was thrown away.
+    /// Whether an interrupted conversion with other options or another source was discarded.
     pub restarted: bool,
 }
 
-/// Relative RMS error by group; groups without error are left out. The sums run in file order, whoever computed the parts.
+/// Relative RMS error by group, without groups that have no error. The sums are in file order, whichever threads computed the
+/// parts.
 pub(crate) fn errors(plan: &Plan, outcomes: &[Outcome]) -> BTreeMap<String, f64> {
     let mut sums = vec![ErrorSums::default(); plan.groups.len()];
     for (tensors, outcome) in plan.extents.iter().zip(outcomes) {
@@ -62,12 +63,12 @@ pub(crate) fn errors(plan: &Plan, outcomes: &[Outcome]) -> BTreeMap<String, f64>
     named.map(|(group, s)| (group.clone(), (s.error / s.magnitude).sqrt())).collect()
 }
 
-/// A remark on matrices that hold nothing but zeros, by the digests of the source's parts: programs that reserve the space of
-/// what they download leave files that are complete but for their content, and such a model would only talk nonsense.
+/// A note about matrices that contain only zeros, found by the digests of the source's parts: programs that reserve the space of a
+/// download leave files that look complete but have no contents, and such a model would produce nonsense.
 pub(crate) fn empty(plan: &Plan, parts: &[u128]) -> Option<String> {
     let checkpoint = &plan.checkpoint;
     let is_zero = |t: &&SourceTensor| {
-        // Biases and zero points may well be zero.
+        // Biases and zero points may be zero.
         let is_matrix =
             t.shape.iter().filter(|&&n| n > 1).count() > 1 && !t.name.contains("zero") && !t.name.ends_with("bias");
         let part = || checkpoint.parts.binary_search_by_key(&(t.file, t.start), |p| (p.file, p.start));
@@ -83,7 +84,7 @@ pub(crate) fn empty(plan: &Plan, parts: &[u128]) -> Option<String> {
     })
 }
 
-/// A remark on weights that became zero because `q8` has no scale for them.
+/// A note about weights that became zero because `q8` has no scale for them.
 pub(crate) fn vanished(plan: &Plan, outcomes: &[Outcome]) -> Option<String> {
     let (mut blocks, mut first) = (0u64, None);
     for (tensors, outcome) in plan.extents.iter().zip(outcomes) {

@@ -1,4 +1,4 @@
-//! Codes and scales of rows on their way into a weight type that holds both bit for bit.
+//! Carries codes and scales of rows into a weight type that holds both bit for bit.
 
 use sluice_format::ROW_GROUP;
 use sluice_kernels as kernels;
@@ -6,7 +6,7 @@ use sluice_weights::{Codes, GroupSize, Grouped, ScaleType, Scales, Zero};
 
 use super::Groups;
 
-/// A type for codes with scales per group, and how often each scale is repeated there.
+/// A type for codes with scales per group, and how often each scale is repeated in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Carrier {
     pub(super) ty: Grouped,
@@ -14,7 +14,7 @@ pub(super) struct Carrier {
 }
 
 impl Carrier {
-    /// The type for groups of `group` of `cols` columns: where no type has groups of that size, scales are repeated.
+    /// The type for groups of `group` of `cols` columns. If no type has groups of that size, scales are repeated.
     pub(super) fn new(codes: Codes, (group, cols): (usize, usize), scale: ScaleType, zero: Zero) -> Option<Self> {
         let columns = [128u8, 64, 32, 16].into_iter().find(|&c| group.is_multiple_of(usize::from(c)));
         let (columns, repeat) = match columns {
@@ -29,21 +29,21 @@ impl Carrier {
     }
 }
 
-/// Rows as [`kernels::pack_row_group_grouped`] takes them.
+/// Rows in the form that [`kernels::pack_row_group_grouped`] takes.
 #[derive(Debug, Default)]
 pub(super) struct CodeRows {
-    /// One code per byte, or two, the first in the low bits; row by row.
+    /// One code per byte, or two with the first in the low bits; row by row.
     pub(super) codes: Vec<u8>,
-    /// Whether there are two in a byte.
+    /// Whether a byte has two codes.
     pub(super) nibbles: bool,
-    /// Scale and zero, or bias, of each group, row by row.
+    /// Scale and zero or bias of each group, row by row.
     pub(super) scales: Vec<u8>,
-    /// What multiplies the scales, for types that have such a factor.
+    /// The factor of the scales, for types that have one.
     pub(super) factor: f32,
 }
 
 impl CodeRows {
-    /// Appends what a group has: its scale, and zero or bias, as often as the type needs them.
+    /// Appends the scale and the zero or bias of a group, as often as the type needs them.
     pub(super) fn add_group(&mut self, repeat: usize, scale: &[u8], beside: &[u8]) {
         for _ in 0..repeat {
             self.scales.extend_from_slice(scale);
@@ -51,7 +51,7 @@ impl CodeRows {
         }
     }
 
-    /// Packs all rows, of `cols` columns.
+    /// Packs all rows of `cols` columns.
     pub(super) fn pack(&self, ty: Grouped, cols: usize, groups: &mut Groups<'_>) {
         let scale_row = ty.scale_row(cols).expect("the plan has computed its length");
         let factors = [self.factor; ROW_GROUP];

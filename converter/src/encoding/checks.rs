@@ -1,4 +1,4 @@
-//! Whether tensors have the shapes and formats that an encoding needs.
+//! Checks that tensors have the shapes and formats that an encoding needs.
 
 use crate::error::ConvertError;
 use crate::source::Checkpoint;
@@ -27,7 +27,7 @@ pub(super) fn dtype_error(checkpoint: &Checkpoint, tensor: usize, supported: &'s
     }
 }
 
-/// Refuses a tensor whose format is none of `formats`.
+/// Refuses a tensor whose format is not one of `formats`.
 pub(super) fn check_dtype(
     checkpoint: &Checkpoint,
     tensor: usize,

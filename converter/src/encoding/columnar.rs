@@ -17,12 +17,12 @@ use crate::plan::form::Parts;
 use crate::plan::scheme::Scheme;
 use crate::source::{Checkpoint, WIDE_FLOATS};
 
-/// Formats that hold input features as rows and output features as columns.
+/// Formats with input features as rows and output features as columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Columnar {
-    /// AWQ: eight outputs in a word, in an order of their own.
+    /// AWQ: a word holds eight outputs, in an order of its own.
     Awq,
-    /// GPTQ: several inputs in a word. The stored zero plus this is the zero: version 1 stores one less.
+    /// GPTQ: a word holds several inputs. The zero is the stored zero plus this offset: version 1 stores one less.
     Gptq { zero_offset: u8 },
 }
 
@@ -30,15 +30,15 @@ pub(crate) enum Columnar {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ColumnarMatrix {
     kind: Columnar,
-    /// Of a code: 2, 3, 4 or 8.
+    /// Bits of a code: 2, 3, 4 or 8.
     bits: usize,
     zeros: usize,
     scales: usize,
     scale_type: ScaleType,
-    /// Group of each input feature; `None`: groups follow one another.
+    /// The tensor with the group of each input feature; `None`: groups are consecutive.
     groups: Option<usize>,
     columns: Columns,
-    /// Whether each zero fits in a byte.
+    /// Whether every zero fits into a byte.
     byte_zeros: bool,
     /// Number of groups.
     count: usize,
@@ -46,19 +46,20 @@ pub(super) struct ColumnarMatrix {
     shape: [usize; 2],
 }
 
-/// How the groups share out the columns.
+/// How the columns are divided into groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Columns {
-    /// They follow one another.
+    /// Groups are consecutive.
     InOrder,
-    /// In disorder, as GPTQ leaves them by activation order (`desc_act`). Equally large: sorted by group, they follow one another.
+    /// Columns are not in the order of their groups, as after GPTQ's activation order (`desc_act`). The groups are equally large:
+    /// after sorting by group, they are consecutive.
     Disorder(ColumnOrder),
     /// Some have more columns than others.
     Uneven,
 }
 
 impl Columns {
-    /// `groups`: the group of each column, of `count`. The first that is none of them is an error.
+    /// `groups`: the group of each column, of `count` groups. The first invalid group is an error.
     fn of(groups: &[u32], count: usize) -> Result<Columns, u32> {
         let size = groups.len() / count;
         if follow_one_another(groups, size) {
@@ -95,7 +96,7 @@ pub(super) fn resolve(
         return Err(shape_error(checkpoint, scales, &[inputs.div_ceil(128), outputs]));
     }
     let found = checkpoint.tensors[codes].shape.as_slice();
-    // The shape tells AWQ, which packs along the other axis. It does not tell the versions of GPTQ apart.
+    // The shape reveals AWQ, which packs along the other axis, but not the version of GPTQ.
     let awq_by_shape = (found == [inputs, outputs / 8]).then_some(Columnar::Awq);
     let Some(kind) = awq_by_shape.or(scheme.columnar) else {
         let supported = "`qweight` of GPTQ where `quantization_config` says that it is, with `quant_method`";
@@ -103,12 +104,12 @@ pub(super) fn resolve(
     };
     let awq = kind == Columnar::Awq;
     let rows = found.first().copied().unwrap_or(0);
-    // GPTQ may have other widths for some layers, which its shape tells.
+    // GPTQ may have other widths for some layers; the shape shows them.
     let bits = match rows.saturating_mul(32) / inputs {
         bits @ (2 | 3 | 8) if !awq => bits,
         _ => 4,
     };
-    // Codes fill whole words, those of three bits three words at a time.
+    // Codes fill whole words; codes of three bits fill three words at a time.
     let whole = if bits == 3 { 32 } else { 32 / bits };
     if !inputs.is_multiple_of(whole) || !outputs.is_multiple_of(whole) {
         return Err(shape_error(checkpoint, codes, &[inputs.div_ceil(whole), outputs]));
@@ -135,7 +136,7 @@ pub(super) fn resolve(
         }
         _ => Columns::InOrder,
     };
-    // Only the largest of eight bits can be stored as one less than what a byte holds.
+    // Only the largest zero of eight bits may not fit, because one less than it is stored in a byte.
     let byte_zeros = bits != 8
         || !matches!(kind, Columnar::Gptq { zero_offset: 1.. })
         || !all_words(checkpoint, zeros)?.iter().any(|word| word.to_le_bytes().contains(&255));
@@ -143,12 +144,12 @@ pub(super) fn resolve(
     Ok(ColumnarMatrix { kind, bits, zeros, scales, scale_type, groups, columns, byte_zeros, count, shape })
 }
 
-/// What is wrong with a group that is none of `count`. Tools write signed numbers.
+/// The message about a group that is not one of `count`. Tools write signed numbers.
 fn no_group(group: u32, count: usize) -> String {
     format!("names group {} of {count}", group.cast_signed())
 }
 
-/// All words of a small tensor, for the plan.
+/// All words of a small tensor, for planning.
 fn all_words(checkpoint: &Checkpoint, tensor: usize) -> Result<Vec<u32>, ConvertError> {
     let mut bytes = vec![0; checkpoint.tensors[tensor].len as usize];
     checkpoint.read(tensor, 0, &mut bytes, &mut Xxh3::new())?;
@@ -167,12 +168,12 @@ fn follow_one_another(groups: &[u32], size: usize) -> bool {
 /// AWQ: the nibble of a word that belongs to each of its eight outputs.
 const AWQ_PLACE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
-/// Most bytes of codes that a thread keeps of a matrix, to read it once from end to end; of larger ones it reads the words of some
-/// outputs at a time.
+/// Up to this many bytes of codes, a thread keeps those of a matrix and reads it once from end to end. For larger matrices, it
+/// reads the words of some outputs at a time.
 const WHOLE: usize = 64 << 20;
 
 impl ColumnarMatrix {
-    /// Zeros, `[group, output]`, out of their words: up to 256.
+    /// Unpacks zeros, `[group, output]`; they reach up to 256.
     fn unpack_zeros(&self, bytes: &[u8]) -> Vec<u16> {
         let mut codes = Vec::new();
         unpack_codes(self.bits, bytes, &mut codes);
@@ -190,7 +191,7 @@ impl ColumnarMatrix {
     fn carrier(&self) -> Option<Carrier> {
         let [_, inputs] = self.shape;
         let group = (inputs / self.count, inputs);
-        // Every float type has all integers up to 256.
+        // Every float type can represent all integers up to 256.
         let zero = if self.byte_zeros { Zero::Byte } else { Zero::Float };
         let carrier = Carrier::new(Codes::Uint(self.bits as u8), group, self.scale_type, zero);
         carrier.filter(|_| match self.columns {
@@ -200,7 +201,7 @@ impl ColumnarMatrix {
         })
     }
 
-    /// A zero as the carrier has it.
+    /// A zero in the form of the carrier.
     fn zero_bytes(&self, zero: u16, out: &mut Vec<u8>) {
         out.clear();
         match (self.byte_zeros, self.scale_type) {
@@ -211,7 +212,7 @@ impl ColumnarMatrix {
         }
     }
 
-    /// Rows of words, and words of a row that hold eight outputs. AWQ packs outputs in words, GPTQ inputs.
+    /// Rows of words, and words of a row that hold eight outputs. AWQ packs outputs into words, GPTQ inputs.
     fn words(&self) -> (usize, usize) {
         match self.kind {
             Columnar::Awq => (self.shape[1], 1),
@@ -263,7 +264,7 @@ impl Encoding for ColumnarMatrix {
                 let columns = Columns::of(&found, self.count);
                 let columns = columns.map_err(|group| reader.damaged(tensor, &no_group(group, self.count)))?;
                 if columns != self.columns {
-                    // Where it may be in disorder, it has been read before; what is read twice can have changed.
+                    // If the columns may be out of order, `g_idx` has been read before; it can have changed since then.
                     let problem = match self.columns {
                         Columns::InOrder => {
                             "has groups in disorder, although `desc_act` of the configuration is false, or has changed"
@@ -277,7 +278,7 @@ impl Encoding for ColumnarMatrix {
         };
         let order = self.columns.order().filter(|_| selection.cols <= MAX_ORDERED_COLS).map(|_| {
             let mut order: Vec<u16> = (0..=u16::MAX).take(selection.cols).collect();
-            // Stable: columns of a group stay in their order.
+            // A stable sort: columns of a group stay in order.
             order.sort_by_key(|&column| groups[usize::from(column)]);
             order
         });
@@ -295,14 +296,14 @@ impl Encoding for ColumnarMatrix {
 struct ColumnarDecoder<'s> {
     layout: &'s ColumnarMatrix,
     selection: &'s Selection,
-    /// All codes as they are stored, where they are not many.
+    /// All stored codes, if there are not too many.
     codes: Option<Vec<u8>>,
     zeros: Vec<u16>,
     scales: Vec<f32>,
-    /// The scales as they are stored.
+    /// The stored bytes of the scales.
     scale_bytes: Vec<u8>,
     groups: Vec<usize>,
-    /// The columns by group, if those are in disorder.
+    /// The columns by group, if they are not in that order.
     order: Option<Vec<u16>>,
 }
 
@@ -312,7 +313,7 @@ fn awq_outputs(bytes: &[u8], words: usize, inputs: usize) -> Vec<u8> {
     let (all, _) = bytes.as_chunks::<4>();
     for word in 0..words {
         let outputs = &mut out[word * 8 * inputs..][..8 * inputs];
-        // Eight inputs at a time, of which there are whole eights.
+        // Eight inputs at a time; their number is a multiple of eight.
         for (tile, rows) in all.chunks_exact(8 * words).enumerate() {
             let codes: [u32; 8] = std::array::from_fn(|i| u32::from_le_bytes(rows[i * words + word]));
             for (output, place) in AWQ_PLACE.iter().enumerate() {
@@ -325,7 +326,7 @@ fn awq_outputs(bytes: &[u8], words: usize, inputs: usize) -> Vec<u8> {
 }
 
 impl ColumnarDecoder<'_> {
-    /// The words of the outputs from `first`, a multiple of eight, to `end`, piece after piece of the tensor's rows.
+    /// The words of the outputs from `first`, a multiple of eight, to `end`, for one piece of the tensor's rows after the other.
     fn read(&self, first: usize, end: usize, reader: &mut Reader<'_>) -> Result<Vec<u8>, ConvertError> {
         let (rows, per_eight) = self.layout.words();
         let row_bytes = self.layout.outputs() / 8 * per_eight * 4;
@@ -395,7 +396,7 @@ impl Decoder for ColumnarDecoder<'_> {
         let Carrier { ty, repeat } = self.layout.carrier().expect("it is carried");
         let (outputs, width) = (self.layout.outputs(), self.layout.scale_type.len());
         let (mut code_rows, mut zero) = (CodeRows::default(), Vec::new());
-        // Values reach two to the bits, or the zero, times the scale.
+        // The magnitude of a value is at most two to the number of bits, or the zero, times the scale.
         let reach = 256.0f32;
         let mut finite = true;
         for lines in of_rows(self.selection, rows) {

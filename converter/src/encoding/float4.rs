@@ -1,6 +1,6 @@
-//! e2m1 codes. MXFP4 has a power of two per 32 columns: gpt-oss in `_blocks` and `_scales`, DeepSeek-V4 in `weight`
-//! and `scale`, compressed-tensors in `weight_packed` and `weight_scale`. NVFP4 has an e4m3 scale per 16 and an f32 in all: modelopt multiplies by
-//! `weight_scale_2`, compressed-tensors divides by `weight_global_scale`.
+//! e2m1 codes. MXFP4 has a power of two per 32 columns: gpt-oss in `_blocks` and `_scales`, DeepSeek-V4 in `weight` and `scale`,
+//! compressed-tensors in `weight_packed` and `weight_scale`. NVFP4 has an e4m3 scale per 16 columns and one f32 for the tensor:
+//! modelopt multiplies by `weight_scale_2`, compressed-tensors divides by `weight_global_scale`.
 
 use sluice_weights::ScaleType;
 

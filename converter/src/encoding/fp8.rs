@@ -1,5 +1,5 @@
-//! e4m3 codes with scales: per block as in DeepSeek's checkpoints, per row and some columns, per row, or one. Scales of DeepSeek-V4
-//! and of MXFP8 are powers of two.
+//! e4m3 codes with scales: per block as in DeepSeek's checkpoints, per row and group of columns, per row, or one for the tensor.
+//! Scales of DeepSeek-V4 and of MXFP8 are powers of two.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::error::ConvertError;
 use crate::fp8::{self, SCALE_BLOCK};
 use crate::source::Checkpoint;
 
-/// Most parts of a matrix that have blocks of their own.
+/// Most parts of a matrix with blocks of their own.
 const MOST_SHARDS: usize = 64;
 
 /// Columns that share a scale in MXFP8.
@@ -25,7 +25,7 @@ const MX_BLOCK: usize = 32;
 pub(super) struct Fp8 {
     scales: usize,
     scale_type: ScaleType,
-    /// Rows of one matrix of a stack, or of one part of a matrix; scales begin anew with each.
+    /// Rows of one matrix of a stack, or of one part of a matrix; the blocks of each start at its first row.
     matrix_rows: usize,
     /// Rows and columns that share one scale.
     block: [usize; 2],
@@ -33,7 +33,7 @@ pub(super) struct Fp8 {
     grid: [usize; 2],
 }
 
-/// The shape of the scales tells how they are meant. Where no two rows share one, they are groups like those of other codes.
+/// Derives the meaning of the scales from their shape. If no two rows share a scale, they are groups like those of other codes.
 pub(super) fn resolve(
     checkpoint: &Checkpoint,
     block: [usize; 2],
@@ -84,8 +84,8 @@ pub(super) fn resolve(
     Err(shape_error(checkpoint, scales, &[stack, &blocks].concat()))
 }
 
-/// Numbers of equal parts, two or more, one behind the other and each with blocks of its own, for which a matrix would have scales of the
-/// shape `found`. MiMo-V2.5 keeps its fused attention so.
+/// Numbers of parts, two or more, into which a matrix could be divided so that its scales have the shape `found`. The parts are
+/// equal and consecutive, and each has blocks of its own. MiMo-V2.5 stores its fused attention like that.
 fn shards(rows: usize, block_rows: usize, found: &[usize], block_cols: usize) -> Vec<usize> {
     let [of_rows, of_cols] = *found else { return Vec::new() };
     if of_cols != block_cols {
@@ -99,17 +99,17 @@ fn shards(rows: usize, block_rows: usize, found: &[usize], block_cols: usize) ->
 }
 
 impl Fp8 {
-    /// Number of the scale of an element.
+    /// Index of an element's scale.
     fn index(&self, (row, col): (usize, usize)) -> usize {
         let (matrix, row) = (row / self.matrix_rows, row % self.matrix_rows);
         (matrix * self.grid[0] + row / self.block[0]) * self.grid[1] + col / self.block[1]
     }
 
-    /// Whether every tile of 8 rows and 128 columns, which has one scale in the file, has one scale in the source.
+    /// Whether every tile of 8 rows and 128 columns, which has one scale in the file, has only one scale in the source.
     fn fits_tiles(&self, selection: &Selection, [batch, rows, cols]: [usize; 3]) -> bool {
         let s = &selection.strides;
-        // The common case: 8 divides the rows of a block, so row groups that begin on multiples of 8 of untransposed rows never
-        // straddle one.
+        // The common case: 8 divides the rows of a block, so row groups that begin at multiples of 8 of untransposed rows never
+        // cross its border.
         let eights = |n: usize| n.is_multiple_of(selection.cols * ROW_GROUP);
         let [block_rows, block_cols] = self.block;
         let grid = block_rows.is_multiple_of(ROW_GROUP) && self.matrix_rows.is_multiple_of(ROW_GROUP);
@@ -189,7 +189,7 @@ impl Decoder for Fp8Decoder<'_> {
         let finite = !codes.iter().any(|&c| fp8::is_nan(c));
         let mut scales = Vec::new();
         for (g, codes) in codes.chunks(ROW_GROUP * rows.cols).enumerate() {
-            // One source block covers each tile of the group, so any element of the tile has its scale.
+            // Each tile of the group lies in one source block, so any element of the tile has its scale.
             let row = rows.first + g * ROW_GROUP;
             scales.clear();
             scales.extend((0..rows.cols).step_by(SCALE_BLOCK).map(|c| self.scale(row, c)));

@@ -1,4 +1,4 @@
-//! Codes of a few bits, row by row, with a scale per row and group of columns: what several encodings have in common.
+//! Codes of a few bits, row by row, with a scale per row and group of columns: the common part of several encodings.
 
 use sluice_format::{BLOCK, ROW_GROUP, WeightType};
 use sluice_kernels::{self as kernels, E2M1, bf16_to_f32, e8m0_to_f32, f16_to_f32};
@@ -27,10 +27,10 @@ pub(super) struct Grouped {
     pub(super) global: Option<Global>,
 }
 
-/// What a code of a few bits means. Codes fill bytes from the low bits on.
+/// The meaning of a code of a few bits. Codes fill bytes from the low bits on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Code {
-    /// An integer of so many bits, half of its range more than the value.
+    /// An integer with this many bits, stored as the value plus half of its range.
     Offset(usize),
     /// Eight bits, two's complement.
     Signed8,
@@ -38,7 +38,7 @@ pub(super) enum Code {
     E2m1,
     /// Eight bits: the float e4m3.
     E4m3,
-    /// An integer of so many bits, from 0 on.
+    /// An integer with this many bits, from 0 on.
     Unsigned(usize),
 }
 
@@ -66,7 +66,7 @@ impl Code {
         (1u32 << (self.bits() - 1)) as f32
     }
 
-    /// The codes of the weight type.
+    /// The weight type's kind of codes.
     fn codes(self) -> Codes {
         match self {
             Code::Offset(bits) | Code::Unsigned(bits) => Codes::Uint(bits as u8),
@@ -76,7 +76,7 @@ impl Code {
         }
     }
 
-    /// No value has a larger magnitude.
+    /// An upper bound for the magnitude of values.
     fn reach(self) -> f32 {
         match self {
             Code::E2m1 => 6.0,
@@ -87,12 +87,12 @@ impl Code {
     }
 }
 
-/// Zeros of integer codes, which are integers like them.
+/// Zeros of integer codes, stored as integers like these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Zeros {
     pub(super) tensor: usize,
-    /// Whether they are packed along rows, column of groups by column, `[words of all rows, groups]`; else bytes,
-    /// `[rows, groups]`, half of the codes' range less.
+    /// Whether they are packed along rows, one column of groups after the other, `[words of all rows, groups]`; otherwise they are
+    /// bytes, `[rows, groups]`, less half of the codes' range.
     pub(super) packed: bool,
 }
 
@@ -121,12 +121,12 @@ pub(super) fn scale_values(ty: ScaleType, bytes: &[u8]) -> Vec<f32> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Global {
     pub(super) tensor: usize,
-    /// Whether scales are divided by it instead of multiplied.
+    /// Whether scales are divided by it, not multiplied.
     pub(super) divides: bool,
 }
 
-/// How many columns share a scale, from the shapes of the codes' matrix and of the scales. `per_row`: one scale per row may
-/// stand without a dimension of its own.
+/// The number of columns that share a scale, derived from the shapes of codes and scales. `per_row`: one scale per row may come
+/// without a dimension of its own.
 pub(super) fn group_of(
     checkpoint: &Checkpoint,
     shape: &[usize],
@@ -144,7 +144,7 @@ pub(super) fn group_of(
     Ok(cols / groups)
 }
 
-/// Checks that codes lie in whole words of `word` bytes and the format `dtype`, along rows.
+/// Checks that codes lie along rows in whole words of `word` bytes, in the format `dtype`.
 pub(super) fn check_codes(
     checkpoint: &Checkpoint,
     shape: &[usize],
@@ -162,7 +162,7 @@ pub(super) fn check_codes(
 }
 
 impl Grouped {
-    /// The type that takes the codes as they are, with groups of their size.
+    /// The type that takes the unchanged codes, with groups of their size.
     fn carrier(&self) -> Option<Carrier> {
         let zero = match (self.biases, self.zeros) {
             (Some(_), None) => Zero::Bias,
@@ -177,7 +177,7 @@ impl Grouped {
         Carrier::new(self.code.codes(), (self.group, self.cols), self.scale_type, zero)
     }
 
-    /// One of the types with a form of their own, where scales are per 32 columns; those of 64 and more would be repeated.
+    /// One of the types with a form of their own, if scales are per 32 columns; scales of 64 or more would have to be repeated.
     fn own_type(&self) -> Option<WeightType> {
         let alone = self.biases.is_none() && self.zeros.is_none() && self.global.is_none();
         match (self.code, self.scale_type) {
@@ -251,13 +251,13 @@ struct GroupedDecoder<'s> {
     layout: &'s Grouped,
     selection: &'s Selection,
     global: f32,
-    /// Zeros of all rows, by group, half of the codes' range added.
+    /// Zeros of all rows, by group, plus half of the codes' range.
     zeros: Option<Vec<u8>>,
-    /// Of each code.
+    /// The value of each code.
     value: [f32; 256],
 }
 
-/// What is read for some whole rows.
+/// The data of some whole rows, as read.
 struct Read {
     packed: Vec<u8>,
     scales: Vec<u8>,
@@ -306,10 +306,10 @@ impl GroupedDecoder<'_> {
         Ok(())
     }
 
-    /// Rows with their scales, repeated where the type has smaller groups, and whether all values are numbers.
+    /// Rows with their scales, repeated if the type has smaller groups, and whether all values are finite.
     fn code_rows(&self, rows: Rows, repeat: usize, reader: &mut Reader<'_>) -> Result<(CodeRows, bool), ConvertError> {
         let g = self.layout;
-        // Of whole bytes, so that rows are.
+        // Only with whole bytes, so that rows have whole bytes too.
         let nibbles = g.code.bits() == 4 && g.own_type().is_none() && rows.cols.is_multiple_of(2);
         let mut out = CodeRows { factor: self.global, nibbles, ..CodeRows::default() };
         let mut finite = true;
@@ -381,7 +381,7 @@ impl Decoder for GroupedDecoder<'_> {
     }
 }
 
-/// Appends codes, one per byte. Those of 3, 5 and 6 bits run across the bytes of a row; a row has whole bytes.
+/// Appends codes, one per byte. Codes of 3, 5 and 6 bits cross byte borders within a row; a row has whole bytes.
 pub(super) fn unpack_codes(bits: usize, packed: &[u8], out: &mut Vec<u8>) {
     match bits {
         8 => out.extend_from_slice(packed),
@@ -404,7 +404,7 @@ fn unpack_bytes<const N: usize>(packed: &[u8], out: &mut Vec<u8>) {
     }
 }
 
-/// Eight codes in `BITS` bytes, in whole words as in whole rows.
+/// Eight codes in `BITS` bytes, for whole words and for whole rows.
 fn unpack_streams<const BITS: usize>(packed: &[u8], out: &mut Vec<u8>) {
     let mask = ((1u32 << BITS) - 1) as u8;
     let (whole, rest) = packed.as_chunks::<BITS>();

@@ -1,6 +1,7 @@
-//! HQQ: `W_q`, `scale` and `zero` of groups along rows (`axis` 1), or of rows that lie apart (`axis` 0). A byte holds codes of
-//! elements that lie a half or a quarter of the matrix apart, a word of 32 bits ten codes of three bits; the first elements are in
-//! the high bits. Zeros are numbers like the scales (<https://github.com/mobiusml/hqq>, `core/quantize.py` and `core/bitpack.py`).
+//! HQQ: `W_q`, `scale` and `zero` for groups along rows (`axis` 1), or for groups of distant rows (`axis` 0). A byte holds codes of
+//! elements that are half or a quarter of the matrix apart; a word of 32 bits holds ten codes of three bits. The first elements are
+//! in the high bits. Zeros are numbers like the scales (<https://github.com/mobiusml/hqq>, `core/quantize.py` and
+//! `core/bitpack.py`).
 
 use sluice_format::WeightType;
 use sluice_weights::{Codes, ScaleType, Zero};
@@ -26,25 +27,25 @@ pub(super) struct Hqq {
     scale_type: ScaleType,
 }
 
-/// How codes share a number.
+/// How codes share a stored number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Packing {
-    /// Of a code: 2, 3, 4 or 8.
+    /// Bits of a code: 2, 3, 4 or 8.
     bits: usize,
-    /// Bytes of a number: 4 for codes of 3 bits, otherwise 1.
+    /// Bytes of a stored number: 4 for codes of 3 bits, otherwise 1.
     bytes: usize,
-    /// Codes of a number.
+    /// Codes in a stored number.
     codes: usize,
-    /// Numbers, and elements from a code of a number to the next one.
+    /// How many numbers are stored, which is also the distance between two elements whose codes share a number.
     numbers: usize,
 }
 
-/// What shares scale and zero.
+/// Which elements share scale and zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Along {
-    /// So many columns of a row, one after the other: `axis` 1.
+    /// This many consecutive columns of a row: `axis` 1.
     Columns(usize),
-    /// Elements of one column, in rows so far apart: `axis` 0.
+    /// Elements of one column, in rows with this distance: `axis` 0.
     Rows(usize),
 }
 
@@ -52,7 +53,7 @@ pub(super) fn resolve(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -
     let (codes, scales, zeros) = (parts.tensors[0], parts.tensors[1], parts.tensors[2]);
     check_dtype(checkpoint, codes, &["U8", "I32"], "U8: HQQ of 2, 4 and 8 bits, or I32: of 3 bits")?;
     let &[rows, cols] = shape else { return Err(shape_error(checkpoint, codes, shape)) };
-    // HQQ makes the matrix rows of this length, and packs rows that are far apart.
+    // HQQ reshapes the matrix to rows of this length, and packs distant rows together.
     let width = checkpoint.tensors[codes].shape.last().copied().unwrap_or(0);
     let along = match checkpoint.tensors[scales].shape[..] {
         [1, columns] if columns > 1 && columns == width => Along::Rows(columns / cols.max(1)),
@@ -140,7 +141,7 @@ struct HqqDecoder<'s> {
 }
 
 impl HqqDecoder<'_> {
-    /// Codes of whole rows, one per byte, and their scales and zeros as they are stored, row by row.
+    /// Codes of whole rows, one per byte, with their stored scales and zeros, row by row.
     fn read(&self, lines: Lines, reader: &mut Reader<'_>) -> Result<[Vec<u8>; 3], ConvertError> {
         let Hqq { shape: [_, cols], scales, zeros, scale_type, groups, .. } = self.layout;
         let mut codes = Vec::with_capacity(lines.count * cols);

@@ -1,6 +1,6 @@
-//! The integers of compressed-tensors: `weight_packed`, `weight_scale` and `weight_shape` (`pack-quantized`), or a `weight` of
-//! I8 beside its scale (`int-quantized`); `weight_zero_point` where quantisation is asymmetric. Packed codes are a stream of bits
-//! along rows, packed zeros one along columns, both with half of their range added
+//! The integers of compressed-tensors: `weight_packed`, `weight_scale` and `weight_shape` (`pack-quantized`), or an I8 `weight`
+//! with its scale (`int-quantized`); also `weight_zero_point` if quantisation is asymmetric. Packed codes are a stream of bits
+//! along rows, packed zeros one along columns; half of their range is added to both
 //! (<https://github.com/vllm-project/compressed-tensors>, `compressors/pack_quantized`).
 
 use super::checks::{check_dtype, check_shape, dtype_error};
@@ -24,13 +24,13 @@ pub(super) fn resolve(checkpoint: &Checkpoint, shape: &[usize], parts: &Parts) -
     };
     check_codes(checkpoint, shape, codes, code, word)?;
     let cols = shape.last().copied().unwrap_or(0);
-    // Behind the shape of packed codes, which says nothing new.
+    // After the shape of packed codes, which adds no information.
     let zeros = parts.tensors.get(if is_packed { 3 } else { 2 });
     let zeros = zeros.map(|&tensor| zeros_of(checkpoint, tensor, shape, code, cols / group)).transpose()?;
     Ok(Grouped { code, group, cols, scales, scale_type, biases: None, zeros, global: None })
 }
 
-/// The width that fills the words, else four.
+/// The width that fills the words, otherwise four.
 fn packed_bits(checkpoint: &Checkpoint, codes: usize, shape: &[usize]) -> usize {
     let words = checkpoint.tensors[codes].shape.last().copied().unwrap_or(0);
     let cols = shape.last().copied().unwrap_or(0);

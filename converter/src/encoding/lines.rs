@@ -3,13 +3,13 @@
 use super::{Rows, Selection};
 use crate::error::ConvertError;
 
-/// Whole rows of a source, and what they are for.
+/// Whole rows of a source, and which part of them is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Lines {
     pub(super) first: usize,
     pub(super) count: usize,
     pub(super) step: usize,
-    /// First column that is wanted.
+    /// First column that is needed.
     pub(super) column: usize,
     /// Rows of the result that they hold.
     pub(super) rows: usize,
@@ -62,7 +62,7 @@ fn by_run(selection: &Selection, rows: Rows, piece: impl Fn(usize, usize, usize)
     pieces
 }
 
-/// The elements of `rows`, row-major, in `out`: `read` gives the values of whole source rows, one piece after the other.
+/// The elements of `rows`, row-major, in `out`. `read` returns the values of whole source rows, one piece after the other.
 pub(super) fn gather(
     selection: &Selection,
     rows: Rows,
@@ -79,8 +79,8 @@ pub(super) fn gather(
     Ok(())
 }
 
-/// Copies what a matrix has of the source rows `lines` to its rows from `row` on, and returns the first row behind them.
-/// `values` are those rows whole, `width` values for each element.
+/// Copies the matrix's elements of the source rows `lines` to its rows from `row` on, and returns the first row after them.
+/// `values` are whole source rows, with `width` values for each element.
 pub(super) fn pick<T: Copy>(
     selection: &Selection,
     lines: Lines,
@@ -91,7 +91,7 @@ pub(super) fn pick<T: Copy>(
     let (out, cols, mut row) = to;
     let values = values.chunks_exact(selection.cols * width);
     if selection.is_transposed() {
-        // A piece holds every column of some rows, which are columns of the source.
+        // A piece has all columns of some rows, and these rows are columns of the source.
         for (c, line) in values.enumerate() {
             for r in 0..lines.rows {
                 let from = (lines.column + r * selection.strides.row_step) * width;

@@ -1,4 +1,4 @@
-//! MLX: `weight` in words of 32 bits, `scales`, and `biases` in the affine mode, which has codes of 2 to 8 bits but 7. The modes
+//! MLX: `weight` in words of 32 bits, `scales`, and `biases` in the affine mode, which has codes of 2 to 8 bits except 7. The modes
 //! mxfp4, nvfp4 and mxfp8 have floats, scales of one byte and no biases (<https://github.com/ml-explore/mlx>, `quantize`).
 
 use sluice_weights::ScaleType;
@@ -34,7 +34,7 @@ fn scale_type(
 ) -> Result<ScaleType, ConvertError> {
     let dtype = &checkpoint.tensors[scales].dtype;
     let found = match dtype.name() {
-        // MLX's nvfp4, by its groups of 16, has no global scale.
+        // MLX's nvfp4, recognised by its groups of 16, has no global scale.
         "U8" if !has_biases && group == 16 => Some(ScaleType::E4m3),
         "U8" | "F8_E8M0" if !has_biases => Some(ScaleType::E8m0),
         _ => wide_scale(dtype),

@@ -1,6 +1,6 @@
-//! How published checkpoints write numbers down: one file per encoding.
+//! The number formats of published checkpoints: one file per encoding.
 //!
-//! | module | knows |
+//! | module | content |
 //! |---|---|
 //! | `plain` | f32, f16 and bf16 |
 //! | `fp8` | e4m3 codes with scales by block, row or tensor, MXFP8 |
@@ -10,13 +10,13 @@
 //! | `hqq` | HQQ, whose bytes hold codes of distant rows |
 //! | `columnar` | AWQ and GPTQ, whose matrices are transposed |
 //! | `ggml` | the blocks of GGUF files |
-//! | `grouped` | codes by row with scales by group of columns: what `integers`, `float4` and `mlx` have in common |
-//! | `carry` | the weight types that hold such codes and scales, and how rows get there |
-//! | `numbers` | whole numbers, such as those of experts in a table |
-//! | `reader`, `lines`, `checks` | bytes of rows; which rows; whether tensors have the shapes that they must have |
+//! | `grouped` | codes by row with scales by group of columns: the common part of `integers`, `float4` and `mlx` |
+//! | `carry` | the weight types that hold such codes and scales, and how rows are carried into them |
+//! | `numbers` | integers, such as the expert ids in a table |
+//! | `reader`, `lines`, `checks` | bytes of rows; which rows; checks of the shapes of tensors |
 //!
-//! An [`Encoding`] is found when a conversion is planned ([`resolve`]); its [`Decoder`] gives values, or carries codes into the
-//! weight type that holds the same bits.
+//! Planning a conversion finds an [`Encoding`] ([`resolve`]); its [`Decoder`] returns values, or carries codes into the weight type
+//! that holds the same bits.
 
 mod carry;
 mod checks;
@@ -48,33 +48,33 @@ use crate::plan::scheme::Scheme;
 use crate::source::{Checkpoint, Dtype, FLOATS, WIDE_FLOATS};
 use checks::{check_shape, dtype_error};
 
-/// How a tensor's numbers are written down. All tensors that it speaks of exist and have the shapes that it needs.
+/// How a tensor's numbers are stored. All tensors that it mentions exist and have the right shapes.
 ///
 /// Its `Debug` form is part of what a journal is bound to: it names everything that decides what the bytes mean.
 pub(crate) trait Encoding: fmt::Debug + Send + Sync {
-    /// Numbers of the tensors that are read beside the one of the selection.
+    /// Indices of the tensors that are read in addition to that of the selection.
     fn others(&self) -> Vec<usize>;
 
     /// The type that holds codes and scales bit for bit; `None`: there is none, and f32 holds the values.
     fn carried(&self) -> Option<WeightType>;
 
-    /// The order in which the carried columns lie, if it is not the tensor's.
+    /// The order of the carried columns, if it is not the tensor's.
     fn order(&self) -> Option<ColumnOrder> {
         None
     }
 
-    /// Why there is no such type, for a note, where the form usually has one.
+    /// For a note: why there is no such type, if the form usually has one.
     fn obstacle(&self) -> Option<&'static str> {
         None
     }
 
-    /// Whether that type can hold these elements of the tensor: its groups may not be cut. `shape` is batch, rows and columns.
+    /// Whether that type can hold these elements of the tensor: its groups may not be divided. `shape` is batch, rows and columns.
     fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool;
 
-    /// Reads what belongs to the tensor as a whole, such as scales by block.
+    /// Reads what belongs to the whole tensor, such as scales by block.
     ///
     /// # Errors
-    /// [`ConvertError::NotFinite`] and [`ConvertError::Damaged`], and those of reading.
+    /// [`ConvertError::NotFinite`] and [`ConvertError::Damaged`], and errors of reading.
     fn open<'s>(
         &'s self,
         selection: &'s Selection,
@@ -82,37 +82,37 @@ pub(crate) trait Encoding: fmt::Debug + Send + Sync {
     ) -> Result<Box<dyn Decoder + 's>, ConvertError>;
 }
 
-/// Gives the rows of a selection.
+/// Returns the rows of a selection.
 pub(crate) trait Decoder {
-    /// Elements of `rows`, row-major, as f32. Whether they are finite is for the caller to see.
+    /// Elements of `rows`, row-major, as f32. The caller checks whether they are finite.
     fn values(&self, rows: Rows, reader: &mut Reader<'_>, out: &mut Vec<f32>) -> Result<(), ConvertError>;
 
-    /// Packs `rows` into row groups of the type that carries them. Asked for only if it [`fits`](Encoding::fits).
+    /// Packs `rows` into row groups of the type that carries them. Called only if it [`fits`](Encoding::fits).
     ///
     /// # Errors
-    /// [`ConvertError::NotFinite`] if a value would be infinite or none, and those of reading.
+    /// [`ConvertError::NotFinite`] if a value would be infinite or NaN, and errors of reading.
     fn carry(&self, rows: Rows, reader: &mut Reader<'_>, groups: Groups<'_>) -> Result<(), ConvertError>;
 
-    /// For each column that [`Decoder::carry`] packs the number of the tensor's column, if they lie in another order.
+    /// For each column that [`Decoder::carry`] packs, the index of the tensor's column, if the order differs.
     fn order(&self) -> Option<&[u16]> {
         None
     }
 
-    /// Appends `rows` as they are, row-major: for types whose elements stand alone, as the embedding's do.
+    /// Appends `rows` unchanged, row-major: for types whose elements are independent, as in the embedding.
     fn carry_plain(&self, _rows: Rows, _reader: &mut Reader<'_>, _out: &mut Vec<u8>) -> Result<(), ConvertError> {
         unreachable!("the plan stores only numbers that stand alone row by row")
     }
 
-    /// Reads what [`Decoder::carry`] (if `carried`) or [`Decoder::values`] read for these rows, in the same order, for the digest
-    /// alone.
+    /// Reads what [`Decoder::carry`] (if `carried`) or [`Decoder::values`] would read for these rows, in the same order, only for
+    /// the digest.
     fn skim(&self, rows: Rows, carried: bool, reader: &mut Reader<'_>) -> Result<(), ConvertError>;
 }
 
-/// Tells orders of columns apart: the xxh3-128 of what decides one. There are too many orders to keep them all.
+/// Identifies an order of columns: the xxh3-128 of the data that determines it. There are too many orders to keep them all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ColumnOrder(pub(crate) u128);
 
-/// A range of rows of a tensor; those of a batch are counted through.
+/// A range of rows of a tensor; rows are numbered across a batch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rows {
     pub(crate) first: usize,
@@ -136,11 +136,11 @@ impl Groups<'_> {
     }
 }
 
-/// Elements of a tensor that make rows of a matrix: a [`View`](crate::family::View) of a tensor that exists. All arithmetic on
-/// rows and columns stays inside the tensor's checked shape.
+/// Elements of a tensor that form rows of a matrix: a [`View`](crate::family::View) of a tensor that exists. All arithmetic on rows
+/// and columns stays inside the tensor's checked shape.
 #[derive(Clone, Debug)]
 pub(crate) struct Selection {
-    /// Number of the tensor that holds the codes or numbers.
+    /// Index of the tensor that holds the codes or numbers.
     pub(crate) tensor: usize,
     pub(crate) encoding: Arc<dyn Encoding>,
     /// Columns of the tensor.
@@ -150,19 +150,19 @@ pub(crate) struct Selection {
 }
 
 impl Selection {
-    /// Source row and column of an element; rows of a batch are counted through.
+    /// Source row and column of an element; rows are numbered across a batch.
     pub(crate) fn locate(&self, row: usize, col: usize) -> (usize, usize) {
         let element = self.strides.at(row, col);
         (element / self.cols, element % self.cols)
     }
 
-    /// Whether every row is all of a row of the source.
+    /// Whether every row is a whole row of the source.
     pub(crate) fn whole_rows(&self, cols: usize) -> bool {
         let s = &self.strides;
         s.col_step == 1 && cols == self.cols && [s.start, s.run_step, s.row_step].iter().all(|n| n.is_multiple_of(cols))
     }
 
-    /// Whether the columns are what lies together.
+    /// Whether columns are contiguous.
     pub(crate) fn is_transposed(&self) -> bool {
         self.strides.col_step != 1
     }
@@ -172,24 +172,24 @@ impl Selection {
         self.encoding.carried().filter(|_| !self.plus_one && self.encoding.fits(self, shape))
     }
 
-    /// The order of the columns of what is carried, if it is not the tensor's.
+    /// The order of the carried columns, if it is not the tensor's.
     pub(crate) fn order(&self) -> Option<ColumnOrder> {
         self.encoding.order()
     }
 
-    /// Opens its decoder.
+    /// Opens the decoder.
     pub(crate) fn open(&self, reader: &mut Reader<'_>) -> Result<Box<dyn Decoder + '_>, ConvertError> {
         self.encoding.open(self, reader)
     }
 
-    /// Numbers of all tensors that are read.
+    /// Indices of all tensors that are read.
     pub(crate) fn tensors(&self) -> impl Iterator<Item = usize> {
         std::iter::once(self.tensor).chain(self.encoding.others())
     }
 }
 
-/// The encoding of a table of whole numbers that `parts` hold, whose shape is to be `shape`: less than `below`, and all different in
-/// each row.
+/// The encoding of a table of integers with the tensors `parts` and the expected `shape`. The integers must be less than `below`,
+/// and all different in each row.
 pub(crate) fn resolve_numbers(
     checkpoint: &Checkpoint,
     shape: &[usize],
@@ -203,8 +203,7 @@ pub(crate) fn resolve_numbers(
     Ok(Arc::new(encoding))
 }
 
-/// The encoding of the tensor that `parts` hold, whose shape is to be `shape`. `plain`: it is a vector, which no checkpoint
-/// quantises.
+/// The encoding of the tensor with these `parts` and the expected `shape`. `plain`: it is a vector, which no checkpoint quantises.
 pub(crate) fn resolve(
     checkpoint: &Checkpoint,
     scheme: Scheme,

@@ -1,5 +1,4 @@
-//! Whole numbers that stand for themselves, such as those of experts in a table: which of them can be meant is known, and what cannot
-//! be is an error here, before any token asks for it.
+//! Tables of integers, such as expert ids. The valid ones are known, and any other is an error here, before a token needs it.
 
 use sluice_format::WeightType;
 
@@ -7,13 +6,13 @@ use super::{Decoder, Encoding, Groups, Reader, Rows, Selection};
 use crate::error::ConvertError;
 use crate::source::Dtype;
 
-/// What such tensors may be.
+/// The formats that such tensors may have.
 pub(super) const SUPPORTED: &str = "I64, I32, and F32 with whole numbers";
 
-/// The largest number up to which f32 holds all whole ones.
+/// The largest number up to which f32 holds all integers.
 const MOST: usize = 1 << 24;
 
-/// How one of them is written.
+/// The format of an integer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Word {
     I64,
@@ -21,15 +20,15 @@ enum Word {
     F32,
 }
 
-/// A table of them.
+/// A table of integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Numbers {
     word: Word,
-    /// They are all less than this.
+    /// All of them are less than this.
     below: usize,
 }
 
-/// The encoding of tables of that type, if it is one for whole numbers.
+/// The encoding of tables of that type, if it is one for integers.
 pub(super) fn of(dtype: &Dtype, below: usize) -> Option<Numbers> {
     let word = match dtype.name() {
         "I64" => Word::I64,
@@ -45,7 +44,7 @@ impl Word {
         if self == Word::I64 { 8 } else { 4 }
     }
 
-    /// The numbers of some bytes. Those beyond 2^53, which none is, may be rounded.
+    /// The numbers in some bytes. Those beyond 2^53, which are never valid, may be rounded.
     fn read(self, raw: &[u8]) -> impl Iterator<Item = f64> {
         let four = |bytes: &[u8]| [bytes[0], bytes[1], bytes[2], bytes[3]];
         raw.chunks_exact(self.bytes()).map(move |bytes| match self {
@@ -57,8 +56,8 @@ impl Word {
 }
 
 impl Numbers {
-    /// The numbers of some bytes, the first of which is element `first` of a table with `cols` columns. The error says row and value of
-    /// what cannot be meant.
+    /// The numbers in some bytes, starting with element `first` of a table with `cols` columns. The error names row and value of an
+    /// invalid number.
     fn read(self, raw: &[u8], first: usize, cols: usize) -> Result<Vec<f32>, String> {
         let mut out: Vec<f32> = Vec::with_capacity(raw.len() / self.word.bytes());
         for (at, number) in self.word.read(raw).enumerate() {
@@ -133,7 +132,7 @@ mod tests {
             numbers.read(bytes, 12, 3)
         };
         let wide = |values: &[i64]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>();
-        // From one row to the next, a number may come again.
+        // A number may occur again in another row.
         assert_eq!(read("I64", &wide(&[0, 255, 7, 7, 0, 1])).unwrap(), [0.0, 255.0, 7.0, 7.0, 0.0, 1.0]);
         assert!(read("I64", &wide(&[0, 1, 2, 3, 256])).unwrap_err().contains("has 256 in row 5"));
         assert!(read("I64", &wide(&[-1])).unwrap_err().contains("has -1 in row 4, where all are different"));

@@ -1,4 +1,4 @@
-//! f32, f16 and bf16: numbers that stand alone.
+//! f32, f16 and bf16: numbers without scales.
 
 use sluice_format::{ROW_GROUP, WeightType};
 use sluice_kernels as kernels;
@@ -39,7 +39,7 @@ impl Plain {
         }
     }
 
-    /// Whether the bits of an f16 or bf16 are a number: an exponent of all ones is none.
+    /// Whether the bits of an f16 or bf16 are a finite number: an exponent of all ones is not.
     fn is_finite(self, bits: u16) -> bool {
         let exponent = if self == Plain::F16 { 0x7c00 } else { 0x7f80 };
         bits & exponent != exponent

@@ -9,7 +9,7 @@ use crate::contents::{Contents, Follower};
 use crate::error::ConvertError;
 use crate::source::{Checkpoint, Dtype, RowOrder};
 
-/// Reads rows of tensors, counts and hashes the bytes. Buffers are reused.
+/// Reads rows of tensors, and counts and hashes their bytes. Buffers are reused.
 pub(crate) struct Reader<'a> {
     checkpoint: &'a Checkpoint,
     follower: Follower<'a>,
@@ -33,7 +33,7 @@ impl<'a> Reader<'a> {
         (digest, std::mem::take(&mut self.bytes))
     }
 
-    /// The error that a value of this tensor is not a number.
+    /// The error that a value of this tensor is not finite.
     pub(crate) fn not_finite(&self, tensor: usize) -> ConvertError {
         ConvertError::NotFinite {
             path: self.checkpoint.path_of(tensor).to_owned(),
@@ -41,7 +41,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The error that a tensor of the file of `tensor` says something impossible.
+    /// The error that a tensor of the same file as `tensor` has impossible contents.
     pub(super) fn damaged(&self, tensor: usize, problem: &str) -> ConvertError {
         ConvertError::Damaged {
             path: self.checkpoint.path_of(tensor).to_owned(),
@@ -49,14 +49,14 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Elements of `rows`, row-major, as the source stores them, of a tensor whose elements have `element` bytes each.
+    /// Elements of `rows`, row-major, as stored in the source; an element has `element` bytes.
     pub(super) fn raw(&mut self, selection: &Selection, element: usize, rows: Rows) -> Result<&[u8], ConvertError> {
         let mut raw = std::mem::take(&mut self.raw);
         raw.resize(rows.count * rows.cols * element, 0);
         if self.checkpoint.tensors[selection.tensor].order == RowOrder::AsStored {
             let mut done = 0;
             while done < rows.count {
-                // Rows up to the end of a run have one step from each to the next.
+                // Up to the end of a run, rows are equally far apart.
                 let first = rows.first + done;
                 let count = (selection.strides.run - first % selection.strides.run).min(rows.count - done);
                 let run = Rows { first, count, cols: rows.cols };
@@ -81,7 +81,7 @@ impl<'a> Reader<'a> {
         match (self.checkpoint.tensors[tensor].order, lines.step) {
             (RowOrder::AsStored, 1) => self.read(tensor, (lines.first * line_bytes) as u64, &mut bytes)?,
             (RowOrder::Interleaved { head_rows }, 1) => {
-                // The heads that hold them, whole: their rows are mixed.
+                // Reads the whole heads that hold them, because their rows are interleaved.
                 let begin = lines.first / head_rows * head_rows;
                 let end = (lines.first + lines.count).next_multiple_of(head_rows);
                 let mut heads = vec![0; (end - begin) * line_bytes];
@@ -100,8 +100,8 @@ impl<'a> Reader<'a> {
         Ok(bytes)
     }
 
-    /// Elements of rows of one run. Reads along the source's memory: row by row, or column by column where columns are what
-    /// lies together; many at once where little lies between them.
+    /// Elements of rows of one run. Reads in the order of the source: row by row, or column by column if columns are contiguous; in
+    /// one read if the gaps are small.
     fn gather(
         &mut self,
         selection: &Selection,
@@ -110,7 +110,7 @@ impl<'a> Reader<'a> {
         out: &mut [u8],
     ) -> Result<(), ConvertError> {
         let s = &selection.strides;
-        // A strip is what lies together; `within` and `across` are its step and the step from strip to strip.
+        // A strip is contiguous; `within` is the step inside it, `across` the step from strip to strip.
         let by_column = s.col_step > s.row_step;
         let (strips, length, across, within) = if by_column {
             (rows.cols, rows.count, s.col_step, s.row_step)
@@ -122,7 +122,7 @@ impl<'a> Reader<'a> {
             return self.read(selection.tensor, (start * element) as u64, out);
         }
         let span = (length - 1) * within + 1;
-        // One read for all, unless most of it would be thrown away.
+        // One read for all, unless most of it would be discarded.
         let at_once = if 2 * span >= across { strips } else { 1 };
         let mut segment = std::mem::take(&mut self.segment);
         for first in (0..strips).step_by(at_once) {
@@ -157,7 +157,7 @@ impl<'a> Reader<'a> {
         Ok(bytes)
     }
 
-    /// Bytes of a tensor from byte `at` on, as they are stored.
+    /// Bytes of a tensor from byte `at` on, as stored.
     pub(super) fn read(&mut self, tensor: usize, at: u64, out: &mut [u8]) -> Result<(), ConvertError> {
         self.bytes += out.len() as u64;
         self.checkpoint.read(tensor, at, out, &mut self.digest)?;

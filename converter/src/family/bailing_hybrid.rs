@@ -29,9 +29,9 @@ const DEFAULTS: Defaults = Defaults {
 const EXPERTS: moe::Defaults =
     moe::Defaults { experts: 512, top_k: 8, width: 768, shared: 1, groups: 8, groups_kept: 4, scale: 2.5 };
 
-/// Layers without experts at the beginning, where `first_k_dense_replace` is missing.
+/// Layers without experts at the beginning, if `first_k_dense_replace` is missing.
 const DENSE_LAYERS: usize = 2;
-/// Layers of which the last is latent attention, where `layer_group_size` is missing.
+/// Size of the groups of layers whose last layer has latent attention, if `layer_group_size` is missing.
 const GROUP: usize = 6;
 
 impl Family for BailingHybrid {
@@ -62,7 +62,7 @@ impl Family for BailingHybrid {
     fn origin(&self, names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
         let name = |rest: &str| names.layer(place.layer, &renamed(rest));
         match (place.kind, &spec.layers[place.layer].attention) {
-            // Kimi Linear has it with more dimensions.
+            // Kimi Linear has more dimensions here.
             (ExtentKind::Attention, _) if tensor.name == "a_log" => {
                 vec![vec![View::vector(name("self_attn.A_log"), tensor.shape[2])]]
             }
@@ -78,7 +78,7 @@ impl Family for BailingHybrid {
     }
 }
 
-/// Ling 2.5 and 2.6 have the same `model_type`, and another linear attention.
+/// Ling 2.5 and 2.6 have the same `model_type`, but another linear attention.
 fn check_class(config: &Config) -> Result<(), ConvertError> {
     let class = config.opt_list("architectures")?.and_then(|list| list.first()?.as_str());
     match class {
@@ -90,7 +90,7 @@ fn check_class(config: &Config) -> Result<(), ConvertError> {
     }
 }
 
-/// The query has one matrix where `q_lora_rank` is missing.
+/// The query has a single matrix if `q_lora_rank` is missing.
 fn latent(decoder: &Decoder<'_>) -> Result<MlaSpec, ConvertError> {
     let latent = mla::read(decoder, &mla::Defaults::DEEPSEEK)?;
     let q_lora_rank = latent.q_lora_rank.filter(|_| decoder.config.has("q_lora_rank"));
@@ -121,7 +121,7 @@ fn delta(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
     })
 }
 
-/// Which layers are linear: as `layer_types` says, else all but the last of each `layer_group_size`.
+/// Which layers are linear: as `layer_types` says, otherwise all but the last of each `layer_group_size`.
 fn linear_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
     if let Some(list) = decoder.layer_list("layer_types", ["linear_attention", "full_attention"])? {
         return Ok(list);

@@ -1,4 +1,5 @@
-//! Ling and Ring of the first and second generation. Both call themselves `bailing_moe`; their class in `architectures` says which.
+//! Ling and Ring of the first and second generation. Both have the type `bailing_moe`; their class in `architectures` tells them
+//! apart.
 
 use sluice_format::{AttentionSpec, ExtentKind, FfnSpec, GqaSpec, ModelSpec, QkNormScope, RouterSpec, TensorShape};
 
@@ -12,7 +13,7 @@ use crate::error::ConvertError;
 /// The family.
 pub(crate) struct BailingMoe;
 
-/// What the configuration classes of the two generations fill in.
+/// The defaults of the configuration classes of the two generations.
 const FIRST: Defaults = Defaults {
     vocab: 30_592,
     hidden: 1024,
@@ -93,7 +94,7 @@ impl Family for BailingMoe {
 /// Names of Ling and Ring, of all generations.
 pub(super) const NAMES: Names = Names { embedding: "word_embeddings.weight", ..Names::USUAL };
 
-/// What has the usual names: all but attention, whose names here mean nothing.
+/// Tensors with the usual names: all except attention, where these names mean something else.
 fn usual(names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
     match place.kind {
         ExtentKind::Attention if tensor.name != "attn_norm" => Vec::new(),
@@ -101,7 +102,7 @@ fn usual(names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> 
     }
 }
 
-/// The usual name of a tensor of attention as it is here.
+/// The name here for the tensor of attention with this usual name.
 pub(super) fn renamed(usual: &str) -> String {
     match usual.strip_prefix("self_attn.") {
         None => usual.to_owned(),
@@ -125,7 +126,7 @@ fn is_second(config: &Config) -> Result<bool, ConvertError> {
     Ok(second)
 }
 
-/// Softmax over all experts. The reference divides by the sum only where a token has several.
+/// Softmax over all experts. The reference divides by the sum only if a token has several experts.
 fn first_experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
     let renormalise = decoder.config.bool_or("norm_topk_prob", true)?;
     let ffn = moe::with_shared(decoder, &FIRST_EXPERTS, moe::softmax_router(renormalise))?;
@@ -140,7 +141,7 @@ fn second_experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
     Ok(several(moe::deepseek_v3(decoder, &SECOND_EXPERTS)?))
 }
 
-/// Refuses a shared expert whose width is not counted in routed ones: the reference knows no such width.
+/// Refuses a shared expert whose width is not a multiple of that of routed ones: the reference has no such width.
 pub(super) fn check_shared(config: &Config, default: usize) -> Result<(), ConvertError> {
     let width = config.usize_or("moe_intermediate_size", default)?;
     let shared = config.opt_usize_or("moe_shared_expert_intermediate_size", Some(width))?.unwrap_or(width);
@@ -151,7 +152,7 @@ pub(super) fn check_shared(config: &Config, default: usize) -> Result<(), Conver
     Ok(())
 }
 
-/// Without a sum to divide by, where a token has one expert.
+/// If a token has one expert, the weights are not divided by their sum.
 fn several(mut ffn: FfnSpec) -> FfnSpec {
     if let Some(moe) = ffn.moe.as_mut().filter(|moe| moe.top_k == 1) {
         moe.router = RouterSpec { renormalise: None, ..moe.router.clone() };

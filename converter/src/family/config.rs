@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::error::ConvertError;
 
-/// A JSON object of the configuration: the whole, or a section of it.
+/// A JSON object of the configuration: the whole or a section.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     path: PathBuf,
@@ -30,7 +30,7 @@ impl Config {
         ConvertError::Config { path: self.path.clone(), key: format!("{}{key}", self.prefix), problem: problem.into() }
     }
 
-    /// An error about values of which each is possible, but not all together.
+    /// An error about values that are each possible, but not together.
     pub(crate) fn impossible(&self, problem: String) -> ConvertError {
         ConvertError::Impossible { path: self.path.clone(), problem }
     }
@@ -48,8 +48,8 @@ impl Config {
         }
     }
 
-    /// Refuses a value of this section that is not the one of `other`, the section called `name`. `type` is what `rope_type` was called
-    /// before.
+    /// Refuses a value of this section that differs from that of `other`, the section called `name`. `type` is the older name of
+    /// `rope_type`.
     pub(crate) fn check_repeats(&self, other: &Config, name: &str) -> Result<(), ConvertError> {
         let same = |one: &Value, other: &Value| match (one.as_f64(), other.as_f64()) {
             (Some(one), Some(other)) => one == other,
@@ -71,12 +71,12 @@ impl Config {
         Ok(())
     }
 
-    /// Whether there is a value under `key`; null is none.
+    /// Whether there is a value under `key`; null does not count.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.keys.get(key).is_some_and(|value| !value.is_null())
     }
 
-    /// The object under `key`; `None` if there is something else, or nothing.
+    /// The object under `key`; `None` if there is none or something else.
     pub(crate) fn object(&self, key: &str) -> Option<Config> {
         self.section(key).ok().flatten()
     }
@@ -86,7 +86,7 @@ impl Config {
         self.keys.keys().map(String::as_str)
     }
 
-    /// The value under `key` through `read`, or `default` when the key is missing. Null is not a value.
+    /// The value under `key`, read with `read`, or `default` if the key is missing. Null is not a value.
     fn read<T>(
         &self,
         key: &str,
@@ -98,22 +98,22 @@ impl Config {
         read(value).ok_or_else(|| self.refuse(key, format!("is {value}, expected {expected}")))
     }
 
-    /// A count, or `default` when the key is missing.
+    /// A count, or `default` if the key is missing.
     pub(crate) fn usize_or(&self, key: &str, default: usize) -> Result<usize, ConvertError> {
         self.read(key, default, "a whole number", as_usize)
     }
 
-    /// The first of `keys` that has a value, else the first of all: families spell some keys differently.
+    /// The first of `keys` that has a value, otherwise the first: families spell some keys differently.
     pub(crate) fn first_of<'k>(&self, keys: &[&'k str]) -> &'k str {
         keys.iter().find(|key| self.has(key)).unwrap_or(&keys[0])
     }
 
-    /// A count from 1 to `most`, or `default` when the key is missing.
+    /// A count from 1 to `most`, or `default` if the key is missing.
     pub(crate) fn size_or(&self, key: &str, default: usize, most: usize) -> Result<usize, ConvertError> {
         self.check_size(key, self.usize_or(key, default)?, most)
     }
 
-    /// A count from 1 to `most` that may be null; `default` when the key is missing.
+    /// A count from 1 to `most` that may be null; `default` if the key is missing.
     pub(crate) fn opt_size_or(
         &self,
         key: &str,
@@ -131,7 +131,7 @@ impl Config {
         Ok(value)
     }
 
-    /// A count that may be null; `default` when the key is missing.
+    /// A count that may be null; `default` if the key is missing.
     pub(crate) fn opt_usize_or(&self, key: &str, default: Option<usize>) -> Result<Option<usize>, ConvertError> {
         self.read(key, default, "a whole number or null", |v| match v {
             Value::Null => Some(None),
@@ -139,12 +139,12 @@ impl Config {
         })
     }
 
-    /// A number, or `default` when the key is missing.
+    /// A number, or `default` if the key is missing.
     pub(crate) fn f64_or(&self, key: &str, default: f64) -> Result<f64, ConvertError> {
         self.read(key, default, "a number", Value::as_f64)
     }
 
-    /// A number that is not negative and that f32 can hold, or `default` when the key is missing.
+    /// A number that is not negative and fits into f32, or `default` if the key is missing.
     pub(crate) fn f32_or(&self, key: &str, default: f64) -> Result<f32, ConvertError> {
         let value = self.f64_or(key, default)?;
         let narrow = value as f32;
@@ -167,7 +167,7 @@ impl Config {
         self.opt_f64_or(key, None)
     }
 
-    /// A number that may be null; `default` when the key is missing.
+    /// A number that may be null; `default` if the key is missing.
     pub(crate) fn opt_f64_or(&self, key: &str, default: Option<f64>) -> Result<Option<f64>, ConvertError> {
         self.read(key, default, "a number or null", |v| match v {
             Value::Null => Some(None),
@@ -175,12 +175,12 @@ impl Config {
         })
     }
 
-    /// A truth value, or `default` when the key is missing.
+    /// A Boolean, or `default` if the key is missing.
     pub(crate) fn bool_or(&self, key: &str, default: bool) -> Result<bool, ConvertError> {
         self.read(key, default, "true or false", Value::as_bool)
     }
 
-    /// A truth value that may be written as a number, of which 0 alone is false.
+    /// A Boolean that may be written as a number; only 0 is false.
     pub(crate) fn flag_or(&self, key: &str, default: bool) -> Result<bool, ConvertError> {
         self.read(key, default, "true or false", |v| v.as_bool().or_else(|| v.as_f64().map(|n| n != 0.0)))
     }
@@ -194,7 +194,7 @@ impl Config {
         }
     }
 
-    /// The list under `key`; `None` if there is something else, or nothing.
+    /// The list under `key`; `None` if there is none or something else.
     pub(crate) fn list(&self, key: &str) -> Option<&[Value]> {
         self.keys.get(key)?.as_array().map(Vec::as_slice)
     }
@@ -208,7 +208,7 @@ impl Config {
         }
     }
 
-    /// Refuses any value of `key` but the supported ones; a missing key is fine.
+    /// Refuses any value of `key` except the supported ones; the key may be missing.
     pub(crate) fn require_str(&self, key: &str, supported: &[&str]) -> Result<(), ConvertError> {
         match self.opt_str(key)? {
             Some(found) if !supported.contains(&found) => {
@@ -227,11 +227,11 @@ impl Config {
     }
 }
 
-/// Whole numbers, also when written as `64.0`, as some tools do.
+/// Integers, also in the form `64.0` of some tools.
 fn as_usize(value: &Value) -> Option<usize> {
     let whole = value.as_u64().or_else(|| {
         let f = value.as_f64()?;
-        // 2^53: beyond it, f64 no longer holds every whole number.
+        // 2^53: beyond it, f64 cannot represent every integer.
         (f >= 0.0 && f.fract() == 0.0 && f < 9_007_199_254_740_992.0).then_some(f as u64)
     });
     usize::try_from(whole?).ok()

@@ -1,4 +1,4 @@
-//! What every decoder's `config.json` says.
+//! The part of `config.json` that all decoders have.
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
@@ -9,14 +9,14 @@ use sluice_format::{
 use super::config::Config;
 use crate::error::ConvertError;
 
-/// Values for missing keys: those that transformers fills in.
+/// Values for missing keys, as in transformers.
 pub(crate) struct Defaults {
     pub(crate) vocab: usize,
     pub(crate) hidden: usize,
     pub(crate) intermediate: usize,
     pub(crate) layers: usize,
     pub(crate) heads: usize,
-    /// `None`: as many as heads of queries.
+    /// `None`: as many as query heads.
     pub(crate) kv_heads: Option<usize>,
     pub(crate) max_positions: usize,
     pub(crate) norm_eps: f64,
@@ -35,7 +35,7 @@ pub(crate) struct Decoder<'a> {
     pub(crate) kv_heads: usize,
     pub(crate) max_positions: usize,
     pub(crate) norm_eps: f32,
-    /// Base of the rotary frequencies where the configuration names none.
+    /// Base of the rotary frequencies if the configuration has none.
     pub(crate) theta: f64,
 }
 
@@ -44,7 +44,7 @@ impl<'a> Decoder<'a> {
         Self::read_as(config, defaults, &["silu", "swish"])
     }
 
-    /// Of a family whose `hidden_act` may be one of `activations`.
+    /// Reads the keys of a family whose `hidden_act` may be one of `activations`.
     pub(crate) fn read_as(config: &'a Config, defaults: &Defaults, activations: &[&str]) -> Result<Self, ConvertError> {
         config.require_str("hidden_act", activations)?;
         let heads = config.size_or("num_attention_heads", defaults.heads, MAX_WIDTH)?;
@@ -68,10 +68,10 @@ impl<'a> Decoder<'a> {
         FfnSpec { activation: ActivationSpec::Silu, dense_width: self.intermediate, ..FfnSpec::NONE }
     }
 
-    /// The model that has these layers.
+    /// The model with these layers.
     pub(crate) fn model(&self, layers: Vec<LayerSpec>) -> Result<ModelSpec, ConvertError> {
         if layers.iter().any(|layer| layer.ffn.moe.is_none()) {
-            // A model whose layers all have experts may say anything here.
+            // If all layers have experts, this key may have any value.
             self.config.check_size("intermediate_size", self.intermediate, MAX_WIDTH)?;
         }
         Ok(ModelSpec {
@@ -94,7 +94,7 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    /// The model whose layers all have the same attention, and `sparse` or `dense` as `is_sparse` says.
+    /// The model whose layers all have the same attention, and `sparse` or `dense` according to `is_sparse`.
     pub(crate) fn uniform(
         &self,
         attention: AttentionSpec,
@@ -109,7 +109,7 @@ impl<'a> Decoder<'a> {
         self.model(is_sparse.iter().map(layer).collect())
     }
 
-    /// A list with one entry per layer under `key`: `Some` of whether each is `yes` instead of `no`.
+    /// The list under `key` with one entry per layer, if there is one: whether each entry is `yes` instead of `no`.
     pub(crate) fn layer_list(&self, key: &str, [yes, no]: [&str; 2]) -> Result<Option<Vec<bool>>, ConvertError> {
         let Some(list) = self.config.opt_list(key)? else { return Ok(None) };
         if list.len() != self.layers {
@@ -125,8 +125,8 @@ impl<'a> Decoder<'a> {
     }
 }
 
-/// The positions that YaRN extends a context to, as vLLM counts them: users switch it on as model cards say, in
-/// `rope_scaling` alone, and leave `max_position_embeddings` as it is.
+/// The number of positions to which YaRN extends a context, counted as in vLLM: following model cards, users set only
+/// `rope_scaling` to switch it on, and do not change `max_position_embeddings`.
 fn extended_positions(layers: &[LayerSpec]) -> usize {
     let rope = |layer: &LayerSpec| match &layer.attention {
         AttentionSpec::Mla(mla) => mla.rope.clone(),

@@ -32,14 +32,14 @@ impl Family for DeepSeekV2 {
 
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
         let decoder = Decoder::read(config, &DEFAULTS)?;
-        // In transformers it has no value where the key is missing.
+        // In transformers, a missing key has no default here.
         if !config.has("num_experts_per_tok") {
             return Err(config.refuse("num_experts_per_tok", "is missing"));
         }
         let attention = AttentionSpec::Mla(mla::read(&decoder, &mla::Defaults::DEEPSEEK)?);
         config.require_str("scoring_func", &["softmax"])?;
         config.require_str("topk_method", &["greedy", "group_limited_greedy"])?;
-        // transformers never renormalises here, whatever the key says; no published model asks for it.
+        // transformers never renormalises here, whatever the key says; no published model requests it.
         config.require_bool("norm_topk_prob", false)?;
         let limited = config.opt_str("topk_method")? == Some("group_limited_greedy");
         let groups = if limited { moe::groups(&decoder, &EXPERTS, GroupScore::Max)? } else { None };

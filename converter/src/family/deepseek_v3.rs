@@ -1,4 +1,4 @@
-//! DeepSeek-V3, R1 and V3.1, and Kimi K2, which computes the same under another name.
+//! DeepSeek-V3, R1 and V3.1, and Kimi K2, which is the same computation under another name.
 
 use sluice_format::{AttentionSpec, LayerSpec, ModelSpec};
 
@@ -25,7 +25,7 @@ pub(crate) const DEFAULTS: Defaults = Defaults {
 pub(crate) const EXPERTS: moe::Defaults =
     moe::Defaults { experts: 256, top_k: 8, width: 2048, shared: 1, groups: 8, groups_kept: 4, scale: 2.5 };
 
-/// Layers without experts at the beginning, where `first_k_dense_replace` is missing.
+/// Layers without experts at the beginning, if `first_k_dense_replace` is missing.
 pub(crate) const DENSE_LAYERS: usize = 3;
 
 impl Family for DeepSeekV3 {

@@ -1,4 +1,4 @@
-//! DeepSeek-V3.2: V3 whose every layer attends to what its indexer chooses.
+//! DeepSeek-V3.2: V3 in which every layer attends only to the tokens that its indexer chooses.
 
 use sluice_format::{AttentionSpec, LayerSpec, MlaSpec, ModelSpec, RopePairing};
 
@@ -20,7 +20,7 @@ impl Family for DeepSeekV32 {
 
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
         let decoder = Decoder::read(config, &DEFAULTS)?;
-        // Inside the indexer, pairs are half a rotation apart, unlike in the attention itself.
+        // In the indexer, the two elements of a pair are half a rotation apart, unlike in the attention itself.
         let indexer = indexer::read(&decoder, &INDEXER, RopePairing::Half)?;
         let attention = MlaSpec { indexer: Some(indexer), ..mla::read(&decoder, &mla::Defaults::DEEPSEEK)? };
         let sparse = moe::deepseek_v3(&decoder, &deepseek_v3::EXPERTS)?;

@@ -1,5 +1,5 @@
-//! DeepSeek-V4 (Flash and Pro): four residual streams, a window with compressed entries behind it, and experts by token in the first
-//! layers.
+//! DeepSeek-V4 (Flash and Pro): four residual streams, a window with compressed entries before it, and experts by token in the
+//! first layers.
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
@@ -35,16 +35,16 @@ const EXPERTS: moe::Defaults =
 const COMPRESSED_THETA: f64 = 160_000.0;
 /// Part of a head that rotates: 64 of 512.
 const ROTATED: f64 = 0.125;
-/// Layers at the beginning whose experts a table gives.
+/// Layers at the beginning whose experts come from a table.
 const TABLE_LAYERS: usize = 3;
 /// The reference adds it to the sum of the chosen weights.
 const RENORMALISE_EPS: f32 = 1e-20;
 
-/// What a layer attends to beyond its window.
+/// What a layer attends to in addition to its window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Window,
-    /// Overlapping entries of which an indexer chooses.
+    /// Overlapping entries, from which an indexer chooses.
     Chosen,
     /// All entries.
     All,
@@ -127,7 +127,7 @@ impl Family for DeepSeekV4 {
     }
 }
 
-/// A tensor that joins streams, if it is one.
+/// A tensor that mixes streams, if it is one.
 fn stream_tensor(tensor: &TensorShape, module: &str, name: &dyn Fn(&str) -> String) -> Option<View> {
     let [_, rows, cols] = tensor.shape;
     let name = |end: &str| name(&format!("{module}_{end}"));
@@ -176,7 +176,7 @@ fn attention_origin(spec: &ModelSpec, index: usize, layer: &dyn Fn(&str) -> Stri
     }
 }
 
-/// What the attention of all layers is made of.
+/// The attention variants of all layers.
 struct Attention {
     /// Without compression.
     window: CompressedSpec,
@@ -238,7 +238,8 @@ impl Attention {
     }
 }
 
-/// Tokens of an entry of which an indexer chooses, and of other entries: in a table by layer type, or under keys of their own.
+/// Tokens per entry, for entries from which an indexer chooses and for other entries: in a table by layer type, or under separate
+/// keys.
 fn ratios(config: &Config) -> Result<[usize; 2], ConvertError> {
     let rates = config.section("compress_rates")?;
     let ratio = |name: &str, key: &str, default: usize| match (config.has(key), &rates) {
@@ -251,8 +252,8 @@ fn ratios(config: &Config) -> Result<[usize; 2], ConvertError> {
     ])
 }
 
-/// Rotation in layers with a window alone, and in those that compress: only these are extended, without a factor on cosine and sine
-/// unless one is given.
+/// The rotation in layers with only a window, and in layers that compress. Only the latter are extended, without a factor on cosine
+/// and sine unless one is given.
 fn ropes(decoder: &Decoder<'_>, head_dim: usize) -> Result<(RopeSpec, RopeSpec), ConvertError> {
     let config = decoder.config;
     let width = match (config.has("partial_rotary_factor"), config.opt_size_or("qk_rope_head_dim", None, head_dim)?) {
@@ -276,12 +277,12 @@ fn ropes(decoder: &Decoder<'_>, head_dim: usize) -> Result<(RopeSpec, RopeSpec),
     let Some(section) = parameters.map_or_else(|| config.section("rope_scaling"), |p| Ok(Some(p)))? else {
         return Ok((plain(main), plain(compressed)));
     };
-    // What one section says for all is the extension alone; each kind of layer has its own base.
+    // If a single section describes all layers, it is only the extension; each kind of layer has its own base.
     let spec = RopeSpec { theta: compressed, ..read(&section, compressed)?.spec };
     Ok((plain(main), unscaled(spec, &section)))
 }
 
-/// The same rotation without YaRN's factor on cosine and sine, unless `section` names one.
+/// The same rotation without YaRN's factor on cosine and sine, unless `section` has one.
 fn unscaled(mut rope: RopeSpec, section: &Config) -> RopeSpec {
     if let RopeScaling::Yarn { attention_factor, .. } = &mut rope.scaling
         && !section.has("attention_factor")
@@ -291,7 +292,7 @@ fn unscaled(mut rope: RopeSpec, section: &Config) -> RopeSpec {
     rope
 }
 
-/// The kind of each layer: named, as a list of ratios, or else two with all entries and then both kinds of entries by turns.
+/// The kind of each layer: by name, by a list of ratios, or by default: two layers with all entries, then both kinds alternately.
 fn kinds(decoder: &Decoder<'_>) -> Result<Vec<Kind>, ConvertError> {
     let config = decoder.config;
     let of_ratio = |ratio: &serde_json::Value| match ratio.as_u64() {
@@ -311,7 +312,7 @@ fn kinds(decoder: &Decoder<'_>) -> Result<Vec<Kind>, ConvertError> {
     ];
     for (key, read, supported) in lists {
         let Some(list) = config.opt_list(key)? else { continue };
-        // Layers behind the decoder's predict further tokens.
+        // Layers after the decoder's predict further tokens.
         let list = list
             .get(..decoder.layers)
             .ok_or_else(|| config.refuse(key, format!("has {} entries for {} layers", list.len(), decoder.layers)))?;
@@ -322,7 +323,7 @@ fn kinds(decoder: &Decoder<'_>) -> Result<Vec<Kind>, ConvertError> {
     Ok((0..decoder.layers).map(by_turns).collect())
 }
 
-/// Whether a table gives the experts of each layer.
+/// Whether each layer's experts come from a table.
 fn token_tables(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
     if let Some(list) = decoder.layer_list("mlp_layer_types", ["hash_moe", "moe"])? {
         return Ok(list);

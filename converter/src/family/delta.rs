@@ -15,7 +15,7 @@ pub(crate) fn conv(layer: impl Fn(&str) -> String) -> String {
     layer(&format!("linear_attn.{CONV}"))
 }
 
-/// Reads the linear attention of Qwen3-Next and Qwen3.5, whose values for missing keys are the same.
+/// Reads the linear attention of Qwen3-Next and Qwen3.5, which have the same values for missing keys.
 pub(crate) fn read(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
     let config = decoder.config;
     let size = |key: &str, default: usize| config.size_or(key, default, MAX_WIDTH);
@@ -31,7 +31,7 @@ pub(crate) fn read(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
         value_head_dim: size("linear_value_head_dim", 128)?,
         conv_width: size("linear_conv_kernel_dim", 4)?,
         norm_eps: decoder.norm_eps,
-        // No release says so: it describes GGUF files.
+        // Releases do not have this key: it describes GGUF files.
         value_heads_tiled: config.bool_or("linear_value_heads_tiled", false)?,
         decay_rank: None,
         channel_decay: false,
@@ -41,7 +41,7 @@ pub(crate) fn read(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
     })
 }
 
-/// Which layers are linear: as `layer_types` says, else all but every `full_attention_interval`-th.
+/// Which layers are linear: as `layer_types` says, otherwise all but every `full_attention_interval`-th.
 pub(crate) fn linear_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
     if let Some(list) = decoder.layer_list("layer_types", ["linear_attention", "full_attention"])? {
         return Ok(list);
@@ -53,8 +53,8 @@ pub(crate) fn linear_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertE
     Ok((0..decoder.layers).map(|layer| (layer + 1) % interval != 0).collect())
 }
 
-/// Where a tensor comes from: projections apart, as in Qwen3.5, or grouped by key head, as in Qwen3-Next.
-/// `conv_last`: the convolution is in MLX's arrangement.
+/// Where a tensor comes from: projections are separate as in Qwen3.5, or grouped by key head as in Qwen3-Next. `conv_last`: the
+/// convolution is in MLX's arrangement.
 pub(crate) fn origin(
     delta: &DeltaSpec,
     conv_last: bool,
@@ -88,7 +88,7 @@ pub(crate) fn origin(
     }
 }
 
-/// All queries, then all keys, then all values.
+/// First all queries, then all keys, then all values.
 fn stacked(delta: &DeltaSpec, tensor: String, name: &str, rows: usize, cols: usize) -> View {
     let key = delta.key_heads * delta.key_head_dim;
     let first = match name {
@@ -99,8 +99,8 @@ fn stacked(delta: &DeltaSpec, tensor: String, name: &str, rows: usize, cols: usi
     View::new(tensor, &[delta.conv_channels(), cols], Strides::rows(first, rows, cols))
 }
 
-/// For each key head its query, its key, then values and output gates of its value heads; in the other tensor writing
-/// strengths and decays of its value heads.
+/// For each key head its query, its key, then values and output gates of its value heads; in the other tensor, writing strengths
+/// and decays of its value heads.
 fn by_key_head(delta: &DeltaSpec, tensor: String, name: &str, cols: usize) -> View {
     let values_per_key = delta.value_heads / delta.key_heads.max(1);
     let (key, value) = (delta.key_head_dim, values_per_key * delta.value_head_dim);

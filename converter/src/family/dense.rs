@@ -1,4 +1,4 @@
-//! Llama, Mistral and Qwen3 without experts: every layer is streamed as a whole.
+//! Llama, Mistral and Qwen3 without experts: each layer is streamed as a whole.
 
 use sluice_format::{AttentionSpec, GqaSpec, ModelSpec, QkNormScope};
 
@@ -41,7 +41,7 @@ pub(crate) struct Mistral;
 
 const MISTRAL: Defaults = Defaults { intermediate: 14_336, kv_heads: Some(8), max_positions: 131_072, ..LLAMA };
 
-/// The window where `sliding_window` is missing; files of models without one say null.
+/// The window if `sliding_window` is missing; files of models without a window have null.
 const MISTRAL_WINDOW: usize = 4096;
 
 impl Family for Mistral {

@@ -1,4 +1,4 @@
-//! dots.llm1: attention with norms of queries and keys, experts as DeepSeek-V3 has them.
+//! dots.llm1: attention with norms of queries and keys, and experts as in DeepSeek-V3.
 
 use sluice_format::{
     AttentionSpec, FfnSpec, GqaSpec, GroupScore, LayerSpec, ModelSpec, QkNormScope, RouterScore, RouterSpec,
@@ -24,11 +24,11 @@ const DEFAULTS: Defaults = Defaults {
     theta: 1e4,
 };
 
-/// The configuration class knows no numbers of experts: these are those of the released models.
+/// The configuration class has no defaults for the numbers of experts: these are those of the released models.
 const EXPERTS: moe::Defaults =
     moe::Defaults { experts: 128, top_k: 6, width: 1408, shared: 2, groups: 1, groups_kept: 1, scale: 1.0 };
 
-/// The window of the layers that have one, where `sliding_window` is missing.
+/// The window of layers that have one, if `sliding_window` is missing.
 const WINDOW: usize = 4096;
 
 impl Family for Dots1 {
@@ -64,10 +64,10 @@ impl Family for Dots1 {
     }
 }
 
-/// As DeepSeek-V3 has them, but that weights are divided by their sum only where the configuration says so.
+/// As in DeepSeek-V3, but weights are divided by their sum only if the configuration says so.
 fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
     let config = decoder.config;
-    // The releases say what the scores are for here.
+    // The releases have this key, but it decides nothing here.
     config.require_str("scoring_func", &["sigmoid", "noaux_tc"])?;
     config.require_str("topk_method", &["noaux_tc"])?;
     let router = RouterSpec {

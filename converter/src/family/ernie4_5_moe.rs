@@ -29,7 +29,7 @@ const EXPERTS: usize = 64;
 const TOP_K: usize = 6;
 const EXPERT_WIDTH: usize = 1536;
 const SHARED: usize = 2;
-/// The least sum that weights of chosen experts are divided by.
+/// The least sum by which the weights of chosen experts are divided.
 const LEAST_SUM: f64 = 1e-12;
 
 impl Family for Ernie45Moe {
@@ -66,7 +66,7 @@ impl Family for Ernie45Moe {
                     let name = names.layer(place.layer, &format!("{module}.moe_statics.e_score_correction_bias"));
                     vec![View::new(name, &[1, experts], Strides::rows(0, 1, experts))]
                 };
-                // The second as transformers 5 calls it.
+                // The second is the name in transformers 5.
                 names.or_usual(vec![bias("mlp"), bias("mlp.gate")], spec, place, tensor)
             }
             _ => names.origin(spec, place, tensor),
@@ -98,9 +98,9 @@ impl Family for Ernie45 {
     }
 }
 
-/// Attention whose rotation pairs neighbours.
+/// Attention in which adjacent elements are rotated in pairs.
 fn attention(decoder: &Decoder<'_>, heads: gqa::Heads) -> Result<AttentionSpec, ConvertError> {
-    // It would be on every projection.
+    // It would apply to every projection.
     decoder.config.require_bool("use_bias", false)?;
     let mut attention: GqaSpec = gqa::read(decoder, heads)?;
     if let Some(rope) = &mut attention.rope {
@@ -109,8 +109,7 @@ fn attention(decoder: &Decoder<'_>, heads: gqa::Heads) -> Result<AttentionSpec, 
     Ok(AttentionSpec::Gqa(attention))
 }
 
-/// Which layers have experts: as a list says, or every `moe_layer_interval`-th from the start index to the end index, which is
-/// included.
+/// Which layers have experts: as a list says, or every `moe_layer_interval`-th from the start index to the end index, inclusive.
 fn sparse_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
     let config = decoder.config;
     if let Some(list) = decoder.layer_list("mlp_layer_types", ["sparse", "dense"])? {
@@ -118,7 +117,7 @@ fn sparse_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
     }
     let interval = config.size_or("moe_layer_interval", 1, ModelSpec::MAX_LAYERS)?;
     let start = config.usize_or("moe_layer_start_index", 1)?;
-    // Minus one means the last layer.
+    // −1 means the last layer.
     let last = decoder.layers - 1;
     let end = if config.opt_f64("moe_layer_end_index")? == Some(-1.0) {
         last

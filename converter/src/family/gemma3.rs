@@ -1,5 +1,5 @@
-//! Gemma 3, and what it shares with Gemma 4: norms behind attention and the feed-forward part, an embedding that is scaled,
-//! bounded logits, and windows that turn with another base of the frequencies.
+//! Gemma 3, and what it shares with Gemma 4: norms after attention and after the feed-forward part, a scaled embedding, bounded
+//! logits, and another base of the rotary frequencies in layers with a window.
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
@@ -36,7 +36,7 @@ const QUERY_SCALAR: f64 = 256.0;
 const WINDOW: usize = 4096;
 /// Base of the frequencies of layers with a window.
 pub(super) const LOCAL_THETA: f64 = 1e4;
-/// Every so many layers, one has no window.
+/// One in this many layers has no window.
 const PATTERN: usize = 6;
 
 impl Family for Gemma3Text {
@@ -106,7 +106,7 @@ impl Family for Gemma3 {
     }
 
     fn spellings(&self) -> Vec<Names> {
-        // As transformers since version 5 saves it, and as tools do that leave the text model alone.
+        // The form of transformers since version 5, and of tools that keep only the text model.
         let inner = Names { prefix: "model.language_model.", ..Gemma3Text.names() };
         vec![self.names(), inner, Gemma3Text.names()]
     }
@@ -116,7 +116,7 @@ impl Family for Gemma3 {
     }
 }
 
-/// Encoders of images and sound, and what brings their results to the text model.
+/// Encoders of images and sound, and the projections that connect them with the text model.
 pub(super) fn unused_beside_text(name: &str) -> Option<Unused> {
     let inner = name.strip_prefix("model.").unwrap_or(name);
     let modules = ["vision_tower.", "audio_tower.", "multi_modal_projector.", "embed_vision.", "embed_audio."];
@@ -130,7 +130,7 @@ pub(super) fn read<'a>(config: &'a Config, defaults: &Defaults) -> Result<Decode
     Decoder::read_as(config, defaults, ACTIVATION)
 }
 
-/// Refuses text that sees what comes behind it. Images that do are no concern of a text model.
+/// Refuses attention of text to later tokens. Images with such attention do not matter for a text model.
 pub(super) fn require_causal(config: &Config) -> Result<(), ConvertError> {
     const KEY: &str = "use_bidirectional_attention";
     match config.opt_str(KEY) {
@@ -140,7 +140,7 @@ pub(super) fn require_causal(config: &Config) -> Result<(), ConvertError> {
     }
 }
 
-/// Heads of keys and values under `key`.
+/// Number of key and value heads under `key`.
 pub(super) fn kv_heads(decoder: &Decoder<'_>, key: &str, count: usize) -> Result<usize, ConvertError> {
     let count = decoder.config.check_size(key, count, decoder.heads)?;
     if decoder.heads.is_multiple_of(count) {
@@ -156,7 +156,7 @@ pub(super) fn slides(decoder: &Decoder<'_>, pattern: usize) -> Result<Vec<bool>,
     Ok(list.unwrap_or_else(|| (1..=decoder.layers).map(|layer| !layer.is_multiple_of(pattern)).collect()))
 }
 
-/// The rotation that `rope_parameters` gives the layers of one kind; `None`: it has none of its own.
+/// The rotation in `rope_parameters` for the layers of one kind; `None`: it has none of its own.
 pub(super) fn of_kind(
     decoder: &Decoder<'_>,
     kind: &str,
@@ -168,7 +168,7 @@ pub(super) fn of_kind(
     rope::of_section(&section, dim, RopePairing::Half, theta, decoder.max_positions).map(|rope| Some(rope.spec))
 }
 
-/// Rotations of layers that see everything, and of those with a window.
+/// Rotations of layers without and with a window.
 fn rotations(decoder: &Decoder<'_>, head_dim: usize) -> Result<(RopeSpec, RopeSpec), ConvertError> {
     let config = decoder.config;
     let full = match of_kind(decoder, "full_attention", head_dim, DEFAULTS.theta)? {
@@ -185,7 +185,7 @@ pub(super) fn dense(decoder: &Decoder<'_>) -> FfnSpec {
     FfnSpec { activation: ActivationSpec::GeluTanh, ..decoder.dense() }
 }
 
-/// The model that has these layers.
+/// The model with these layers.
 pub(super) fn model(decoder: &Decoder<'_>, layers: Vec<LayerSpec>) -> Result<ModelSpec, ConvertError> {
     const CAP: &str = "final_logit_softcapping";
     let config = decoder.config;

@@ -1,5 +1,6 @@
-//! Gemma 4, with experts beside a dense network and without: heads that are wider where there is no window, values that are
-//! keys, and norms of its own for everything. Not the small models, which have embeddings for each layer and layers without keys.
+//! Gemma 4, with experts beside a dense network, and without experts. Layers without a window have wider heads, whose keys are also
+//! the values; there are norms in many places. The small models are not supported: they have embeddings for each layer, and layers
+//! without keys.
 
 use sluice_format::limits::{MAX_EXPERTS, MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
@@ -35,11 +36,11 @@ const DEFAULTS: Defaults = Defaults {
 const HEAD_DIM: usize = 256;
 const GLOBAL_HEAD_DIM: usize = 512;
 const WINDOW: usize = 512;
-/// Every so many layers, one has no window.
+/// One in this many layers has no window.
 const PATTERN: usize = 6;
-/// The part of the pairs that turn where there is no window.
+/// The fraction of pairs that are rotated in layers without a window.
 const GLOBAL_ROTARY_FACTOR: f64 = 0.25;
-/// Width of the embeddings for each layer where the key is missing.
+/// Width of the embeddings for each layer, if the key is missing.
 const PER_LAYER_WIDTH: usize = 256;
 
 impl Family for Gemma4Text {
@@ -63,7 +64,7 @@ impl Family for Gemma4Text {
         let (full, sliding) = (full(&decoder)?, sliding(&decoder)?);
         let ffn = if config.bool_or("enable_moe_block", false)? { experts(&decoder)? } else { gemma3::dense(&decoder) };
         let mut slides = gemma3::slides(&decoder, PATTERN)?;
-        // Whatever the list says.
+        // The last layer never has a window, whatever the list says.
         slides.iter_mut().rev().take(1).for_each(|last| *last = false);
         let layer = |slides: bool| LayerSpec {
             attention: AttentionSpec::Gqa(if slides { sliding.clone() } else { full.clone() }),
@@ -88,9 +89,9 @@ impl Family for Gemma4Text {
             (ExtentKind::Dense, _) => vec![names::gated(&layer("mlp"), Names::USUAL.expert, tensor)],
             (ExtentKind::Expert, _) => vec![
                 names::fused(&layer("experts"), experts, place.index, tensor),
-                // As MLX has them.
+                // As in MLX.
                 names::stacked(&layer("experts.switch_glu"), experts, place.index, tensor),
-                // One by one, as tools write them that quantise each matrix.
+                // Separate, as in files of tools that quantise each matrix.
                 names::gated(&layer(&format!("experts.{}", place.index)), Names::USUAL.expert, tensor),
             ],
             _ => names.origin(spec, place, tensor),
@@ -121,7 +122,7 @@ impl Family for Gemma4 {
     }
 
     fn spellings(&self) -> Vec<Names> {
-        // As MLX has it, and as tools do that leave the text model alone.
+        // The form of MLX, and of tools that keep only the text model.
         let outer = Names { prefix: "language_model.model.", head: "language_model.lm_head.weight", ..Names::USUAL };
         vec![self.names(), outer, Gemma4Text.names()]
     }
@@ -135,13 +136,13 @@ impl Family for Gemma4 {
     }
 }
 
-/// Attention of layers that see everything.
+/// Attention of layers without a window.
 fn full(decoder: &Decoder<'_>) -> Result<GqaSpec, ConvertError> {
     const KV: &str = "num_global_key_value_heads";
     let config = decoder.config;
     let shared = config.bool_or("attention_k_eq_v", false)?;
     let head_dim = head_dim(decoder, "global_head_dim", GLOBAL_HEAD_DIM)?;
-    // Only where values are keys, there may be other numbers of them.
+    // Their number can differ only if keys are also the values.
     let own = if shared { config.opt_usize_or(KV, None)? } else { None };
     let kv_heads = match own {
         Some(count) => gemma3::kv_heads(decoder, KV, count)?,
@@ -183,7 +184,7 @@ fn attention(decoder: &Decoder<'_>, kv_heads: usize, dim: usize, rope: RopeSpec)
     })
 }
 
-/// A rotation of some pairs alone, of which those that turn have the frequencies that they would have if all did.
+/// A rotation of only some pairs. Their frequencies are the same as if all pairs were rotated.
 fn proportional(decoder: &Decoder<'_>, head_dim: usize) -> Result<RopeSpec, ConvertError> {
     const KIND: &str = "full_attention";
     let partial = |theta, factor: f64| {
@@ -214,7 +215,7 @@ fn proportional(decoder: &Decoder<'_>, head_dim: usize) -> Result<RopeSpec, Conv
 /// Experts beside the dense network.
 fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
     let config = decoder.config;
-    // The configuration class knows none of these numbers.
+    // The configuration class has no defaults for these numbers.
     let number = |key: &str, most: usize| {
         config.opt_size_or(key, None, most)?.ok_or_else(|| config.refuse(key, "is missing: it describes the experts"))
     };

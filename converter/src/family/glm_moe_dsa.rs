@@ -54,15 +54,15 @@ impl Family for GlmMoeDsa {
     fn prediction(&self, decoder: &ModelSpec) -> Option<LayerSpec> {
         let mut layer = decoder.layers.last()?.clone();
         if let AttentionSpec::Mla(mla) = &mut layer.attention {
-            // It sees other states than the layers before it, and so chooses for itself.
+            // It gets other states than the layers before it, and therefore chooses itself.
             mla.indexer.iter_mut().for_each(|indexer| indexer.shared = false);
         }
         Some(layer)
     }
 }
 
-/// Which layers have an indexer of their own: as a list says, or a pattern of letters, or every `index_topk_freq`-th; all
-/// where nothing is said.
+/// Which layers have an indexer of their own: as a list says, or a pattern of letters, or every `index_topk_freq`-th; all of them
+/// if there is no such key.
 fn full_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
     let config = decoder.config;
     if let Some(list) = decoder.layer_list("indexer_types", ["full", "shared"])? {

@@ -1,5 +1,4 @@
-//! gpt-oss 20b and 120b: attention sinks, alternating windows, biases everywhere, and experts whose gate and up projections
-//! alternate row by row.
+//! gpt-oss 20b and 120b: attention sinks, alternating windows, biases everywhere, and experts whose rows of gate and up alternate.
 
 use sluice_format::{
     ActivationSpec, AttentionSpec, ExtentKind, FfnSpec, GqaSpec, LayerSpec, ModelSpec, MoeSpec, RouterScore,
@@ -40,7 +39,7 @@ const EXPERTS: moe::Defaults = moe::Defaults {
 
 const HEAD_DIM: usize = 64;
 const WINDOW: usize = 128;
-/// YaRN where the configuration does not mention the rotation: transformers 5 has it there.
+/// The factor of YaRN if the configuration does not mention the rotation: transformers 5 has it there.
 const YARN_FACTOR: f64 = 32.0;
 const YARN_POSITIONS: usize = 4096;
 const ALPHA: f64 = 1.702;
@@ -67,7 +66,7 @@ impl Family for GptOss {
         }
         let sliding = GqaSpec { window: gqa::window(&decoder, Some(WINDOW))?, ..full.clone() };
         let slides = decoder.layer_list("layer_types", ["sliding_attention", "full_attention"])?;
-        // Without a list, layers alternate and the first one slides.
+        // Without a list, layers alternate, and the first one has a window.
         let slides = slides.unwrap_or_else(|| (0..decoder.layers).map(|layer| layer % 2 == 0).collect());
         let ffn = experts(&decoder)?;
         let layer = |slides: bool| LayerSpec {
@@ -108,9 +107,9 @@ fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
     Ok(FfnSpec { activation, moe: routed.moe.map(biased), ..routed })
 }
 
-/// The published MXFP4 tensors hold one output feature per row, `[experts, rows, cols]`; the bf16 form is transposed. In
-/// both, as in the biases, gate is every other feature from the first on, and up every other from the second on. MLX has
-/// gate and up apart, one output feature per row.
+/// The published MXFP4 tensors hold one output feature per row, `[experts, rows, cols]`; the bf16 form is transposed. In both, and
+/// in the biases, gate has the even features and up the odd ones. In MLX's form, gate and up are separate, with one output feature
+/// per row.
 fn expert_origin(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Origin {
     let [_, rows, cols] = tensor.shape;
     let pair = |first: usize| {

@@ -8,21 +8,21 @@ use super::rope;
 use super::view::{Strides, View};
 use crate::error::ConvertError;
 
-/// What a family says about its heads beyond what all have in common.
+/// What a family's heads have beyond the common part.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Heads {
-    /// Width of a head where `head_dim` is missing; `None`: the hidden size divided by the number of heads.
+    /// Width of a head if `head_dim` is missing; `None`: the hidden size divided by the number of heads.
     pub(crate) head_dim: Option<usize>,
-    /// Rotated part of a head where `partial_rotary_factor` is missing.
+    /// Rotated part of a head if `partial_rotary_factor` is missing.
     pub(crate) rotary_factor: f64,
 }
 
 impl Heads {
-    /// Heads divide the hidden size and rotate as a whole.
+    /// Heads divide the hidden size, and whole heads are rotated.
     pub(crate) const USUAL: Heads = Heads { head_dim: None, rotary_factor: 1.0 };
 }
 
-/// Reads plain attention without biases, norms and window: families add what they have.
+/// Reads plain attention without biases, norms and window; families add theirs.
 pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, ConvertError> {
     let config = decoder.config;
     let default = heads.head_dim.unwrap_or(decoder.hidden / decoder.heads.max(1));
@@ -38,7 +38,7 @@ pub(crate) fn read(decoder: &Decoder<'_>, heads: Heads) -> Result<GqaSpec, Conve
     Ok(of_heads(decoder.heads, kv_heads, head_dim, rope.spec))
 }
 
-/// Plain attention of these heads.
+/// Plain attention with these heads.
 pub(crate) fn of_heads(heads: usize, kv_heads: usize, head_dim: usize, rope: RopeSpec) -> GqaSpec {
     GqaSpec {
         heads,
@@ -51,7 +51,7 @@ pub(crate) fn of_heads(heads: usize, kv_heads: usize, head_dim: usize, rope: Rop
     }
 }
 
-/// Attention without anything that only some have, and without sizes.
+/// Attention without optional parts and without sizes.
 pub(crate) fn plain() -> GqaSpec {
     GqaSpec {
         heads: 0,
@@ -82,7 +82,7 @@ pub(crate) fn qk_norm(decoder: &Decoder<'_>, scope: QkNormScope) -> Option<QkNor
     Some(QkNorm { scope, eps: decoder.norm_eps, weightless: false, after_rope: false })
 }
 
-/// The window that every layer has under `sliding_window`, if it is a number.
+/// The window of every layer under `sliding_window`, if it is a number.
 pub(crate) fn window(decoder: &Decoder<'_>, default: Option<usize>) -> Result<Option<usize>, ConvertError> {
     decoder.config.opt_size_or("sliding_window", default, MAX_LENGTH)
 }
@@ -112,7 +112,7 @@ pub(crate) fn origin(gqa: &GqaSpec, layer: &dyn Fn(&str) -> String, name: &str, 
     }
 }
 
-/// With an output gate, `q_proj` holds, head by head, the rows that make queries and then those that make gates.
+/// With an output gate, `q_proj` holds the rows of the query and then those of the gate, head by head.
 fn query_or_gate(gqa: &GqaSpec, tensor: String, gate: bool, hidden: usize) -> View {
     let start = if gate { gqa.head_dim * hidden } else { 0 };
     let run_step = 2 * gqa.head_dim * hidden;

@@ -57,7 +57,7 @@ impl Family for GraniteMoe {
         let factors = Factors {
             embedding: factor(config, "embedding_multiplier")?,
             residual: factor(config, "residual_multiplier")?,
-            // The key is what they are divided by.
+            // The logits are divided by this key's value.
             logits: 1.0 / factor(config, "logits_scaling")?,
         };
         let model = decoder.uniform(AttentionSpec::Gqa(attention), &sparse, &vec![true; decoder.layers])?;
@@ -77,11 +77,11 @@ impl Family for GraniteMoe {
         };
         let own = match (place.kind, tensor.name) {
             (ExtentKind::Router, "router") => {
-                // The second as transformers 5 calls it.
+                // The second is the name in transformers 5.
                 let gate = |name: &str| vec![View::whole(module(name), rows, cols)];
                 vec![gate("router.layer"), gate("router")]
             }
-            // Gate above up.
+            // Gate comes before up.
             (ExtentKind::Expert, "gate_up") => {
                 vec![vec![stack("input_linear", 2 * rows, 0), stack("input_linear", 2 * rows, rows)]]
             }
@@ -93,7 +93,7 @@ impl Family for GraniteMoe {
     }
 }
 
-/// A factor, 1 where the key is missing; 0 would leave nothing.
+/// A factor, 1 if the key is missing; 0 would erase everything.
 fn factor(config: &Config, key: &str) -> Result<f32, ConvertError> {
     config.check_above(key, f64::from(config.f32_or(key, 1.0)?), 0.0).map(|factor| factor as f32)
 }

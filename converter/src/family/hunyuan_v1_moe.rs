@@ -1,4 +1,4 @@
-//! Hunyuan-A13B: norms of queries and keys behind the rotation.
+//! Hunyuan-A13B: norms of queries and keys after the rotation.
 
 use serde_json::Value;
 use sluice_format::limits::{MAX_EXPERTS, MAX_WIDTH};
@@ -38,7 +38,7 @@ impl Family for HunyuanV1Moe {
         config.require_bool("mlp_bias", false)?;
         let decoder = Decoder::read(config, &DEFAULTS)?;
         require_all(&decoder, "moe_layer_num_skipped", 0)?;
-        // The shared expert and each routed one have one width.
+        // The shared expert and the routed ones have the same width.
         require_all(&decoder, "num_shared_expert", 1)?;
         require_all(&decoder, "moe_intermediate_size", decoder.intermediate)?;
         let width = config.check_size("intermediate_size", decoder.intermediate, MAX_WIDTH)?;
@@ -79,7 +79,7 @@ impl Family for HunyuanV1Moe {
     }
 }
 
-/// A count from 1 to `most` for each layer: one number for all of them, or a list; 1 where the key is missing.
+/// A count from 1 to `most` for each layer: one number for all of them, or a list; 1 if the key is missing.
 fn per_layer(decoder: &Decoder<'_>, key: &str, most: usize) -> Result<Vec<usize>, ConvertError> {
     let config = decoder.config;
     match config.list(key) {
@@ -98,7 +98,7 @@ fn per_layer(decoder: &Decoder<'_>, key: &str, most: usize) -> Result<Vec<usize>
     }
 }
 
-/// Refuses any value of `key`, or of its list, but `expected`; a missing key is fine.
+/// Refuses any value of `key`, or of its list, except `expected`; the key may be missing.
 fn require_all(decoder: &Decoder<'_>, key: &str, expected: usize) -> Result<(), ConvertError> {
     let config = decoder.config;
     let supported = match config.list(key) {

@@ -7,7 +7,7 @@ use super::decoder::Decoder;
 use super::view::View;
 use crate::error::ConvertError;
 
-/// The reference's layer norm of index keys.
+/// Epsilon of the reference's layer norm of index keys.
 const KEY_NORM_EPS: f32 = 1e-6;
 
 /// Values for missing keys.
@@ -17,7 +17,7 @@ pub(crate) struct Defaults {
     pub(crate) top_k: usize,
 }
 
-/// Reads an indexer that a layer has to itself.
+/// Reads an indexer that belongs to one layer.
 pub(crate) fn read(
     decoder: &Decoder<'_>,
     defaults: &Defaults,

@@ -1,4 +1,4 @@
-//! Kimi K2.5 and K2.6: a vision model around Kimi K2, of which the text part is converted.
+//! Kimi K2.5 and K2.6: a vision model around Kimi K2. Only the text part is converted.
 
 use sluice_format::ModelSpec;
 

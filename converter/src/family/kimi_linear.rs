@@ -1,4 +1,4 @@
-//! Kimi Linear: gated delta nets with a decay for each channel beside latent attention that knows no positions.
+//! Kimi Linear: gated delta nets with a decay for each channel, and latent attention without positions.
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{AttentionSpec, DeltaSpec, ExtentKind, LayerSpec, MlaSpec, ModelSpec, TensorShape};
@@ -28,7 +28,7 @@ const DEFAULTS: Defaults = Defaults {
 const EXPERTS: moe::Defaults =
     moe::Defaults { experts: 256, top_k: 8, width: 1024, shared: 1, groups: 1, groups_kept: 1, scale: 2.446 };
 
-/// Layers without experts at the beginning, where `first_k_dense_replace` is missing.
+/// Layers without experts at the beginning, if `first_k_dense_replace` is missing.
 const DENSE_LAYERS: usize = 1;
 
 impl Family for KimiLinear {
@@ -66,7 +66,7 @@ impl Family for KimiLinear {
     }
 }
 
-/// Latent attention without rotation; the query has one matrix where `q_lora_rank` is missing.
+/// Latent attention without rotation; the query has a single matrix if `q_lora_rank` is missing.
 fn latent(decoder: &Decoder<'_>) -> Result<MlaSpec, ConvertError> {
     let latent = mla::read(decoder, &mla::Defaults::DEEPSEEK)?;
     let head_dim = latent.qk_nope_head_dim.saturating_add(latent.qk_rope_head_dim) as f64;
@@ -78,7 +78,7 @@ fn latent(decoder: &Decoder<'_>) -> Result<MlaSpec, ConvertError> {
     })
 }
 
-/// Kimi Delta Attention: in `linear_attn_config`, or under the names that transformers gives its keys.
+/// Kimi Delta Attention: in `linear_attn_config`, or under transformers' names for its keys.
 fn delta(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
     let section = decoder.config.section("linear_attn_config")?;
     let size = |nested: &str, flat: &str, default: usize| {
@@ -102,8 +102,8 @@ fn delta(decoder: &Decoder<'_>) -> Result<DeltaSpec, ConvertError> {
     })
 }
 
-/// Which layers are linear: as `layer_types` says, or the lists of `linear_attn_config`, which count from one; else all but every
-/// fourth.
+/// Which layers are linear: as `layer_types` says, or the lists of `linear_attn_config`, which count from one; otherwise all but
+/// every fourth.
 fn linear_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
     if let Some(list) = decoder.layer_list("layer_types", ["linear_attention", "full_attention"])? {
         return Ok(list);

@@ -1,5 +1,5 @@
 //! Llama 4 Scout and Maverick, and the text model by itself: attention in stretches, layers without positions whose temperature
-//! falls with them, and an expert whose weight multiplies its input.
+//! depends on the position, and an expert whose weight multiplies its input.
 
 use serde_json::Value;
 use sluice_format::limits::{MAX_EXPERTS, MAX_LENGTH, MAX_WIDTH};
@@ -38,7 +38,7 @@ const DENSE_WIDTH: usize = 16_384;
 const EXPERTS: usize = 16;
 const NOPE_INTERVAL: usize = 4;
 const STRETCH: usize = 8192;
-/// Positions from one temperature to the next, and its slope.
+/// Positions per step of temperature, and the slope.
 const FLOOR_SCALE: usize = 8192;
 const ATTENTION_SCALE: f64 = 0.1;
 
@@ -52,7 +52,7 @@ impl Family for Llama4Text {
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
         let mut decoder = Decoder::read(config, &DEFAULTS)?;
         let expert_width = config.check_size("intermediate_size", decoder.intermediate, MAX_WIDTH)?;
-        // Layers without experts have a width of their own.
+        // Layers without experts have a separate width.
         decoder.intermediate = config.size_or("intermediate_size_mlp", DENSE_WIDTH, MAX_WIDTH)?;
         let layers = Layers::read(&decoder)?;
         let (plain, turning) = attention(&decoder)?;
@@ -113,9 +113,9 @@ impl Family for Llama4 {
     }
 }
 
-/// What differs from layer to layer.
+/// The differences between layers.
 struct Layers {
-    /// Whether queries and keys turn with their positions.
+    /// Whether queries and keys are rotated by their positions.
     turns: Vec<bool>,
     /// Whether attention ends at the border of a stretch.
     bounded: Vec<bool>,
@@ -129,7 +129,7 @@ impl Layers {
         let interval = config.size_or("no_rope_layer_interval", NOPE_INTERVAL, MAX_LENGTH)?;
         let turns: Vec<bool> = match config.opt_list("no_rope_layers")?.filter(|list| !list.is_empty()) {
             None => (0..decoder.layers).map(|i| (i + 1) % interval != 0).collect(),
-            // 1 means that the layer turns, whatever the name says.
+            // 1 means that the layer rotates, despite the name of the key.
             Some(list) if list.len() >= decoder.layers => {
                 let turns = |value: &Value| match value.as_u64() {
                     Some(turns @ (0 | 1)) => Ok(turns == 1),
@@ -152,7 +152,7 @@ impl Layers {
     }
 }
 
-/// Attention of layers that do not turn queries and keys, and of those that do.
+/// Attention of layers without and with rotation.
 fn attention(decoder: &Decoder<'_>) -> Result<(GqaSpec, GqaSpec), ConvertError> {
     let config = decoder.config;
     let bias = config.bool_or("attention_bias", false)?;
@@ -181,11 +181,11 @@ fn experts(decoder: &Decoder<'_>, width: usize) -> Result<FfnSpec, ConvertError>
     Ok(FfnSpec { moe: ffn.moe.map(weighted), ..ffn })
 }
 
-/// One of all experts of a layer: as published, stacked and transposed, gate before up; stacked, as MLX has them; or by itself, as
-/// tools write them that quantise each matrix.
+/// One of all experts of a layer: as published, stacked and transposed, with gate before up; stacked, as in MLX; or separate, as in
+/// files of tools that quantise each matrix.
 fn expert_origin(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Origin {
     let [_, rows, cols] = tensor.shape;
-    // `first` and `all` in columns of the stored matrix, which are rows of the expert's.
+    // `first` and `all` count columns of the stored matrix, which are rows of the expert's.
     let transposed = |name: &str, first: usize, all: usize| {
         let strides = Strides { start: index * cols * all + first, run: rows, run_step: 0, row_step: 1, col_step: all };
         View::new(format!("{module}.{name}"), &[experts, cols, all], strides)

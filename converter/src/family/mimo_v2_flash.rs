@@ -1,5 +1,5 @@
-//! MiMo-V2-Flash, V2.5 and V2.5-Pro: layers with a window and a sink have other heads of keys and values, and another rotation, than those that see
-//! everything.
+//! MiMo-V2-Flash, V2.5 and V2.5-Pro: layers with a window have a sink, and other key and value heads and another rotation than
+//! layers without one.
 
 use serde_json::Value;
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
@@ -82,8 +82,8 @@ impl Family for MiMoV2Flash {
         }
     }
 
-    /// Releases in FP8 keep the fused projection in the parts that as many devices would take, each with blocks of its own. A layer whose parts
-    /// are no whole blocks shows how many there are.
+    /// Releases in FP8 store the fused projection in parts, one for each of several devices, with blocks of its own. The number of
+    /// parts shows in a layer where a part is not a whole number of blocks.
     fn arranged(&self, names: Names, spec: &ModelSpec, shape_of: &dyn Fn(&str) -> Option<Vec<usize>>) -> Names {
         let of_layer = |(layer, spec): (usize, &LayerSpec)| {
             let AttentionSpec::Gqa(gqa) = &spec.attention else { return None };
@@ -93,7 +93,7 @@ impl Family for MiMoV2Flash {
                 divides(gqa, shards) && scales.first() == Some(&((rows / shards).div_ceil(BLOCK) * shards))
             };
             let possible: Vec<usize> = (1..=gqa.kv_heads).filter(fits).collect();
-            // Where one part would do as well, the shape says nothing.
+            // If one part would fit as well, the shape does not show anything.
             (possible.len() == 1).then(|| possible[0])
         };
         let known = spec.layers.iter().enumerate().find_map(of_layer);
@@ -109,14 +109,14 @@ impl Family for MiMoV2Flash {
     }
 }
 
-/// Queries, keys and values in one tensor, and rows of its blocks of FP8.
+/// Queries, keys and values in one tensor, and the rows of its FP8 blocks.
 const FUSED: &str = "self_attn.qkv_proj.weight";
 const BLOCK: usize = 128;
 
-/// The `model_type` of V2.5 and V2.5-Pro, whose configuration class fills in less.
+/// The `model_type` of V2.5 and V2.5-Pro, whose configuration class has fewer defaults.
 const NEWER: &str = "mimo_v2";
 
-/// Whether so many parts have the same number of heads.
+/// Whether the heads can be divided into this many equal parts.
 fn divides(gqa: &GqaSpec, shards: usize) -> bool {
     gqa.kv_heads.is_multiple_of(shards) && gqa.heads.is_multiple_of(shards)
 }
@@ -125,7 +125,7 @@ fn fused_rows(gqa: &GqaSpec) -> usize {
     (gqa.heads + gqa.kv_heads) * gqa.head_dim + gqa.kv_heads * gqa.v_head_dim
 }
 
-/// Queries, keys or values: their rows in each part of the fused tensor.
+/// Rows of the queries, keys or values in each part of the fused tensor.
 fn fused(gqa: &GqaSpec, names: Names, place: Place, tensor: &TensorShape) -> View {
     let [_, rows, cols] = tensor.shape;
     let (all, shards) = (fused_rows(gqa), names.qkv_shards);
@@ -140,13 +140,13 @@ fn fused(gqa: &GqaSpec, names: Names, place: Place, tensor: &TensorShape) -> Vie
     View::new(names.layer(place.layer, FUSED), &[all, cols], strides)
 }
 
-/// Where a kind of layer says what differs, and what it is where nothing is said.
+/// The keys and defaults of one kind of layer.
 struct Kind {
     /// Its name in the lists of transformers 5.
     name: &'static str,
     /// In the files of the release: heads of queries, of keys and values, widths of keys and values, theta, and sinks.
     keys: [&'static str; 6],
-    /// Heads of keys and values for each that `num_key_value_heads` counts.
+    /// Key and value heads for each one that `num_key_value_heads` counts.
     kv_factor: usize,
     theta: f64,
     sinks: bool,
@@ -186,7 +186,7 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
     let config = decoder.config;
     let [heads_key, kv_key, dim_key, value_key, theta_key, sinks_key] = kind.keys;
     let heads = config.size_or(heads_key, decoder.heads, MAX_WIDTH)?;
-    // Both kinds have the widths of the first unless the second has keys of its own.
+    // Both kinds have the widths of the first, unless the second has keys of its own.
     let width = |key: &str, common: &str, default| {
         let common = config.size_or(common, default, MAX_WIDTH / heads)?;
         config.size_or(key, common, MAX_WIDTH / heads)
@@ -194,7 +194,7 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
     let head_dim = width(dim_key, "head_dim", HEAD_DIM)?;
     let v_head_dim = width(value_key, "v_head_dim", VALUE_DIM)?;
     let kv_heads = match config.opt_usize_or(kv_key, None)? {
-        // Under the common key, it is the number of the layers that see everything.
+        // The common key has the number for layers without a window.
         Some(count) => count,
         None => decoder.kv_heads.saturating_mul(kind.kv_factor),
     };
@@ -214,7 +214,7 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
         Some(section) => rope::of_section(section, rotated, RopePairing::Half, theta, decoder.max_positions)?.spec,
         None => {
             let plain = rope::read(config, rotated, RopePairing::Half, theta, decoder.max_positions)?.spec;
-            // `rope_theta` is that of layers that see everything.
+            // `rope_theta` is that of layers without a window.
             sluice_format::RopeSpec { theta: config.check_above(theta_key, theta, 1.0)?, ..plain }
         }
     };
@@ -237,8 +237,8 @@ fn attention(decoder: &Decoder<'_>, kind: &Kind) -> Result<GqaSpec, ConvertError
     })
 }
 
-/// Keys that a query sees. `sliding_window` counts the query's own as well, `sliding_window_size` those before it; where the newer models
-/// have both, their published code goes by the first.
+/// Number of keys that a query sees. `sliding_window` includes the query's own, `sliding_window_size` does not. If newer models
+/// have both, their published code uses the first.
 fn window(config: &Config) -> Result<usize, ConvertError> {
     if config.opt_str("model_type")? == Some(NEWER) && config.has("sliding_window") {
         return config.size_or("sliding_window", WINDOW, MAX_LENGTH);
@@ -249,7 +249,7 @@ fn window(config: &Config) -> Result<usize, ConvertError> {
     }
 }
 
-/// A list of zeros and ones with one entry per layer; where it is missing, as `default` says.
+/// A list of zeros and ones with one entry per layer; if it is missing, `default`.
 fn flags(decoder: &Decoder<'_>, key: &str, default: impl Fn(usize) -> bool) -> Result<Vec<bool>, ConvertError> {
     let config = decoder.config;
     let Some(list) = config.opt_list(key)? else { return Ok((0..decoder.layers).map(default).collect()) };

@@ -53,7 +53,7 @@ impl Family for MiniMaxM2 {
             qk_norm: if normed { gqa::qk_norm(&decoder, QkNormScope::Whole) } else { None },
             ..gqa::read(&decoder, gqa::Heads { head_dim: Some(HEAD_DIM), ..gqa::Heads::USUAL })?
         };
-        // The rotated width is given as such, not as a part of the head's.
+        // The rotated width is given directly, not as a fraction of the head's.
         let width = config.opt_size_or("rotary_dim", None, attention.head_dim)?;
         if let (Some(rope), Some(width)) = (&mut attention.rope, width) {
             rope::check_even(config, "rotary_dim", width)?;

@@ -1,4 +1,4 @@
-//! MiniMax-M3: a vision model around a text model with block-sparse attention, of which the text part is converted.
+//! MiniMax-M3: a vision model around a text model with block-sparse attention. Only the text part is converted.
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
@@ -36,7 +36,7 @@ const EXPERTS: moe::Defaults =
 const HEAD_DIM: usize = 128;
 const SHARED_WIDTH: usize = 3072;
 
-/// The gated activation is this one whatever `hidden_act` says.
+/// All of these mean the gated activation, whatever `hidden_act` says.
 const ACTIVATIONS: [&str; 3] = ["swigluoai", "silu", "swish"];
 
 impl Family for MiniMaxM3 {
@@ -102,13 +102,13 @@ fn attention(decoder: &Decoder<'_>) -> Result<GqaSpec, ConvertError> {
     let head_dim = config.size_or("head_dim", HEAD_DIM, MAX_WIDTH)?;
     // transformers reads the factor, other runtimes the number of elements; published files have both.
     let rotated = config.size_or("rotary_dim", head_dim.div_ceil(2), head_dim)?;
-    // What is rounded down has to be that number again.
+    // Rounding down must give that number again.
     let rotary_factor = ((rotated as f64 + 0.5) / head_dim as f64).min(1.0);
     let heads = gqa::Heads { head_dim: Some(head_dim), rotary_factor };
     Ok(GqaSpec { qk_norm: gqa::qk_norm(decoder, QkNormScope::Head), ..gqa::read(decoder, heads)? })
 }
 
-/// The choice of blocks: in `sparse_attention_config`, or under the names that transformers gives its keys.
+/// The choice of blocks: in `sparse_attention_config`, or under transformers' names for its keys.
 fn key_blocks(decoder: &Decoder<'_>) -> Result<KeyBlocksSpec, ConvertError> {
     let section = decoder.config.section("sparse_attention_config")?;
     let size = |nested: &str, flat: &str, default: usize, most: usize| {
@@ -142,8 +142,8 @@ fn experts(decoder: &Decoder<'_>, activation: ActivationSpec) -> Result<FfnSpec,
     Ok(FfnSpec { activation, dense_width, moe: routed.moe.map(sigmoid), ..routed })
 }
 
-/// Which layers are of the first of two `kinds`: by the name of each in transformers' list, or by a list of zeros and others under
-/// `key`, which for attention is in its section. `None` if neither is there.
+/// Which layers are of the first of two `kinds`: by names in transformers' list, or by a list of zeros and other numbers under
+/// `key`, which for attention is in its section. `None` if both lists are missing.
 fn of_layers(decoder: &Decoder<'_>, key: &str, kinds: [&str; 2]) -> Result<Option<Vec<bool>>, ConvertError> {
     let of_attention = kinds[0] == "minimax_m3_sparse";
     if let Some(list) = decoder.layer_list(if of_attention { "layer_types" } else { "mlp_layer_types" }, kinds)? {

@@ -9,7 +9,7 @@ use super::view::{Origin, Strides, View};
 use super::{indexer, rope};
 use crate::error::ConvertError;
 
-/// The reference hard-codes it for the norms inside latent attention, whatever `rms_norm_eps` says.
+/// The reference hard-codes this for the norms inside latent attention, whatever `rms_norm_eps` says.
 const LATENT_NORM_EPS: f32 = 1e-6;
 
 /// Values for missing keys.
@@ -58,7 +58,7 @@ pub(crate) fn origin(mla: &MlaSpec, layer: &dyn Fn(&str) -> String, name: &str, 
     if let "k_b" | "v_b" = name {
         let (keys, module) = (name == "k_b", if name == "k_b" { "embed_q" } else { "unembed_out" });
         let both = kv_b_half(mla, layer("self_attn.kv_b_proj.weight"), keys);
-        // MLX since 2026 keeps the halves apart, head by head, and that of keys transposed, as they are wanted here.
+        // Since 2026, MLX stores the halves separately, head by head, and the half of the keys transposed, as needed here.
         let [heads, rows, cols] = shape;
         let apart = layer(&format!("self_attn.{module}.weight"));
         let apart = View::new(apart, &shape, Strides::rows(0, heads * rows, cols));
@@ -85,7 +85,7 @@ fn single(layer: &dyn Fn(&str) -> String, name: &str, shape: [usize; 3]) -> View
     }
 }
 
-/// `kv_b_proj` holds, head by head, the rows that make keys and then those that make values. Those of keys are transposed.
+/// `kv_b_proj` holds the rows of the keys and then those of the values, head by head. Those of the keys are transposed here.
 fn kv_b_half(mla: &MlaSpec, tensor: String, keys: bool) -> View {
     let rank = mla.kv_lora_rank;
     let head_rows = mla.qk_nope_head_dim + mla.v_head_dim;

@@ -1,7 +1,7 @@
 //! Model families: what `config.json` means and what the tensors are called.
 //!
-//! A family is one file that implements [`Family`] and says only what differs; what several share stands in `decoder`,
-//! `mla`, `indexer`, `gqa`, `delta`, `moe`, `rope` and `names`. `docs/ADDING_A_MODEL.md` says how to add one.
+//! A family is one file that implements [`Family`] and contains only the differences; common parts are in `decoder`, `mla`,
+//! `indexer`, `gqa`, `delta`, `moe`, `rope` and `names`. `docs/ADDING_A_MODEL.md` explains how to add one.
 
 mod bailing_hybrid;
 mod bailing_moe;
@@ -108,64 +108,64 @@ static FAMILIES: &[&dyn Family] = &[
 
 /// What the converter must know about a family.
 pub(crate) trait Family: Sync {
-    /// Values of `model_type` that mean this family.
+    /// The values of `model_type` for this family.
     fn model_types(&self) -> &'static [&'static str];
 
-    /// The key under which `config.json` describes the text model; `None`: at the top.
+    /// The key under which `config.json` describes the text model; `None`: at the top level.
     fn text_section(&self) -> Option<&'static str> {
         None
     }
 
-    /// Whether the token embedding is the output head where `tie_word_embeddings` is missing.
+    /// Whether the token embedding is the output head if `tie_word_embeddings` is missing.
     fn tied_by_default(&self) -> bool {
         false
     }
 
-    /// What the model computes; `config` is the text model's.
+    /// What the model computes, by its configuration `config` (that of the text model).
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError>;
 
-    /// What the layer computes that checkpoints of the family may have for multi-token prediction, beside a decoder of this spec;
+    /// The layer for multi-token prediction that checkpoints of the family may have in addition to a decoder with this spec;
     /// `None`: they have none, or it is left out.
     fn prediction(&self, _decoder: &ModelSpec) -> Option<LayerSpec> {
         None
     }
 
-    /// What tensors are called.
+    /// The names of tensors.
     fn names(&self) -> Names {
         Names::USUAL
     }
 
-    /// Everything that tensors may be called: that of the family's own releases first.
+    /// All spellings of names of tensors; the first is that of the family's own releases.
     fn spellings(&self) -> Vec<Names> {
         vec![self.names()]
     }
 
-    /// What tensors are called, where their shapes say more than the configuration. `shape_of`: the shape of a tensor, if it is there.
+    /// The names of tensors, if their shapes show more than the configuration. `shape_of`: the shape of a tensor, if it exists.
     fn arranged(&self, names: Names, _spec: &ModelSpec, _shape_of: &dyn Fn(&str) -> Option<Vec<usize>>) -> Names {
         names
     }
 
-    /// Layers by the numbers in names of tensors.
+    /// The number of layers, as numbered in names of tensors.
     fn named_layers(&self, spec: &ModelSpec) -> usize {
         spec.layers.len()
     }
 
-    /// Where a tensor behind the last layer comes from, other than the head: the norm, and what joins streams before it.
+    /// Where a tensor after the last layer comes from, except the head: the norm, and what merges streams before it.
     fn final_origin(&self, names: Names, _spec: &ModelSpec, tensor: &TensorShape) -> Origin {
         names.final_origin(tensor)
     }
 
-    /// Where a tensor of an extent comes from, in one of the family's spellings. Asked for what [`ModelSpec::tensors`] lists
-    /// in layers, not for embedding, head and what is behind the last layer.
+    /// Where a tensor of an extent comes from, in one of the family's spellings. Called for the tensors in layers that
+    /// [`ModelSpec::tensors`] lists, not for embedding, head and the tensors after the last layer.
     fn origin(&self, names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
         names.origin(spec, place, tensor)
     }
 
-    /// What the model computes, with what only tensors of the checkpoint say: `spec` is what [`Family::spec`] says, `parts` what
-    /// [`Family::table_parts`] says.
+    /// What the model computes, including what only tensors of the checkpoint define. `spec` is the result of [`Family::spec`],
+    /// `parts` that of [`Family::table_parts`].
     ///
     /// # Errors
-    /// For a tensor that is missing, or is not what it must be.
+    /// If a tensor is missing or has impossible contents.
     fn complete(
         &self,
         _names: Names,
@@ -179,7 +179,7 @@ pub(crate) trait Family: Sync {
     /// How many tensors each table of n-grams is split into.
     ///
     /// # Errors
-    /// For a configuration that does not say a possible number.
+    /// If the configuration has no possible number.
     fn table_parts(&self, _config: &Config) -> Result<usize, ConvertError> {
         Ok(0)
     }
@@ -189,39 +189,39 @@ pub(crate) trait Family: Sync {
         Vec::new()
     }
 
-    /// The tensor that is a part of the table of n-grams of a layer: a range of its rows, all but the last of equal length.
+    /// The tensor with a part of a layer's table of n-grams: a range of its rows. All parts but the last have equal length.
     fn table_part(&self, _names: Names, layer: usize, _part: usize) -> String {
         unreachable!("layer {layer} of this family has no table")
     }
 
-    /// Why a tensor that no extent uses may be left out; `None`: it is unknown. Not asked for layers behind the decoder's.
+    /// Why a tensor that no extent uses may be left out; `None`: it is unknown. Not called for layers after the decoder's.
     fn unused(&self, name: &str) -> Option<Unused> {
         usually_unused(name)
     }
 }
 
-/// The tensors of a checkpoint, for families whose models depend on the values of some.
+/// The tensors of a checkpoint, for families whose models depend on the values of some of them.
 pub(crate) trait Stored {
     /// The numbers of a vector of 64-bit integers that must have this length.
     ///
     /// # Errors
-    /// If there is no such tensor, or it is anything else.
+    /// If there is no such tensor, or it is something else.
     fn integers(&self, tensor: &str, len: usize) -> Result<Vec<i64>, ConvertError>;
 
-    /// The same, of numbers that may not be negative.
+    /// The same for numbers that must not be negative.
     ///
     /// # Errors
     /// As [`Stored::integers`].
     fn unsigned(&self, tensor: &str, len: usize) -> Result<Vec<u64>, ConvertError>;
 
-    /// Rows of a matrix; `None` if there is none of that name.
+    /// Rows of a matrix; `None` if no tensor has that name.
     fn rows(&self, tensor: &str) -> Option<usize>;
 }
 
-/// An extent, by what it holds.
+/// An extent, identified by its contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
-    /// What it holds.
+    /// Kind of contents.
     pub(crate) kind: ExtentKind,
     /// Layer.
     pub(crate) layer: usize,
@@ -242,7 +242,7 @@ pub(crate) enum Unused {
     Derived,
     /// Biases and zero points of zeros.
     Zeros,
-    /// What neither the index nor the model knows.
+    /// In neither the index nor the model.
     Unindexed,
 }
 
@@ -260,7 +260,7 @@ impl Unused {
     }
 }
 
-/// Ends of names of tensors that quantise activations or the KV cache.
+/// Suffixes of the names of tensors that quantise activations or the KV cache.
 const ACTIVATION_SCALES: [&str; 16] = [
     ".input_scale",
     ".input_scale_ub",
@@ -280,11 +280,11 @@ const ACTIVATION_SCALES: [&str; 16] = [
     ".prob_output_scale",
 ];
 
-/// Ends of names of constants that old versions of transformers saved.
+/// Suffixes of the names of constants that old versions of transformers saved.
 const DERIVED: [&str; 5] =
     ["rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".position_ids", ".attn.masked_bias"];
 
-/// Some families keep prediction layers under `mtp.`; old checkpoints carry rotary frequencies.
+/// Some families have prediction layers under `mtp.`; old checkpoints contain rotary frequencies.
 fn usually_unused(name: &str) -> Option<Unused> {
     if ["mtp.", "model.mtp.", "language_model.mtp."].iter().any(|prefix| name.starts_with(prefix)) {
         return Some(Unused::MultiTokenPrediction);
@@ -292,7 +292,7 @@ fn usually_unused(name: &str) -> Option<Unused> {
     by_its_name(name)
 }
 
-/// Why a tensor of this name is not needed in any model.
+/// Why a tensor with this name is not needed in any model.
 pub(crate) fn by_its_name(name: &str) -> Option<Unused> {
     if ACTIVATION_SCALES.iter().any(|end| name.ends_with(end)) {
         return Some(Unused::ActivationScales);
@@ -310,7 +310,7 @@ pub(crate) fn find(config: &Config) -> Result<&'static dyn Family, ConvertError>
     found.ok_or_else(|| config.refuse("model_type", nearest::refusal(model_type, &supported)))
 }
 
-/// What the model computes by its configuration `spec` and the tensors of its checkpoint, valid.
+/// What the model computes according to its configuration `spec` and the tensors of its checkpoint; validated.
 pub(crate) fn complete(
     family: &dyn Family,
     text: &Config,
@@ -324,14 +324,14 @@ pub(crate) fn complete(
     Ok(spec)
 }
 
-/// What the model that `text` describes computes, valid.
+/// What the model described by `text` computes; validated.
 pub(crate) fn spec(family: &dyn Family, text: &Config) -> Result<ModelSpec, ConvertError> {
     let spec = family.spec(text)?;
     spec.validate().map_err(|problem| text.impossible(problem))?;
     Ok(spec)
 }
 
-/// The part of `config.json` that describes the text model; `None`: all of it.
+/// The section of `config.json` that describes the text model; `None`: the whole file does.
 pub(crate) fn text(family: &dyn Family, config: &Config) -> Result<Option<Config>, ConvertError> {
     let Some(key) = family.text_section() else { return Ok(None) };
     let section = config.section(key)?;

@@ -6,7 +6,7 @@ use sluice_format::{FfnSpec, GroupScore, MoeSpec, RouterGroups, RouterScore, Rou
 use super::decoder::Decoder;
 use crate::error::ConvertError;
 
-/// DeepSeek-V3's reference adds it to the sum of the chosen weights.
+/// DeepSeek-V3's reference adds this to the sum of the chosen weights.
 pub(crate) const RENORMALISE_EPS: f32 = 1e-20;
 
 /// Values for missing keys.
@@ -22,7 +22,7 @@ pub(crate) struct Defaults {
     pub(crate) scale: f64,
 }
 
-/// Number of experts, under the names that families have for it, and how many of them a token has.
+/// Number of experts, under the keys that families use, and how many of them a token has.
 fn experts(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<(usize, usize), ConvertError> {
     let config = decoder.config;
     let key = config.first_of(&["n_routed_experts", "num_experts", "num_local_experts"]);
@@ -60,12 +60,12 @@ pub(crate) fn softmax_experts(
     Ok(FfnSpec { moe: Some(moe), ..FfnSpec::NONE })
 }
 
-/// So many experts, of which so many are chosen, of this width: without anything that only some families have.
+/// This many experts, how many of them are chosen, and their width, without optional parts.
 pub(crate) fn plain([experts, top_k, width]: [usize; 3], router: RouterSpec) -> MoeSpec {
     MoeSpec { experts, top_k, width, latent: None, expert_bias: false, weighted_input: false, apart: false, router }
 }
 
-/// Experts as DeepSeek-V3 has them: sigmoid scores, a bias on the choice, groups, a shared expert.
+/// Experts as in DeepSeek-V3: sigmoid scores, a bias on the choice, groups, a shared expert.
 pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<FfnSpec, ConvertError> {
     let config = decoder.config;
     config.require_str(config.first_of(&["scoring_func", "moe_router_activation_func"]), &["sigmoid"])?;
@@ -77,7 +77,7 @@ pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<
         choice_bias: true,
         groups: groups(decoder, defaults, GroupScore::TopTwoSum)?,
         renormalise,
-        // MiMo's release says null.
+        // MiMo's release has null here.
         scale: match config.has("routed_scaling_factor") {
             true => config.f32_or("routed_scaling_factor", defaults.scale)?,
             false => defaults.scale as f32,
@@ -87,7 +87,7 @@ pub(crate) fn deepseek_v3(decoder: &Decoder<'_>, defaults: &Defaults) -> Result<
     with_shared(decoder, defaults, router)
 }
 
-/// The limit on groups, if there is more than one: one group limits nothing.
+/// The limit on groups, if there is more than one; a single group limits nothing.
 pub(crate) fn groups(
     decoder: &Decoder<'_>,
     defaults: &Defaults,
@@ -118,7 +118,7 @@ pub(crate) fn groups(
     Ok(Some(RouterGroups { count, keep, score }))
 }
 
-/// Experts with DeepSeek's keys, and the shared expert, which is as wide as `n_shared_experts` of them.
+/// Experts with DeepSeek's keys, and the shared expert, which has the width of `n_shared_experts` experts.
 pub(crate) fn with_shared(
     decoder: &Decoder<'_>,
     defaults: &Defaults,
@@ -142,7 +142,7 @@ pub(crate) struct Shape {
     pub(crate) shared: usize,
 }
 
-/// Experts of this shape; `shared_key` says how wide the shared expert is.
+/// Experts of this shape; `shared_key` gives the width of the shared expert.
 pub(crate) fn of_shape(
     decoder: &Decoder<'_>,
     shape: &Shape,
@@ -172,7 +172,7 @@ pub(crate) fn after_dense(decoder: &Decoder<'_>, default_dense: usize) -> Result
     Ok((0..decoder.layers).map(|layer| layer >= dense).collect())
 }
 
-/// Which layers have experts in Qwen's spelling: every `decoder_sparse_step`-th, but those of `mlp_only_layers`.
+/// Which layers have experts in Qwen's spelling: every `decoder_sparse_step`-th, except `mlp_only_layers`.
 pub(crate) fn by_step(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
     let config = decoder.config;
     if let Some(list) = decoder.layer_list("mlp_layer_types", ["sparse", "dense"])? {

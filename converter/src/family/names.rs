@@ -1,5 +1,5 @@
-//! What tensors are called. Checkpoints of the hub hold experts one by one; transformers since version 5 and MLX stack
-//! them; all three are accepted for every family.
+//! The names of tensors. In checkpoints on the hub, experts are separate; transformers since version 5 fuses them, and MLX stacks
+//! them. All three forms are accepted for every family.
 
 use sluice_format::{AttentionSpec, ExtentKind, LayerSpec, ModelSpec, TensorShape};
 
@@ -9,9 +9,9 @@ use super::{Place, delta, gqa, mla};
 /// Names of a decoder, such as `model.layers.3.mlp.down_proj.weight`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Names {
-    /// What stands before `layers.N`, such as `model.`.
+    /// The text before `layers.N`, such as `model.`.
     pub(crate) prefix: &'static str,
-    /// The token embedding, behind the prefix.
+    /// The token embedding, after the prefix.
     pub(crate) embedding: &'static str,
     /// The output head.
     pub(crate) head: &'static str,
@@ -19,24 +19,23 @@ pub(crate) struct Names {
     pub(crate) dense: &'static str,
     /// Modules of a layer that may hold router and experts, the usual one first.
     pub(crate) moe: &'static [&'static str],
-    /// The router's module inside.
+    /// The router's module inside that module.
     pub(crate) router: &'static str,
     /// Gate, up and down of one expert.
     pub(crate) expert: [&'static str; 3],
     /// The shared expert's module.
     pub(crate) shared: &'static str,
-    /// Whether norms are stored around zero: the model multiplies by one more.
+    /// Whether norms are stored around zero, so that the model multiplies by one more.
     pub(crate) zero_centred: bool,
-    /// Whether MLX adds that one before it saves such norms.
+    /// Whether MLX adds that one before saving such norms.
     pub(crate) mlx_adds_one: bool,
-    /// Whether convolutions are `[channels, width, 1]`, as MLX has them, not `[channels, 1, width]`. The numbers lie in the
-    /// same order.
+    /// Whether convolutions are `[channels, width, 1]` as in MLX, not `[channels, 1, width]`. The order of the numbers is the same.
     pub(crate) conv_last: bool,
     /// The number that layer 0 has in names.
     pub(crate) first: usize,
-    /// Modules that a prediction layer may be in, such as `mtp.`, in place of being numbered behind the layers of the decoder.
+    /// Modules that may contain a prediction layer, such as `mtp.`, instead of a number after the layers of the decoder.
     pub(crate) mtp: &'static [&'static str],
-    /// Parts into which a fused projection of queries, keys and values is cut: each has its share of all three.
+    /// Parts into which a fused projection of queries, keys and values is divided: each has its share of all three.
     pub(crate) qkv_shards: usize,
 }
 
@@ -73,7 +72,7 @@ impl Names {
         self.norm(format!("{}norm.weight", self.prefix), hidden)
     }
 
-    /// Where a tensor behind the last layer comes from, other than the head.
+    /// Where a tensor after the last layer comes from, except the head.
     pub(crate) fn final_origin(self, tensor: &TensorShape) -> Origin {
         let len = tensor.shape[2];
         let view = match tensor.name {
@@ -90,20 +89,20 @@ impl Names {
         format!("{}layers.{}.{rest}", self.prefix, self.first + layer)
     }
 
-    /// The layer that a tensor belongs to.
+    /// The layer to which a tensor belongs.
     pub(crate) fn layer_of(self, name: &str) -> Option<usize> {
         let (number, _) = name.strip_prefix(self.prefix)?.strip_prefix("layers.")?.split_once('.')?;
         number.parse().ok()
     }
 
-    /// The layer, if this is what marks it as one that predicts further tokens: the projection of a token's embedding beside
+    /// The layer, if this tensor marks it as one that predicts further tokens: the projection of a token's embedding together with
     /// a hidden state, which no layer of a decoder has.
     pub(crate) fn prediction_layer_of(self, name: &str) -> Option<usize> {
         let layer = self.layer_of(name)?;
         name.starts_with(&self.layer(layer, "eh_proj.")).then_some(layer)
     }
 
-    /// Vectors that are stored around zero where norms are.
+    /// Vectors that are stored around zero if norms are.
     pub(crate) fn centred_norms(self, spec: &ModelSpec) -> Vec<String> {
         let gated = spec.gated_streams.is_some();
         let norms = &spec.norms;
@@ -130,29 +129,29 @@ impl Names {
         layers.chain([self.final_norm(spec.hidden_size).tensor]).collect()
     }
 
-    /// A norm, whatever its name.
+    /// A norm with any name.
     pub(super) fn norm(self, tensor: String, len: usize) -> View {
         View { plus_one: self.zero_centred, ..View::vector(tensor, len) }
     }
 
-    /// A vector of a layer under a name of its own.
+    /// A vector of a layer with a name of its own.
     pub(crate) fn vector(self, place: Place, rest: &str, tensor: &TensorShape) -> Origin {
         vec![vec![View::vector(self.layer(place.layer, rest), tensor.shape[2])]]
     }
 
-    /// `own`, and behind it where a tensor comes from under the usual names: transformers since version 5 and MLX call most things
-    /// by them, and so does what is made of GGUF.
+    /// `own`, and after it the origin of a tensor under the usual names: transformers since version 5 and MLX use them for most
+    /// tensors, and so do the names made from GGUF.
     pub(crate) fn or_usual(self, own: Origin, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
         let usual = Names { prefix: self.prefix, head: self.head, first: self.first, ..Names::USUAL };
         [own, usual.origin(spec, place, tensor)].concat()
     }
 
-    /// Where a tensor comes from, for families that differ in names only.
+    /// Where a tensor comes from, for families that differ only in names.
     pub(crate) fn origin(self, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
         self.origin_in(spec, place, &|rest| self.layer(place.layer, rest), tensor)
     }
 
-    /// The same for families that complete the names of a layer in another way.
+    /// The same for families that complete the names of a layer differently.
     pub(crate) fn origin_in(
         self,
         spec: &ModelSpec,
@@ -182,7 +181,7 @@ impl Names {
                 let plus_one = self.zero_centred && name.ends_with("_norm");
                 one(View { plus_one, ..gqa::origin(spec, layer, name, shape) })
             }
-            // The norm inside is not zero-centred, even where the others are.
+            // The norm inside is not zero-centred, even if the others are.
             (_, AttentionSpec::Delta(spec)) => delta::origin(spec, self.conv_last, layer, name, shape),
             (_, AttentionSpec::Mamba(_) | AttentionSpec::Compressed(_)) => {
                 unreachable!("a family with such attention has names of its own")
@@ -196,14 +195,14 @@ impl Names {
         let gate = self.router;
         let each = |view: &dyn Fn(&str) -> View| self.moe.iter().map(|m| view(m)).collect::<Vec<_>>();
         match tensor.name {
-            // Where a norm stands behind attention, it has this name.
+            // A norm after attention has this name.
             "ffn_norm" if spec.norms.behind => vec![self.norm(layer("pre_feedforward_layernorm.weight"), cols)],
             "ffn_norm" => vec![self.norm(layer("post_attention_layernorm.weight"), cols)],
             "ffn_norm_bias" => vec![vector("post_attention_layernorm.bias".to_owned())],
             "ffn_post_norm" => vec![self.norm(layer("post_feedforward_layernorm.weight"), cols)],
             "router" => each(&|m| View::whole(layer(&format!("{m}.{gate}.weight")), rows, cols)),
             "router_logit_bias" => each(&|m| vector(format!("{m}.{gate}.bias"))),
-            // Inside the router in DeepSeek's models, beside it in MiniMax's.
+            // In DeepSeek's models it is in the router, in MiniMax's beside it.
             "router_bias" => {
                 let mut views = each(&|m| vector(format!("{m}.{gate}.e_score_correction_bias")));
                 views.extend(each(&|m| vector(format!("{m}.e_score_correction_bias"))));
@@ -235,13 +234,13 @@ impl Names {
     }
 }
 
-/// All of a matrix.
+/// A whole matrix.
 pub(crate) fn matrix(name: String, tensor: &TensorShape) -> Origin {
     let [_, rows, cols] = tensor.shape;
     vec![vec![View::whole(name, rows, cols)]]
 }
 
-/// A feed-forward network of its own; `parts` are its gate, up and down.
+/// A separate feed-forward network; `parts` are its gate, up and down.
 pub(crate) fn gated(module: &str, parts: [&str; 3], tensor: &TensorShape) -> Vec<View> {
     let [_, rows, cols] = tensor.shape;
     let part = |which: &str| View::whole(format!("{module}.{which}.weight"), rows, cols);
@@ -253,7 +252,7 @@ pub(crate) fn gated(module: &str, parts: [&str; 3], tensor: &TensorShape) -> Vec
     }
 }
 
-/// One of all experts of a layer as transformers fuses them: gate above up in one tensor, down in another.
+/// One of all experts of a layer as in transformers: gate before up in one tensor, down in another.
 pub(crate) fn fused(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Vec<View> {
     let [_, rows, cols] = tensor.shape;
     match tensor.name {
@@ -266,7 +265,7 @@ pub(crate) fn fused(module: &str, experts: usize, index: usize, tensor: &TensorS
     }
 }
 
-/// One of all experts of a layer as MLX stacks them: three tensors.
+/// One of all experts of a layer as in MLX: three stacked tensors.
 pub(crate) fn stacked(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Vec<View> {
     let [_, rows, cols] = tensor.shape;
     let part =

@@ -1,5 +1,5 @@
-//! Nemotron-H and Nemotron 3: blocks of Mamba-2, attention or a feed-forward network, each with a norm and a residual of its own. A layer
-//! here is a block that mixes tokens, and the feed-forward block behind it if there is one.
+//! Nemotron-H and Nemotron 3: blocks of Mamba-2, attention or a feed-forward network, each with its own norm and residual. A layer
+//! here is a block that mixes tokens, with the feed-forward block after it if there is one.
 
 use sluice_format::limits::{MAX_LENGTH, MAX_WIDTH};
 use sluice_format::{
@@ -34,12 +34,12 @@ const EXPERTS: moe::Defaults =
 const HEAD_DIM: usize = 128;
 const SHARED_WIDTH: usize = 7688;
 
-/// Steps of the recurrence that are as good as without bound.
+/// A bound on the steps of the recurrence that has no effect.
 const NO_BOUND: f64 = 1e6;
 
 const PREFIX: &str = "backbone.";
 
-/// What a block is.
+/// The kind of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Block {
     Mamba,
@@ -84,7 +84,7 @@ impl Family for NemotronH {
                 }
             }
         }
-        // Blocks without feed-forward part are no dense ones.
+        // Blocks without a feed-forward part are not dense.
         let any_dense = layers.iter().any(|layer| layer.ffn == dense);
         let intermediate = if any_dense { decoder.intermediate } else { 1 };
         Decoder { intermediate, ..decoder }.model(layers)
@@ -95,7 +95,7 @@ impl Family for NemotronH {
     }
 
     fn spellings(&self) -> Vec<Names> {
-        // The second is what transformers since version 5 calls its module.
+        // The second is the module's name in transformers since version 5.
         vec![self.names(), Names { prefix: "model.", ..self.names() }]
     }
 
@@ -135,12 +135,12 @@ fn first_block(spec: &ModelSpec, layer: usize) -> usize {
     spec.layers[..layer].iter().map(|layer| if layer.ffn.is_none() { 1 } else { 2 }).sum()
 }
 
-/// The key that says what the blocks are.
+/// The key that lists the blocks.
 fn pattern_key(config: &Config) -> &'static str {
     if config.has("layers_block_type") { "layers_block_type" } else { "hybrid_override_pattern" }
 }
 
-/// The blocks: a list of words, a text of one letter for each, or what transformers fills in.
+/// The blocks: a list of words, a text with one letter for each, or the default of transformers.
 fn blocks(config: &Config) -> Result<Vec<Block>, ConvertError> {
     let key = pattern_key(config);
     let refuse = |problem: String| config.refuse(key, problem);
@@ -191,13 +191,13 @@ fn mamba(decoder: &Decoder<'_>) -> Result<MambaSpec, ConvertError> {
     })
 }
 
-/// Refuses bounds on the steps of the recurrence. (`time_step_min` bounds those with which training began; transformers takes it for a
-/// bound while it reads a prompt, and for none while it generates. No trained step comes near it.)
+/// Refuses bounds on the steps of the recurrence. (`time_step_min` bounds the initial values in training; transformers uses it as a
+/// bound while it reads a prompt, but not while it generates. No trained step comes near it.)
 fn check_steps(config: &Config) -> Result<(), ConvertError> {
     let key = config.first_of(&["time_step_limit", "mamba_dt_limit"]);
     let Some(limits) = config.opt_list(key)? else { return Ok(()) };
     let lower = limits.first().and_then(serde_json::Value::as_f64) == Some(0.0);
-    // Infinity is no number of JSON; writers have several words for it.
+    // JSON has no infinity; writers use several words for it.
     let upper = limits.get(1).is_some_and(|upper| upper.as_f64().is_none_or(|upper| upper >= NO_BOUND));
     if lower && upper && limits.len() == 2 {
         return Ok(());
@@ -205,13 +205,13 @@ fn check_steps(config: &Config) -> Result<(), ConvertError> {
     Err(config.refuse(key, "bounds the steps of the recurrence; supported: [0.0, Infinity]"))
 }
 
-/// Attention knows no positions.
+/// Attention without positions.
 fn attention(decoder: &Decoder<'_>) -> Result<GqaSpec, ConvertError> {
     let config = decoder.config;
     if let Some(window) = config.opt_size_or("sliding_window", None, MAX_LENGTH)? {
         return Err(config.refuse("sliding_window", format!("is {window}; supported: null")));
     }
-    // Older files have the key with a prefix.
+    // In older files, the key has a prefix.
     let head_dim = config.size_or("attention_head_dim", HEAD_DIM, MAX_WIDTH)?;
     let heads = gqa::Heads { head_dim: Some(head_dim), ..gqa::Heads::USUAL };
     Ok(GqaSpec { rope: None, ..gqa::read(decoder, heads)? })
@@ -233,7 +233,7 @@ fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
     })
 }
 
-/// Where a tensor of Mamba-2 comes from. The rows of `in_proj` are those of the gate, of the convolution's channels and of the steps.
+/// Where a tensor of Mamba-2 comes from. `in_proj` has the rows of the gate, of the convolution's channels, and of the steps.
 fn mamba_view(mamba: &MambaSpec, name: &dyn Fn(&str) -> String, tensor: &TensorShape) -> View {
     let [_, rows, cols] = tensor.shape;
     let (inner, group, channels) = (mamba.inner_width(), mamba.groups * mamba.state_dim, mamba.conv_channels());

@@ -1,4 +1,4 @@
-//! OLMoE: norms over all heads together, and a bound on queries, keys and values.
+//! OLMoE: a norm over all heads together, and a bound on queries, keys and values.
 
 use sluice_format::{AttentionSpec, GqaSpec, ModelSpec, QkNormScope};
 

@@ -1,4 +1,4 @@
-//! Phi-3.5-MoE: layer norms, biases everywhere but in the experts, and a router that weighs its choices one after the other.
+//! Phi-3.5-MoE: layer norms, biases everywhere except in the experts, and a router that weighs its choices one after the other.
 
 use sluice_format::{AttentionSpec, GqaSpec, ModelSpec, MoeSpec, NormsSpec, RouterScore};
 
@@ -33,7 +33,7 @@ const EXPERTS: moe::Defaults = moe::Defaults {
     scale: 1.0,
 };
 
-/// The reference mixes two experts, and no other number.
+/// The reference mixes exactly two experts.
 const TOP_K: usize = 2;
 const JITTER: f64 = 0.01;
 

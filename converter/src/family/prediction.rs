@@ -1,24 +1,24 @@
-//! Prediction layers: what their tensors are called.
+//! Prediction layers: the names of their tensors.
 //!
-//! DeepSeek and GLM number them behind the layers of the decoder (`model.layers.61.eh_proj.weight`), Qwen has a module of its own
-//! for them (`mtp.fc.weight`). llama.cpp brings both to the first arrangement.
+//! DeepSeek and GLM number them after the layers of the decoder (`model.layers.61.eh_proj.weight`); Qwen has a separate module for
+//! them (`mtp.fc.weight`). llama.cpp converts both to the first arrangement.
 
 use sluice_format::TensorShape;
 
 use super::names::Names;
 use super::view::View;
 
-/// What the tensors of a prediction layer are called.
+/// The names of the tensors of a prediction layer.
 #[derive(Clone, Debug)]
 pub(crate) struct PredictionNames {
-    /// The names of a model that has this layer alone, as layer 0.
+    /// The names of a model with only this layer, as layer 0.
     pub(crate) layer: Names,
-    /// What all its tensors begin with.
+    /// The prefix of all its tensors.
     prefix: String,
     own: &'static Own,
 }
 
-/// What only a prediction layer has, behind the prefix.
+/// Names that only a prediction layer has, after the prefix.
 #[derive(Debug)]
 struct Own {
     embedding_norm: &'static str,
@@ -48,7 +48,7 @@ const MODULE: Own = Own {
 };
 
 impl PredictionNames {
-    /// What the first prediction layer of a decoder of so many layers may be called, where its tensors are called `names`.
+    /// Possible names of the first prediction layer of a decoder with this many layers, whose tensors are called `names`.
     pub(crate) fn spellings(names: Names, layers: usize) -> Vec<Self> {
         let module = |&prefix: &&'static str| PredictionNames {
             layer: Names { prefix, first: 0, ..names },
@@ -63,7 +63,7 @@ impl PredictionNames {
         names.mtp.iter().map(module).chain([numbered]).collect()
     }
 
-    /// Whether a tensor belongs to it.
+    /// Whether a tensor belongs to the layer.
     pub(crate) fn has(&self, tensor: &str) -> bool {
         tensor.starts_with(&self.prefix)
     }
@@ -73,7 +73,7 @@ impl PredictionNames {
         self.name(self.own.projection)
     }
 
-    /// Its token embedding and its output head, which are often copies of the model's.
+    /// Its token embedding and output head, which are often copies of the model's.
     pub(crate) fn embedding_and_head(&self) -> [String; 2] {
         [self.own.embedding, self.own.head].map(|rest| self.name(rest))
     }

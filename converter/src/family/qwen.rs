@@ -1,4 +1,4 @@
-//! What the Qwen families share.
+//! Common parts of the Qwen families.
 
 use sluice_format::FfnSpec;
 use sluice_format::limits::MAX_WIDTH;
@@ -6,7 +6,7 @@ use sluice_format::limits::MAX_WIDTH;
 use super::decoder::Decoder;
 use crate::error::ConvertError;
 
-/// Qwen's configurations carry a window that no published model switches on.
+/// Qwen's configurations have a window, but no published model switches it on.
 pub(crate) fn require_full_attention(decoder: &Decoder<'_>) -> Result<(), ConvertError> {
     decoder.config.require_bool("use_sliding_window", false)
 }

@@ -1,4 +1,4 @@
-//! Qwen3-Next and Qwen3-Coder-Next, and Qwen3.5 and 3.6, whose text model is the same but for the arrangement of tensors.
+//! Qwen3-Next and Qwen3-Coder-Next, and Qwen3.5 and 3.6, whose text model differs only in the arrangement of tensors.
 
 use sluice_format::{AttentionSpec, FfnSpec, GqaSpec, LayerSpec, ModelSpec, QkNormScope};
 
@@ -65,7 +65,7 @@ impl Family for Qwen35MoeText {
 
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
         config.require_bool("attn_output_gate", true)?;
-        // It renormalises whatever `norm_topk_prob` says.
+        // Weights are renormalised whatever `norm_topk_prob` says.
         model(&Decoder::read(config, &QWEN35)?, &QWEN35_EXPERTS, true)
     }
 
@@ -82,7 +82,7 @@ impl Family for Qwen35MoeText {
     }
 }
 
-/// MLX's names, with or without a vision model around.
+/// MLX's names, with or without a vision model around it.
 const MLX: Names = Names {
     prefix: "language_model.model.",
     head: "language_model.lm_head.weight",
@@ -123,7 +123,7 @@ impl Family for Qwen35Moe {
     }
 }
 
-/// The layer for multi-token prediction: full attention with experts, wherever those stand in the decoder.
+/// The layer for multi-token prediction: full attention with experts, whichever layers of the decoder have those.
 fn predicting(decoder: &ModelSpec) -> Option<LayerSpec> {
     let full = decoder.layers.iter().find(|layer| matches!(layer.attention, AttentionSpec::Gqa(_)))?;
     let sparse = decoder.layers.iter().find(|layer| layer.ffn.moe.is_some())?;

@@ -1,5 +1,5 @@
-//! Qwen4-Exp (Qwen3.8-Flash-Next): Qwen3.5's layers with gated residual streams instead of norms, a choice of blocks of keys, and
-//! tables of n-grams. The text part is converted.
+//! Qwen4-Exp (Qwen3.8-Flash-Next): Qwen3.5's layers with gated residual streams instead of norms, a choice of key blocks, and
+//! tables of n-grams. Only the text part is converted.
 
 use sluice_format::limits::{MAX_EXTENTS, MAX_LENGTH, MAX_TABLE_ROWS, MAX_WIDTH};
 use sluice_format::{
@@ -38,7 +38,7 @@ const EXPERTS: moe::Defaults =
 const HEADS: gqa::Heads = gqa::Heads { head_dim: Some(256), rotary_factor: 1.0 };
 const SHARED_WIDTH: usize = 512;
 
-/// Where a layer has the numbers of its table of n-grams.
+/// The module of a layer with the numbers of its table of n-grams.
 const TABLE: &str = "ple.ple_embedding";
 
 impl Family for Qwen4Exp {
@@ -150,7 +150,7 @@ impl Family for Qwen4ExpText {
         let own = own.or_else(|| ngram_tensor(names, spec, &layer, tensor));
         match (own, index_tensor(names, spec, place, &layer, tensor)) {
             (Some(view), _) => vec![vec![view]],
-            // Apart, as what is made of GGUF has them.
+            // Separate, as in what is made from GGUF.
             (None, Some(view)) => [vec![vec![view]], names.origin(spec, place, tensor)].concat(),
             (None, None) => names.origin(spec, place, tensor),
         }
@@ -196,7 +196,7 @@ const MULTIPLIERS: &str = "layer_multipliers";
 const SIZES: &str = "ngram_heads_vocab_sizes";
 const OFFSETS: &str = "ngram_heads_offsets";
 
-/// What makes one input of several streams, and takes a part's output in: `module` of a part, or of the head.
+/// Combines several streams into one input and adds a part's output to them; `module` belongs to a part or to the head.
 fn stream_tensor(names: Names, module: &str, tensor: &TensorShape) -> Option<View> {
     let [_, rows, cols] = tensor.shape;
     let matrix = |rest: &str| Some(View::whole(format!("{module}.{rest}.weight"), rows, cols));
@@ -209,7 +209,7 @@ fn stream_tensor(names: Names, module: &str, tensor: &TensorShape) -> Option<Vie
     }
 }
 
-/// A tensor that brings rows of a table of n-grams into the residual.
+/// A tensor that adds rows of a table of n-grams to the residual.
 fn ngram_tensor(names: Names, spec: &ModelSpec, layer: &dyn Fn(&str) -> String, tensor: &TensorShape) -> Option<View> {
     let [_, rows, cols] = tensor.shape;
     let matrix = |rest: &str| Some(View::whole(layer(&format!("ple.{rest}.weight")), rows, cols));
@@ -230,7 +230,7 @@ fn ngram_tensor(names: Names, spec: &ModelSpec, layer: &dyn Fn(&str) -> String, 
     }
 }
 
-/// A tensor that chooses blocks of keys: queries and keys of the choice are one projection, queries first.
+/// A tensor of the choice of key blocks: its queries and keys are one projection, queries first.
 fn index_tensor(
     names: Names,
     spec: &ModelSpec,
@@ -260,7 +260,7 @@ fn norm(names: Names, tensor: String, len: usize) -> View {
     View { plus_one: names.zero_centred, ..View::vector(tensor, len) }
 }
 
-/// The choice of blocks of keys, if there is one.
+/// The choice of key blocks, if there is one.
 fn key_blocks(decoder: &Decoder<'_>) -> Result<Option<KeyBlocksSpec>, ConvertError> {
     let config = decoder.config;
     let Some(index_heads) = config.opt_size_or("indexer_n_heads", None, MAX_WIDTH)? else { return Ok(None) };
@@ -288,8 +288,8 @@ fn key_blocks(decoder: &Decoder<'_>) -> Result<Option<KeyBlocksSpec>, ConvertErr
     }))
 }
 
-/// The tables of n-grams: their shapes. The numbers that n-grams are hashed with are tensors, and until these are read
-/// ([`Family::complete`]) there stand others: heads of equal sizes, while those of a release are the primes from there on.
+/// The shapes of the tables of n-grams. The numbers for hashing n-grams are tensors. Until they are read ([`Family::complete`]),
+/// there are placeholders: heads of equal sizes, while those of a release are the primes from there on.
 fn ngrams(decoder: &Decoder<'_>) -> Result<Vec<NgramSpec>, ConvertError> {
     let config = decoder.config;
     let Some(list) = config.opt_list("ple_layer_ids")?.filter(|list| !list.is_empty()) else { return Ok(Vec::new()) };
@@ -326,7 +326,7 @@ fn ngrams(decoder: &Decoder<'_>) -> Result<Vec<NgramSpec>, ConvertError> {
     Ok(layers.into_iter().map(|layer| NgramSpec { layer, ..spec.clone() }).collect())
 }
 
-/// Odd numbers that stand for those of a checkpoint until these are read, and in models that are made up.
+/// Odd numbers that replace those of a checkpoint until they are read, and in synthetic models.
 const MULTIPLIER: [i64; 8] = [
     0x1f0d_3804_1b2a_5d31,
     0x2b7e_1516_28ae_d2a7,
@@ -338,7 +338,7 @@ const MULTIPLIER: [i64; 8] = [
     0x3466_cf34_e90c_6cc1,
 ];
 
-/// The token that n-grams do not reach across: the first that ends a text.
+/// The token that n-grams do not cross: the first one that ends a text.
 fn end_of_text(decoder: &Decoder<'_>) -> Result<u32, ConvertError> {
     let (config, key) = (decoder.config, "eos_token_id");
     let token = match config.list(key) {

@@ -1,4 +1,4 @@
-//! Rotary position embedding, in the spelling of either generation of configuration files.
+//! Rotary position embedding, in the spelling of both generations of configuration files.
 
 use sluice_format::limits::MAX_LENGTH;
 use sluice_format::{RopePairing, RopeScaling, RopeSpec};
@@ -6,23 +6,23 @@ use sluice_format::{RopePairing, RopeScaling, RopeSpec};
 use super::config::Config;
 use crate::error::ConvertError;
 
-/// Rotations within the original context beyond which a frequency stays as it is, and below which it is divided by the
-/// factor, where nothing is said (arXiv:2309.00071, section 3.2).
+/// Numbers of rotations within the original context, if the configuration has none: above the first, a frequency stays unchanged;
+/// below the second, it is divided by the factor (arXiv:2309.00071, section 3.2).
 const BETA_FAST: f64 = 32.0;
 const BETA_SLOW: f64 = 1.0;
 
-/// The kind of rotation that this program's own reader of GGUF files describes: a list `divisors`.
+/// The kind of rotation that this program's own reader of GGUF files writes: a list `divisors`.
 pub(crate) const DIVIDED: &str = "divided";
 
-/// What a configuration says about rotation.
+/// The rotation in a configuration.
 pub(crate) struct Rope {
     /// The rotation.
     pub(crate) spec: RopeSpec,
-    /// YaRN's magnitude factor from `mscale_all_dim`, by whose square latent attention scales its scores; else 1.
+    /// YaRN's magnitude factor from `mscale_all_dim`; latent attention scales its scores by its square. Otherwise 1.
     pub(crate) score_mscale: f64,
 }
 
-/// Elements of a head of `head_dim` that are rotated: a part given by `partial_rotary_factor`, rounded down.
+/// Rotated elements of a head of `head_dim` elements: the fraction `partial_rotary_factor`, rounded down.
 pub(crate) fn width(config: &Config, head_dim: usize, default_factor: f64) -> Result<usize, ConvertError> {
     let outer = config.opt_f64("partial_rotary_factor")?.unwrap_or(default_factor);
     let (place, factor) = match config.section("rope_parameters")? {
@@ -39,7 +39,7 @@ fn checked_width(config: &Config, head_dim: usize, factor: f64) -> Result<usize,
     part(config, "partial_rotary_factor", head_dim, factor)
 }
 
-/// The part `factor` of `head_dim` elements, rounded down; `key` is where it comes from.
+/// The fraction `factor` of `head_dim` elements, rounded down; `key` is its key.
 pub(crate) fn part(config: &Config, key: &str, head_dim: usize, factor: f64) -> Result<usize, ConvertError> {
     if !(factor > 0.0 && factor <= 1.0) {
         return Err(config.refuse(key, format!("is {factor}, expected more than 0 and at most 1")));
@@ -52,7 +52,7 @@ pub(crate) fn part(config: &Config, key: &str, head_dim: usize, factor: f64) -> 
     Ok(width)
 }
 
-/// Refuses an odd number of rotated elements under `key`: they turn in pairs.
+/// Refuses an odd number of rotated elements under `key`, because they are rotated in pairs.
 pub(crate) fn check_even(config: &Config, key: &str, width: usize) -> Result<(), ConvertError> {
     if width.is_multiple_of(2) {
         Ok(())
@@ -61,8 +61,8 @@ pub(crate) fn check_even(config: &Config, key: &str, width: usize) -> Result<(),
     }
 }
 
-/// Reads the rotation of `dim` elements. Newer files keep everything in `rope_parameters`, older ones have `rope_theta` and
-/// `rope_scaling`; where both exist, they must say the same. A `rope_theta` in a section wins over one beside it.
+/// Reads the rotation of `dim` elements. Newer files have everything in `rope_parameters`, older ones `rope_theta` and
+/// `rope_scaling`. If a file has both, they must agree. A `rope_theta` in a section takes precedence over one beside it.
 pub(crate) fn read(
     config: &Config,
     dim: usize,
@@ -74,7 +74,7 @@ pub(crate) fn read(
     config.check_above("rope_theta", outer_theta, 1.0)?;
     let section = match (config.section("rope_parameters")?, config.section("rope_scaling")?) {
         (Some(section), Some(older)) => {
-            // Transformers computes with the older one: whoever added it to a newer file means it.
+            // transformers uses the older one: whoever added it to a newer file wants it.
             older.check_repeats(&section, "rope_parameters")?;
             Some(section)
         }
@@ -94,7 +94,7 @@ pub(crate) fn read(
     of_section(&section, dim, pairing, outer_theta, max_positions)
 }
 
-/// The rotation that a section of its own describes. `outer_theta`: the base where it names none.
+/// The rotation that a section describes. `outer_theta`: the base if the section has none.
 pub(crate) fn of_section(
     section: &Config,
     dim: usize,
@@ -104,7 +104,7 @@ pub(crate) fn of_section(
 ) -> Result<Rope, ConvertError> {
     let theta = section.opt_f64("rope_theta")?.unwrap_or(outer_theta);
     section.check_above("rope_theta", theta, 1.0)?;
-    // `type` is what the key was called before it became `rope_type`.
+    // `type` is the older name of `rope_type`.
     let (key, kind) = match section.opt_str("rope_type")? {
         Some(kind) => ("rope_type", kind),
         None => ("type", section.opt_str("type")?.unwrap_or("default")),
@@ -119,7 +119,7 @@ pub(crate) fn of_section(
         "yarn" => yarn(section, max_positions)?,
         "llama3" => (llama3(section, max_positions)?, 1.0),
         "longrope" | "su" => (longrope(section, dim, max_positions)?, 1.0),
-        // Of GGUF files alone, which do not say how their divisors came about.
+        // Only from GGUF files, which do not say how their divisors were computed.
         DIVIDED => (RopeScaling::Divided { divisors: divisors(section, "divisors", dim)?, attention_factor: 1.0 }, 1.0),
         other => {
             let problem = format!("is \"{other}\"; supported: default, linear, yarn, llama3, longrope");
@@ -134,9 +134,9 @@ fn linear(section: &Config) -> Result<RopeScaling, ConvertError> {
     Ok(RopeScaling::Linear { factor: section.check_above("factor", factor, 0.0)? })
 }
 
-/// LongRoPE (arXiv:2402.13753), which has divisors for the context that the model was trained on and others for a longer one.
-/// What is in a cache cannot be turned otherwise once a sequence grows beyond the first, so the context that the
-/// configuration asks for decides, as in vLLM: with `max_position_embeddings` no longer than the original, it is the short ones.
+/// LongRoPE (arXiv:2402.13753), which has divisors for the context of the training and others for a longer one. Keys in a cache
+/// cannot be rotated again when a sequence grows beyond the first, so the configured context decides, as in vLLM: if
+/// `max_position_embeddings` is not longer than the original context, the short divisors are used.
 fn longrope(section: &Config, dim: usize, max_positions: usize) -> Result<RopeScaling, ConvertError> {
     let original = "original_max_position_embeddings";
     let trained =
@@ -169,7 +169,7 @@ fn divisors(section: &Config, key: &str, dim: usize) -> Result<Vec<f32>, Convert
 fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), ConvertError> {
     let positive = |key: &str, value: f64| section.check_above(key, value, 0.0);
     let original = section.opt_size_or("original_max_position_embeddings", None, MAX_LENGTH)?;
-    // Without a factor, the context that is given is the extended one.
+    // Without a factor, the given context is the extended one.
     let factor = match (section.opt_f64("factor")?, original) {
         (Some(factor), _) => factor,
         (None, Some(original)) => max_positions as f64 / original as f64,
@@ -195,7 +195,7 @@ fn yarn(section: &Config, max_positions: usize) -> Result<(RopeScaling, f64), Co
     Ok((scaling, mscale_all_dim.map_or(1.0, |m| magnitude(factor, m))))
 }
 
-/// YaRN with nothing said but how far it extends.
+/// YaRN with only its extension factor given.
 pub(crate) fn untruncated_yarn(factor: f64, original_max_positions: usize) -> RopeScaling {
     RopeScaling::Yarn {
         factor,
@@ -223,7 +223,7 @@ fn llama3(section: &Config, max_positions: usize) -> Result<RopeScaling, Convert
     };
     let original = section.opt_size_or("original_max_position_embeddings", None, MAX_LENGTH)?;
     let low_freq_factor = number("low_freq_factor", 0.0)?;
-    // Where both are the same, as in Llama 4 Scout, nothing lies between them.
+    // If both are the same, as in Llama 4 Scout, there is nothing between them.
     let high_freq_factor = number("high_freq_factor", 0.0)?;
     if high_freq_factor < low_freq_factor {
         let problem = format!("is {high_freq_factor}, expected {low_freq_factor} or more, as `low_freq_factor` is");

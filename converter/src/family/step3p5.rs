@@ -1,4 +1,4 @@
-//! Step 3.5 and 3.7: layers with a window have other numbers of heads and another rotation than those that see everything; all heads are
+//! Step 3.5 and 3.7: layers with a window have other numbers of heads and another rotation than layers without one. All heads are
 //! gated.
 
 use serde_json::Value;
@@ -18,7 +18,7 @@ use crate::error::ConvertError;
 /// The text model.
 pub(crate) struct Step3p5;
 
-/// The text model inside one that sees.
+/// The text model inside a vision model.
 pub(crate) struct Step3p7;
 
 const DEFAULTS: Defaults = Defaults {
@@ -38,7 +38,7 @@ const EXPERTS: usize = 288;
 const TOP_K: usize = 8;
 const EXPERT_WIDTH: usize = 1280;
 const SHARED_WIDTH: usize = 1280;
-/// Layers without experts at the beginning, where nothing is said.
+/// Layers without experts at the beginning, if there is no such key.
 const DENSE_LAYERS: usize = 3;
 
 impl Family for Step3p5 {
@@ -106,7 +106,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConvertError> {
     let (limits, shared_limits) = (limits(&decoder, "swiglu_limits")?, limits(&decoder, "swiglu_limits_shared")?);
     let sparse = experts(&decoder)?;
     let layer = |i: usize| -> Result<LayerSpec, ConvertError> {
-        // The bound on the shared expert is that of a network without experts as well.
+        // The bound on the shared expert also applies to a network without experts.
         let dense_activation = activation(shared_limits[i]);
         let ffn = match is_sparse[i] {
             false => FfnSpec { activation: dense_activation, ..decoder.dense() },
@@ -121,7 +121,7 @@ fn spec(config: &Config) -> Result<ModelSpec, ConvertError> {
     decoder.model((0..decoder.layers).map(layer).collect::<Result<_, _>>()?)
 }
 
-/// A list with one entry per layer under `key`. Entries for layers that predict further tokens may follow.
+/// The list under `key` with one entry per layer. Entries for layers that predict further tokens may follow.
 fn per_layer<'a>(decoder: &Decoder<'a>, key: &str) -> Result<Option<&'a [Value]>, ConvertError> {
     let config = decoder.config;
     let Some(list) = config.opt_list(key)? else { return Ok(None) };
@@ -181,7 +181,7 @@ fn sparse_layers(decoder: &Decoder<'_>) -> Result<Vec<bool>, ConvertError> {
     Ok((0..decoder.layers as u64).map(|layer| numbers.contains(&Some(layer))).collect())
 }
 
-/// Bounds of the activation; 0 is none.
+/// Bounds of the activation; 0 means none.
 fn limits(decoder: &Decoder<'_>, key: &str) -> Result<Vec<f64>, ConvertError> {
     let limits = numbers(decoder, key)?.unwrap_or_else(|| vec![0.0; decoder.layers]);
     match limits.iter().find(|limit| **limit < 0.0) {
@@ -194,7 +194,7 @@ fn activation(limit: f64) -> ActivationSpec {
     if limit > 0.0 { ActivationSpec::SiluBounded { limit: limit as f32 } } else { ActivationSpec::Silu }
 }
 
-/// Attention of a layer. What differs in those with a window is in `attention_other_setting`.
+/// Attention of a layer. `attention_other_setting` has the differences of layers with a window.
 fn attention(decoder: &Decoder<'_>, layer: usize, slides: bool) -> Result<GqaSpec, ConvertError> {
     let config = decoder.config;
     let other = if slides { config.section("attention_other_setting")? } else { None };
@@ -233,7 +233,7 @@ fn attention(decoder: &Decoder<'_>, layer: usize, slides: bool) -> Result<GqaSpe
     })
 }
 
-/// The rotation of a layer. `rope_scaling` is for layers that see everything.
+/// The rotation of a layer. `rope_scaling` applies to layers without a window.
 fn rotation(decoder: &Decoder<'_>, layer: usize, slides: bool, head_dim: usize) -> Result<RopeSpec, ConvertError> {
     let config = decoder.config;
     let kind = if slides { "sliding_attention" } else { "full_attention" };
@@ -279,7 +279,7 @@ fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
     Ok(FfnSpec { dense_width, moe: Some(routed), ..FfnSpec::NONE })
 }
 
-/// Experts are stacked, gate and up apart; the shared one stands beside them.
+/// Experts are stacked, gate and up separately; the shared one is beside them.
 fn origin(names: Names, spec: &ModelSpec, place: Place, tensor: &TensorShape) -> Origin {
     let [_, rows, cols] = tensor.shape;
     let name = |rest: &str| names.layer(place.layer, rest);

@@ -1,8 +1,8 @@
-//! In which of a family's arrangements a checkpoint is.
+//! Finds out which of a family's arrangements a checkpoint has.
 //!
-//! Qwen3-Next and Qwen3.5 multiply by one more than the norm that is stored. mlx-lm adds the one before it saves a model, under
-//! the same names, and stores convolutions as `[channels, width, 1]` and experts stacked. Norms are the same numbers of
-//! the same shape either way, so two signs must agree before they are read: what the numbers are, and who wrote the file.
+//! Qwen3-Next and Qwen3.5 multiply by one more than the stored norm. mlx-lm adds the one before it saves a model, under the same
+//! names, and stores convolutions as `[channels, width, 1]` and experts stacked. Norms have the same shape in both forms, so two
+//! signs must agree before they are read: the numbers, and the program that wrote the file.
 
 use sluice_checksum::Xxh3;
 use sluice_format::{AttentionSpec, ModelSpec};
@@ -14,20 +14,20 @@ use crate::family::names::Names;
 use crate::family::{Family, delta};
 use crate::source::{Checkpoint, Dtype};
 
-/// Elements of one norm that are read: enough for any hidden size there is.
+/// Elements of one norm that are read: enough for any hidden size.
 const MAX_ELEMENTS: u64 = 1 << 20;
 
-/// What the numbers of all norms together say. Those that are multiplied with are positive but for a few: training begins with
-/// one. Less one, those below one are negative, and the mean is near zero, where weight decay pulls them.
+/// The result from the numbers of all norms together. Factors are positive, with few exceptions, because training begins with one.
+/// If one was subtracted, those below one are negative, and the mean is near zero, towards which weight decay pulls them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Norms {
-    /// What is added to one is stored.
+    /// The norms are what is added to one.
     Centred,
-    /// What is multiplied with is stored.
+    /// The norms are the factors.
     Whole,
-    /// Some are this, some are that.
+    /// There are both.
     Mixed,
-    /// The numbers do not tell.
+    /// The numbers do not decide.
     Unclear,
 }
 
@@ -82,7 +82,7 @@ fn convolutions(checkpoint: &Checkpoint, names: Names, spec: &ModelSpec) -> Opti
     for (layer, of_layer) in spec.layers.iter().enumerate() {
         let AttentionSpec::Delta(delta) = &of_layer.attention else { continue };
         let Some(tensor) = checkpoint.find(&delta::conv(|rest| names.layer(layer, rest))) else { continue };
-        // Anything else is an error of its shape later.
+        // Any other shape is an error later.
         let shape = &checkpoint.tensors[tensor].shape;
         counts[usize::from(*shape == [delta.conv_channels(), delta.conv_width, 1] && delta.conv_width > 1)] += 1;
     }
@@ -113,7 +113,7 @@ fn norms(checkpoint: &Checkpoint, names: Names, spec: &ModelSpec) -> Result<Norm
     })
 }
 
-/// The numbers of a vector; none of a type that no vector has, which is an error later.
+/// The numbers of a vector; empty for a type that no vector has, which is an error later.
 fn vector(checkpoint: &Checkpoint, tensor: usize) -> Result<Vec<f32>, ConvertError> {
     let t = &checkpoint.tensors[tensor];
     let width = match t.dtype {

@@ -21,12 +21,12 @@ use crate::options::{Options, TypeChoice};
 use crate::recipe::{self, Effect};
 use crate::source::Checkpoint;
 
-/// Longest part of the embedding: one token reads one part, so parts are small.
+/// Longest part of the embedding: a token reads one part, so parts are small.
 const EMBEDDING_PART: usize = 256 << 10;
 /// Longest part of the head: every token reads all of them, so parts are large.
 const HEAD_PART: usize = 16 << 20;
 
-/// Extents and records of a file to be.
+/// Extents and records of a planned file.
 #[derive(Debug)]
 pub(crate) struct Built {
     pub(crate) planned: Vec<PlannedExtent>,
@@ -34,9 +34,9 @@ pub(crate) struct Built {
     pub(crate) records: Vec<TensorRecord>,
     pub(crate) groups: Vec<String>,
     pub(crate) widened: Vec<String>,
-    /// Why some could not be carried.
+    /// Why some tensors could not be carried.
     pub(crate) obstacles: BTreeSet<&'static str>,
-    /// The most that each rule of the recipe does, of those that match anything, by number.
+    /// For each rule of the recipe that matches anything, by index: its strongest effect.
     pub(crate) effects: BTreeMap<usize, Effect>,
 }
 
@@ -78,7 +78,7 @@ fn expert_places(spec: &ModelSpec, layer: usize) -> impl Iterator<Item = Place> 
     (0..count).map(move |index| Place { kind: ExtentKind::Expert, layer, index })
 }
 
-/// Lays out the whole file; `head` is the tensor that makes the output head.
+/// Lays out the whole file; `head` is the tensor that becomes the output head.
 pub(crate) fn build(
     checkpoint: &Checkpoint,
     naming: Naming<'_>,
@@ -133,7 +133,7 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    /// What the recipe says of a tensor, or else the options of all of its kind. `sources`: of each extent.
+    /// The type from the recipe, or otherwise from the option for all tensors of its kind. `sources`: for each extent.
     fn choice(&mut self, kind: ExtentKind, layer: u32, tensor: &TensorShape, sources: &[Vec<Selection>]) -> TypeChoice {
         let usual = if kind == ExtentKind::Expert { self.options.expert_type } else { self.options.dense_type };
         let Some(recipe) = &self.options.recipe else { return usual };
@@ -159,8 +159,7 @@ impl Builder<'_> {
         })
     }
 
-    /// Adds the extents of `indices`, which hold equal tensors of equal types and share one description if they are
-    /// several.
+    /// Adds the extents of `indices`, which hold equal tensors of equal types. If there are several, they share one description.
     fn extents(
         &mut self,
         kind: ExtentKind,
@@ -193,7 +192,7 @@ impl Builder<'_> {
                 }
             }
         }
-        // Without the padding behind the last tensor.
+        // Without the padding after the last tensor.
         let logical_len = match self.out.records.last() {
             Some(last) if !indices.is_empty() => last.offset + last.len,
             _ => 0,
@@ -202,7 +201,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Where a tensor of the extents of `indices` comes from, extent by extent.
+    /// Where a tensor comes from, for each extent of `indices`.
     fn sources(
         &self,
         indices: &[u32],
@@ -212,7 +211,7 @@ impl Builder<'_> {
         let plain = tensor.layout == Layout::Plain;
         let of_extent = |&index: &u32| {
             let views = pick(self.checkpoint, origin(index, tensor));
-            // There are many of these lists: none takes more room than it needs.
+            // There are many of these lists, so they have no spare capacity.
             let mut sources = Vec::with_capacity(views.len());
             for view in &views {
                 sources.push(resolve(self.checkpoint, self.scheme, view, plain)?);
@@ -255,7 +254,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Adds the table of n-grams of a layer, which the checkpoint has in `parts`: each is a part here too.
+    /// Adds the table of n-grams of a layer. Each of the `parts` in the checkpoint becomes a part here too.
     fn table(&mut self, ngrams: &NgramSpec, parts: &[String]) -> Result<(), ConvertError> {
         let (kind, layer) = (ExtentKind::Table, ngrams.layer as u32);
         let height = |part: &String| rows_of(self.checkpoint, part).unwrap_or(0);
@@ -263,7 +262,7 @@ impl Builder<'_> {
         let usual = heights.first().copied().unwrap_or(0);
         let mut sources = Vec::with_capacity(parts.len());
         for (number, (part, &rows)) in parts.iter().zip(&heights).enumerate() {
-            // A row's part is its number divided by their height: only the last may be shorter.
+            // The part of a row is its number divided by the parts' height, so only the last part may be shorter.
             let rows = if number + 1 == parts.len() { rows.min(usual) } else { usual };
             let view = View::whole(part.clone(), rows, ngrams.row_width());
             sources.push(vec![resolve(self.checkpoint, self.scheme, &view, false)?]);
@@ -293,11 +292,11 @@ impl Builder<'_> {
     }
 }
 
-/// A tensor of some extents, as it is to be stored.
+/// A tensor of some extents, in the form in which it will be stored.
 struct Part {
     tensor: TensorShape,
     chosen: Chosen,
-    /// By extent.
+    /// For each extent.
     sources: Vec<Vec<Selection>>,
 }
 
@@ -309,7 +308,7 @@ impl Part {
     }
 }
 
-/// What is stored of a tensor: itself, or the matrices of a pair apart, where one description does not fit both, and would for one.
+/// The stored parts of a tensor: the tensor itself, or the separate matrices of a pair, if one description fits only one of them.
 fn parts_of(kind: ExtentKind, tensor: &TensorShape, choice: TypeChoice, sources: Vec<Vec<Selection>>) -> Vec<Part> {
     let whole = Part::new(kind, tensor.clone(), choice, sources);
     let Some(halves) = tensor.apart().filter(|_| whole.chosen.widened) else { return vec![whole] };
@@ -329,7 +328,7 @@ fn layout_of(layout: Layout, chosen: Chosen) -> Layout {
     if chosen.ordered { layout.ordered().expect("what is row-major is not carried in order") } else { layout }
 }
 
-/// Rows of a part of the embedding: as many as fit, in whole row groups unless its numbers stand alone.
+/// Rows of a part of the embedding: as many as fit, in whole row groups unless its elements are independent.
 pub(crate) fn embedding_part_rows(ty: WeightType, cols: usize) -> Result<usize, ConvertError> {
     if let Some(element) = ty.plain_element_len() {
         return Ok((EMBEDDING_PART / (cols * element)).max(1));
@@ -338,7 +337,7 @@ pub(crate) fn embedding_part_rows(ty: WeightType, cols: usize) -> Result<usize, 
     Ok((EMBEDDING_PART / group).max(1) * ROW_GROUP)
 }
 
-/// Rows of a part of the head: as many as fit, in whole scale blocks if there is room for one, else in whole row groups.
+/// Rows of a part of the head: as many as fit, in whole scale blocks if there is room for one, otherwise in whole row groups.
 pub(crate) fn head_part_rows(ty: WeightType, cols: usize) -> Result<usize, ConvertError> {
     let group = ty.row_group_len(cols).ok_or_else(|| too_large("head"))?;
     let rows = (HEAD_PART / group).max(1) * ROW_GROUP;

@@ -1,25 +1,25 @@
-//! Which tensors of a checkpoint together hold one tensor of the model, in every form that checkpoints are published in.
+//! Finds the tensors of a checkpoint that together hold one tensor of the model, in every published form.
 
 use crate::source::{Checkpoint, Dtype, GgmlType};
 
 /// A way to store a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// One tensor of numbers, or one of a type that no form knows.
+    /// A single tensor, of numbers or of a type that no form has.
     Single,
-    /// e4m3 codes and their scales: per 128×128 block, per row and some columns or all of them, or one.
+    /// e4m3 codes and their scales: per 128×128 block, per row, per row and group of columns, or one for the tensor.
     Fp8,
-    /// compressed-tensors: packed integers and a scale per group; the third tensor is the shape, a fourth the zero points.
+    /// compressed-tensors: packed integers and a scale per group; the third tensor is the shape, the fourth the zero points.
     PackedInt,
     /// compressed-tensors: e2m1 codes and power-of-two scales.
     PackedMxfp4,
-    /// compressed-tensors: e2m1 codes, e4m3 scales, and one number to divide those by.
+    /// compressed-tensors: e2m1 codes, e4m3 scales, and one number by which those are divided.
     PackedNvfp4,
-    /// modelopt: e2m1 codes, e4m3 scales, and one number to multiply those by.
+    /// modelopt: e2m1 codes, e4m3 scales, and one number by which those are multiplied.
     Nvfp4,
-    /// compressed-tensors: eight-bit integers, and a scale per row or group; a third tensor is the zero points.
+    /// compressed-tensors: eight-bit integers, and a scale per row or group; the third tensor is the zero points.
     Int8,
-    /// DeepSeek-V4: pairs of e2m1 codes in bytes that call themselves integers, and power-of-two scales.
+    /// DeepSeek-V4: pairs of e2m1 codes in bytes whose type is an integer, and power-of-two scales.
     Pairs,
     /// gpt-oss: e2m1 codes in blocks and power-of-two scales.
     Blocks,
@@ -27,13 +27,13 @@ pub(crate) enum Form {
     Mlx,
     /// AWQ and GPTQ: integers, zeros, scales and, in GPTQ, the group of each input.
     Columnar,
-    /// HQQ: bytes of codes, scales and zeros; then what it saves of its settings, which shapes say too.
+    /// HQQ: bytes of codes, scales and zeros; then its saved settings, which also follow from the shapes.
     Hqq,
-    /// GGUF: blocks, whole rows of them; for NVFP4 there may be one number beside them, or one per matrix, to multiply by.
+    /// GGUF: rows of whole blocks; for NVFP4 also one factor, or one per matrix, if there is any.
     Ggml,
 }
 
-/// What HQQ saves beside codes, scales and zeros (`HQQLinear.state_dict_keys`).
+/// What HQQ saves in addition to codes, scales and zeros (`HQQLinear.state_dict_keys`).
 const HQQ_SETTINGS: [&str; 16] = [
     ".nbits",
     ".group_size",
@@ -57,13 +57,13 @@ const HQQ_SETTINGS: [&str; 16] = [
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Parts {
     pub(crate) form: Form,
-    /// Numbers of the tensors, in the order in which [`Form`] lists them.
+    /// Indices of the tensors, in the order in which [`Form`] lists them.
     pub(crate) tensors: Vec<usize>,
-    /// A further one that should be there and is not.
+    /// Another one that should exist but does not.
     pub(crate) missing: Option<String>,
 }
 
-/// Finds what holds the tensor of that name; `None`: nothing does.
+/// Finds what holds the tensor with this name; `None`: nothing does.
 pub(crate) fn find(checkpoint: &Checkpoint, name: &str) -> Option<Parts> {
     let stem = name.strip_suffix(".weight").unwrap_or(name);
     if let Some(tensor) = checkpoint.find(name) {
@@ -134,7 +134,7 @@ fn found(checkpoint: &Checkpoint, name: &str, stem: &str, tensor: usize) -> Part
     }
 }
 
-/// The zero points of compressed-tensors, where they count. Packed ones always do: zero is not all bits zero there.
+/// The zero points of compressed-tensors, if they are used. Packed ones always are, because their zero is not all bits zero.
 fn zero_point(checkpoint: &Checkpoint, stem: &str) -> Option<usize> {
     let tensor = checkpoint.find(&format!("{stem}.weight_zero_point"))?;
     match checkpoint.tensors[tensor].dtype.name() {

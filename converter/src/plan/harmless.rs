@@ -1,8 +1,8 @@
-//! Tensors that change nothing, whatever they are: biases and zero points that are zero.
+//! Tensors that have no effect, whatever they are: biases and zero points that are zero.
 //!
-//! Tools write them beside what they belong to. AutoGPTQ up to 0.7 has a bias of zeros beside every `qweight`, and
-//! compressed-tensors may have zero points of zeros where quantisation is symmetric. Names do not tell whether they are zero,
-//! so this is the one place where planning reads more than headers: such tensors have one number per row.
+//! Some tools write them beside what they belong to. AutoGPTQ up to 0.7 has a bias of zeros beside every `qweight`, and
+//! compressed-tensors may have zero points of zeros with symmetric quantisation. Names do not say whether they are zero, so only
+//! here does planning read more than headers; such tensors have one number per row.
 
 use sluice_checksum::Xxh3;
 
@@ -17,14 +17,14 @@ const PIECE: usize = 1 << 20;
 /// Whether a tensor may be left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Harmless {
-    /// It changes nothing.
+    /// It has no effect.
     Yes(Unused),
-    /// Nothing is known of it.
+    /// Nothing is known about it.
     Unknown,
 }
 
-/// Looks at an unused tensor. An addend of a matrix that the model has is harmless if it is zero, and an error by its name
-/// if it is not.
+/// Inspects an unused tensor. If the model has the matrix to which it would be added, it is harmless if it is zero, and otherwise
+/// an error that gives its name.
 pub(crate) fn look(checkpoint: &Checkpoint, used: &[bool], tensor: usize) -> Result<Harmless, ConvertError> {
     let t = &checkpoint.tensors[tensor];
     let stem = [".bias", ".weight_zero_point"].iter().find_map(|end| t.name.strip_suffix(end));
@@ -39,13 +39,13 @@ pub(crate) fn look(checkpoint: &Checkpoint, used: &[bool], tensor: usize) -> Res
     Err(ConvertError::NotZero { path: checkpoint.path_of(tensor).to_owned(), tensor: t.name.clone() })
 }
 
-/// Whether all numbers of a tensor are zero. Those of every format are where all bits are but the signs.
+/// Whether all numbers of a tensor are zero. In every format, a number is zero if all bits except the sign are.
 fn is_zero(checkpoint: &Checkpoint, tensor: usize) -> Result<bool, ConvertError> {
     let t = &checkpoint.tensors[tensor];
     let sign_byte = match t.dtype.name() {
         "F16" | "BF16" => 2,
         "F32" => 4,
-        // Of integers, no bit is a sign alone.
+        // Integers have no separate sign bit.
         _ => 0,
     };
     let mut buffer = vec![0; PIECE.min(t.len as usize)];

@@ -1,4 +1,4 @@
-//! Taking stock: every tensor that the model needs is there, and every tensor that is there is accounted for.
+//! Checks that every tensor that the model needs exists, and that every existing tensor is accounted for.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,35 +18,35 @@ use crate::family::{Family, Unused};
 use crate::source::recognise::unfinished;
 use crate::source::{AbsentTensor, Checkpoint, INDEX};
 
-/// Missing names are counted up to this many: a hostile configuration can imply billions.
+/// Missing names are counted up to this limit: a hostile configuration can imply billions.
 pub(crate) const MAX_MISSING: usize = 10_000;
-/// Pieces of embedding and head that are compared, and their bytes.
+/// Number of pieces of embedding and head that are compared, and their length.
 const PIECES: u64 = 9;
 const COMPARED: u64 = 64 << 10;
 /// The key that says whether the token embedding is also the output head.
 const TIE: &str = "tie_word_embeddings";
 
-/// What taking stock found.
+/// The result of the check.
 pub(crate) struct Inventory {
-    /// The tensor that makes the output head.
+    /// The tensor that becomes the output head.
     pub(crate) head: String,
     pub(crate) left_out: Vec<LeftOut>,
     pub(crate) notes: Vec<String>,
 }
 
-/// What the configuration says of the output head.
+/// What the configuration says about the output head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tied {
     /// It is the token embedding.
     Yes,
-    /// It is a tensor of its own.
+    /// It is a separate tensor.
     No,
-    /// Nothing, and the configuration class of the family takes that for no.
+    /// Nothing, which the family's configuration class treats as no.
     Unsaid,
 }
 
 impl Tied {
-    /// Of the text model, or else of the whole. `by_default`: what nothing means.
+    /// From the text model's section, or otherwise from the whole. `by_default`: the meaning of a missing key.
     pub(crate) fn read(text: &Config, whole: &Config, by_default: bool) -> Result<Self, ConvertError> {
         let Some(config) = [text, whole].into_iter().find(|c| c.has(TIE)) else {
             return Ok(if by_default { Tied::Yes } else { Tied::Unsaid });
@@ -58,7 +58,7 @@ impl Tied {
 struct Ledger<'a> {
     checkpoint: &'a Checkpoint,
     names: Names,
-    /// Layers of the model as configured, by the numbers in names.
+    /// Layers of the model as configured, in the numbering of names.
     layers: usize,
     /// Layers that predict further tokens.
     predicting: BTreeSet<usize>,
@@ -67,7 +67,7 @@ struct Ledger<'a> {
 }
 
 impl Ledger<'_> {
-    /// Marks what holds a tensor as used, or as missing.
+    /// Marks the tensors that hold this one as used, or the name as missing.
     fn need(&mut self, name: &str) {
         let Some(parts) = form::find(self.checkpoint, name) else {
             self.missing.push(name.to_owned());
@@ -77,7 +77,7 @@ impl Ledger<'_> {
         self.missing.extend(parts.missing);
     }
 
-    /// Marks what tables of n-grams consist of, each of so many parts, and what says which of their rows are meant.
+    /// Marks the parts of tables of n-grams, this many for each, and the tensors that select their rows.
     fn need_tables(&mut self, family: &dyn Family, spec: &ModelSpec, parts: usize) {
         let names = self.names;
         family.deciding(names, spec).iter().for_each(|name| self.need(name));
@@ -89,7 +89,7 @@ impl Ledger<'_> {
         }
     }
 
-    /// The layer of a tensor, if it is behind those that the configuration counts.
+    /// The layer of a tensor, if it is beyond the layers that the configuration counts.
     fn surplus_layer(&self, tensor: &str) -> Option<usize> {
         self.names.layer_of(tensor).filter(|&layer| layer >= self.layers)
     }
@@ -102,7 +102,7 @@ impl Ledger<'_> {
         }
     }
 
-    /// What may explain that tensors are missing, as the continuation of a sentence.
+    /// A possible explanation for missing tensors, as the continuation of a sentence.
     fn hint(&self, missing: &[String]) -> String {
         let missing: BTreeSet<&String> = missing.iter().collect();
         let placed = self.checkpoint.absent.iter().find(|a| missing.contains(&a.tensor));
@@ -113,7 +113,7 @@ impl Ledger<'_> {
 
 pub(crate) fn take(checkpoint: &Checkpoint, naming: Naming<'_>, tied: Tied) -> Result<Inventory, ConvertError> {
     let Naming { family, names, spec, table_parts, .. } = naming;
-    // Not as many as `num_nextn_predict_layers` says: published files say 0 there and have such a layer all the same.
+    // Not the number in `num_nextn_predict_layers`: some published files have 0 there, although they have such a layer.
     let all = checkpoint.tensors.iter().map(|t| &t.name).chain(checkpoint.absent.iter().map(|a| &a.tensor));
     let mut ledger = Ledger {
         checkpoint,
@@ -176,8 +176,8 @@ pub(crate) fn take(checkpoint: &Checkpoint, naming: Naming<'_>, tied: Tied) -> R
     Ok(Inventory { head, left_out, notes })
 }
 
-/// Whether embedding and head are there in the same form with different numbers: a head that was trained apart differs
-/// everywhere, so pieces tell.
+/// Whether embedding and head have the same form and different numbers: a separately trained head differs everywhere, so pieces are
+/// enough.
 fn holds_other_numbers(checkpoint: &Checkpoint, names: Names) -> Result<bool, ConvertError> {
     let (Some(embedding), Some(head)) = (checkpoint.find(&names.embedding()), checkpoint.find(names.head)) else {
         return Ok(false);
@@ -189,7 +189,7 @@ fn holds_other_numbers(checkpoint: &Checkpoint, names: Names) -> Result<bool, Co
     Ok(!pieces_agree(checkpoint, [embedding, head])?)
 }
 
-/// Whether two tensors hold the same numbers, as far as pieces tell; never of tensors in different forms.
+/// Whether two tensors hold the same numbers, judged by pieces; false for tensors in different forms.
 pub(super) fn same_numbers(checkpoint: &Checkpoint, one: &str, other: &str) -> Result<bool, ConvertError> {
     let (Some(one), Some(other)) = (checkpoint.find(one), checkpoint.find(other)) else { return Ok(false) };
     let [a, b] = [one, other].map(|tensor| &checkpoint.tensors[tensor]);
@@ -197,7 +197,7 @@ pub(super) fn same_numbers(checkpoint: &Checkpoint, one: &str, other: &str) -> R
     Ok(alike && pieces_agree(checkpoint, [one, other])?)
 }
 
-/// Whether pieces of two tensors of the same length are the same.
+/// Whether pieces of two tensors of the same length are equal.
 fn pieces_agree(checkpoint: &Checkpoint, tensors: [usize; 2]) -> Result<bool, ConvertError> {
     let a = &checkpoint.tensors[tensors[0]];
     let piece = a.len.min(COMPARED);
@@ -221,8 +221,8 @@ fn no_head(ledger: &Ledger<'_>, tied: Tied) -> ConvertError {
     ConvertError::NoHead { path: ledger.checkpoint.dir.clone(), head, said, hint }
 }
 
-/// Files that the index names and that are not there are an unfinished download, unless everything in them would be left
-/// out. Says which are not needed.
+/// If the index names files that do not exist, the download is unfinished, unless everything in them would be left out. Returns a
+/// note about those that are not needed.
 fn absent_files(ledger: &Ledger<'_>, family: &dyn Family) -> Result<Vec<String>, ConvertError> {
     let mut files: BTreeMap<&str, Vec<&AbsentTensor>> = BTreeMap::new();
     for absent in ledger.checkpoint.absent.iter().filter(|a| a.file_is_absent) {
@@ -249,7 +249,7 @@ fn absent_files(ledger: &Ledger<'_>, family: &dyn Family) -> Result<Vec<String>,
     Ok(files.into_iter().map(note).collect())
 }
 
-/// A remark on tensors that are used though the index does not name them, as transformers does.
+/// A note about tensors that are used although the index does not name them, as in transformers.
 fn used_unindexed(ledger: &Ledger<'_>) -> Option<String> {
     let tensors = ledger.checkpoint.tensors.iter().zip(&ledger.used);
     let names: Vec<String> = tensors.filter(|(t, used)| !t.indexed && **used).map(|(t, _)| t.name.clone()).collect();
@@ -260,7 +260,7 @@ fn used_unindexed(ledger: &Ledger<'_>) -> Option<String> {
     Some(format!("`{INDEX}` does not name {named}, which the files hold and the model needs: used all the same"))
 }
 
-/// Sorts what is not used into what may be left out and what is unknown.
+/// Divides the unused tensors into those that may be left out and unknown ones.
 fn account_for_rest(
     ledger: &Ledger<'_>,
     family: &dyn Family,
@@ -280,7 +280,7 @@ fn account_for_rest(
         };
         let reason = match known {
             Some(reason) => reason,
-            // Whoever wrote the index did not count it as part of the model.
+            // The author of the index did not count it as part of the model.
             None if !tensor.indexed => {
                 unindexed.push(tensor.name.clone());
                 Unused::Unindexed

@@ -1,4 +1,4 @@
-//! Where the tensors of a model come from: of the decoder as its family says, and of a prediction layer.
+//! Where the tensors of a model come from: those of the decoder as its family says, and those of a prediction layer.
 
 use sluice_format::{ExtentKind, ModelSpec, TensorShape};
 
@@ -6,7 +6,7 @@ use crate::family::names::Names;
 use crate::family::prediction::PredictionNames;
 use crate::family::{Family, Origin, Place};
 
-/// What the tensors of a checkpoint are called, and what model they make.
+/// The names of a checkpoint's tensors, and the model that they form.
 #[derive(Clone, Copy)]
 pub(crate) struct Naming<'a> {
     pub(crate) family: &'a dyn Family,
@@ -14,7 +14,7 @@ pub(crate) struct Naming<'a> {
     pub(crate) spec: &'a ModelSpec,
     /// How many tensors each table of n-grams is split into.
     pub(crate) table_parts: usize,
-    /// Of the prediction layer, if the model that `spec` describes has one.
+    /// The prediction layer, if the model that `spec` describes has one.
     pub(crate) prediction: Option<&'a Prediction>,
 }
 
@@ -24,15 +24,15 @@ pub(crate) struct Prediction {
     pub(crate) names: PredictionNames,
     /// The layer as a model of one layer.
     pub(crate) model: ModelSpec,
-    /// Its token embedding and its output head, where they are not the model's.
+    /// Its token embedding and its output head, if they differ from the model's.
     pub(crate) embedding: Option<String>,
     pub(crate) head: Option<String>,
-    /// Those of the two that are there and are the model's.
+    /// Which of the two exist and equal the model's.
     pub(crate) copies: Vec<String>,
 }
 
 impl Naming<'_> {
-    /// Where a tensor of an extent comes from: one of those of layers.
+    /// Where a tensor of a layer's extent comes from.
     pub(crate) fn origin(&self, place: Place, tensor: &TensorShape) -> Origin {
         match self.prediction {
             Some(prediction) if place.layer >= self.spec.layers.len() => prediction.origin(self.family, place, tensor),
@@ -40,7 +40,7 @@ impl Naming<'_> {
         }
     }
 
-    /// The embedding and the head that the prediction layer has of its own.
+    /// The separate embedding and head of the prediction layer.
     pub(crate) fn own_parts(&self) -> Vec<(ExtentKind, &str)> {
         let Some(prediction) = self.prediction else { return Vec::new() };
         let own = [(ExtentKind::Embedding, &prediction.embedding), (ExtentKind::Head, &prediction.head)];
@@ -49,7 +49,7 @@ impl Naming<'_> {
 }
 
 impl Prediction {
-    /// Where a tensor of an extent of this layer comes from.
+    /// Where a tensor of this layer's extents comes from.
     pub(crate) fn origin(&self, family: &dyn Family, place: Place, tensor: &TensorShape) -> Origin {
         match place.kind {
             ExtentKind::Prediction => vec![vec![self.names.origin(tensor)]],

@@ -1,7 +1,7 @@
-//! Whether a checkpoint has a prediction layer that can be carried.
+//! Finds out whether a checkpoint has a prediction layer that can be carried.
 //!
-//! A model generates without it. So one that is incomplete, or has what is not understood, does not stop a conversion: it is left out, and
-//! a note says why. Tensors of a wrong shape are an error as anywhere.
+//! A model can generate without it. So a layer that is incomplete, or has unknown tensors, does not stop a conversion: it is left
+//! out, and a note says why. Wrong shapes of tensors are an error as elsewhere.
 
 use std::collections::BTreeSet;
 
@@ -19,17 +19,17 @@ use crate::family::prediction::PredictionNames;
 use crate::family::{Family, by_its_name};
 use crate::source::Checkpoint;
 
-/// The prediction layer of a checkpoint, or why the one that is there is left out.
+/// The prediction layer of a checkpoint, or why an existing one is left out.
 pub(crate) enum Found {
-    /// There is none, or the family's are not known.
+    /// There is none, or this family's are not supported.
     None,
-    /// It is complete. The spec says so from now on.
+    /// It is complete, and now part of the spec.
     Layer(Box<Prediction>),
     /// A remark for the user.
     LeftOut(String),
 }
 
-/// Looks for the prediction layer of a model. `spec` is the decoder's, and gets the layer if there is one.
+/// Looks for the prediction layer of a model. `spec` is the decoder's; the layer is added to it if there is one.
 pub(crate) fn find(
     checkpoint: &Checkpoint,
     family: &dyn Family,
@@ -44,7 +44,7 @@ pub(crate) fn find(
     };
     let why =
         |problem: &str| Ok(Found::LeftOut(format!("the layer for multi-token prediction is left out: {problem}")));
-    // MLX adds one to the norms that it knows, and it knows those of the decoder.
+    // MLX adds one only to the norms that it knows, which are those of the decoder.
     if family.names().zero_centred && !names.zero_centred && !checkpoint.whole_norms {
         return why("how its norms are stored is not known in an arrangement of MLX");
     }
@@ -70,7 +70,7 @@ pub(crate) fn find(
     Ok(Found::Layer(Box::new(prediction)))
 }
 
-/// The tensors that the layer is made of, by number, and the names of those that are missing.
+/// The layer's tensors by index, and the names of those that are missing.
 fn needed(
     checkpoint: &Checkpoint,
     family: &dyn Family,
@@ -97,7 +97,7 @@ fn needed(
     (used, missing.into_iter().collect())
 }
 
-/// Finds out whether embedding and head of the layer, where it has them, are the model's; marks them as used.
+/// Finds out whether embedding and head of the layer, if it has them, are the model's; marks them as used.
 fn own_parts(
     checkpoint: &Checkpoint,
     names: Names,
@@ -106,7 +106,7 @@ fn own_parts(
     mut used: Vec<bool>,
 ) -> Result<Vec<bool>, ConvertError> {
     let (embedding, head) = (names.embedding(), names.head.to_owned());
-    // The model's head can be either where the configuration says that both are one: then it has to be a copy of both.
+    // If the configuration ties the model's head to the embedding, the layer's must be a copy of both.
     let head_is_there = form::find(checkpoint, &head).is_some();
     let embedding_is_head = tied == Tied::Yes || !head_is_there;
     let heads = [(head_is_there, &head), (embedding_is_head, &embedding)].into_iter().filter(|(there, _)| *there);
@@ -128,7 +128,7 @@ fn own_parts(
     Ok(used)
 }
 
-/// The tensors of the layer that it is not made of, and that may change what it computes.
+/// Tensors of the layer that are not used, but may change what it computes.
 fn unknown(checkpoint: &Checkpoint, prediction: &Prediction, used: &[bool]) -> Result<Vec<String>, ConvertError> {
     let mut unknown = Vec::new();
     for (number, tensor) in checkpoint.tensors.iter().enumerate() {

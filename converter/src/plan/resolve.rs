@@ -1,4 +1,4 @@
-//! From the names that a family gives to tensors of the checkpoint whose shape and format have been checked.
+//! Turns the names that a family gives into tensors of the checkpoint with checked shapes and formats.
 
 use super::form;
 use super::scheme::Scheme;
@@ -7,7 +7,7 @@ use crate::error::ConvertError;
 use crate::family::View;
 use crate::source::Checkpoint;
 
-/// The first alternative whose tensors exist, else the first of all.
+/// The first alternative whose tensors exist, otherwise the first one.
 pub(crate) fn pick(checkpoint: &Checkpoint, mut alternatives: Vec<Vec<View>>) -> Vec<View> {
     let exists = |views: &Vec<View>| views.iter().all(|v| form::find(checkpoint, &v.tensor).is_some());
     let chosen = alternatives.iter().position(exists).unwrap_or(0);

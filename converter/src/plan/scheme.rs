@@ -1,6 +1,6 @@
-//! How `config.json` says that weights are quantised. Tensors say most of it themselves, by their names, types and shapes,
-//! and are believed: whatever a tool has left in `quantization_config`, in whatever spelling, refuses nothing that tensors
-//! do not have. What they cannot say is read here, where they need it.
+//! How `config.json` describes the quantisation of weights. Names, types and shapes of tensors show most of it, and take
+//! precedence: entries that a tool left in `quantization_config`, in any spelling, do not matter if no tensor has what they
+//! describe. Only what tensors cannot show is read here, if it is needed.
 
 use serde_json::Value;
 
@@ -10,19 +10,19 @@ use crate::family::config::Config;
 use crate::fp8::SCALE_BLOCK;
 use crate::source::{Checkpoint, Dtype};
 
-/// What GPTQ's and AWQ's tools write beside `config.json`.
+/// Files that GPTQ's and AWQ's tools write beside `config.json`.
 const COLUMNAR_FILES: [&str; 2] = ["quantize_config.json", "quant_config.json"];
 
-/// What tensors cannot say themselves.
+/// What tensors cannot show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Scheme {
-    /// The meaning of `qweight` and `qzeros`; `None`: that of AWQ if their shapes are, and nobody's else.
+    /// The meaning of `qweight` and `qzeros`; `None`: AWQ if the shapes are AWQ's, otherwise unknown.
     pub(crate) columnar: Option<Columnar>,
-    /// Rows and columns that share a scale where fp8 has scales by block.
+    /// Rows and columns that share a scale, if fp8 has scales by block.
     pub(crate) fp8_block: [usize; 2],
-    /// Whether zero points count, where they are not packed and could just as well be left over.
+    /// Whether zero points are used, if they are not packed and could be leftovers.
     pub(crate) asymmetric: bool,
-    /// Whether GPTQ's groups may be in disorder, as quantising by activation order leaves them.
+    /// Whether the columns of GPTQ's groups may be out of order, as after quantising by activation order.
     pub(crate) act_order: bool,
 }
 
@@ -32,7 +32,7 @@ impl Default for Scheme {
     }
 }
 
-/// Where columns are in disorder, something must say in which.
+/// If columns are out of order, a tensor must say in which order they are.
 fn check_orders(section: &Config, checkpoint: &Checkpoint) -> Result<(), ConvertError> {
     let stems = checkpoint.tensors.iter().filter_map(|t| t.name.strip_suffix(".qweight"));
     match stems.map(|stem| format!("{stem}.g_idx")).find(|name| checkpoint.find(name).is_none()) {
@@ -46,7 +46,7 @@ fn check_orders(section: &Config, checkpoint: &Checkpoint) -> Result<(), Convert
     }
 }
 
-/// Reads `quantization_config` of the text model, or of the whole.
+/// Reads `quantization_config` of the text model, or of the whole file.
 pub(crate) fn read(text: &Config, whole: &Config, checkpoint: &Checkpoint) -> Result<Scheme, ConvertError> {
     let has = |end: &str| checkpoint.tensors.iter().any(|t| t.name.ends_with(end));
     // https://github.com/bitsandbytes-foundation/bitsandbytes: codes of four bits have a state beside them.
@@ -54,7 +54,7 @@ pub(crate) fn read(text: &Config, whole: &Config, checkpoint: &Checkpoint) -> Re
         let problem = format!("is of bitsandbytes, whose four-bit tensors are not supported: `{}`", state.name);
         return Err(whole.refuse("quantization_config", problem));
     }
-    // MLX writes `quantization` and the same again as `quantization_config` without a method: its tensors say everything.
+    // MLX writes `quantization`, and the same as `quantization_config` without a method; its tensors show everything.
     if text.has("quantization") || whole.has("quantization") {
         return Ok(Scheme::default());
     }
@@ -64,7 +64,7 @@ pub(crate) fn read(text: &Config, whole: &Config, checkpoint: &Checkpoint) -> Re
     if has(".qweight") {
         let sections = columnar_sections(section.clone(), checkpoint)?;
         scheme.columnar = columnar(&sections)?;
-        // Only what is said counts: old tools do not say it and do it.
+        // Only an explicit value decides: old tools do not write it, but do it.
         let said = sections.iter().find(|s| s.has("desc_act"));
         scheme.act_order = said.map_or(Ok(true), |s| s.bool_or("desc_act", true))?;
         if let Some(said) = said.filter(|_| scheme.act_order) {
@@ -80,7 +80,7 @@ pub(crate) fn read(text: &Config, whole: &Config, checkpoint: &Checkpoint) -> Re
     Ok(scheme)
 }
 
-/// Rows and columns of an fp8 block, where the configuration gives them: one scale per 128×128 elsewhere.
+/// Rows and columns of an fp8 block, if the configuration gives them; otherwise there is one scale per 128×128.
 fn fp8_block(section: &Config) -> Result<Option<[usize; 2]>, ConvertError> {
     let Some(block) = section.opt_list("weight_block_size")? else { return Ok(None) };
     let sizes: Vec<u64> = block.iter().filter_map(Value::as_u64).filter(|n| *n > 0).collect();
@@ -94,7 +94,7 @@ fn fp8_block(section: &Config) -> Result<Option<[usize; 2]>, ConvertError> {
     }
 }
 
-/// What the integers of compressed-tensors need said: whether any of them are asymmetric.
+/// The only missing information about the integers of compressed-tensors: whether any of them are asymmetric.
 fn compressed_tensors(section: &Config, packed: bool, zero_points: bool) -> Result<bool, ConvertError> {
     if let Some(transforms) = section.object("transform_config").and_then(|t| t.object("config_groups"))
         && let Some(name) = transforms.names().next()
@@ -105,7 +105,7 @@ fn compressed_tensors(section: &Config, packed: bool, zero_points: bool) -> Resu
     let mut asymmetric = false;
     for name in groups.names() {
         let Some(weights) = groups.object(name).and_then(|group| group.object("weights")) else { continue };
-        // What has no zero points where they are needed is broken; of other forms, the tensors say all.
+        // If necessary zero points are missing, the file is broken; for other forms, the tensors show everything.
         if packed {
             if !zero_points {
                 weights.require_bool("symmetric", true)?;
@@ -117,8 +117,8 @@ fn compressed_tensors(section: &Config, packed: bool, zero_points: bool) -> Resu
     Ok(asymmetric)
 }
 
-/// Where columnar formats are described, in the order of trust: the configuration, and the file that tools wrote beside it
-/// before it had such a section, and still write.
+/// Descriptions of columnar formats, in the order of precedence: the configuration, then the file beside it, which tools wrote
+/// before the configuration had such a section, and still write.
 fn columnar_sections(section: Option<Config>, checkpoint: &Checkpoint) -> Result<Vec<Config>, ConvertError> {
     let mut sections: Vec<Config> = section.into_iter().collect();
     for name in COLUMNAR_FILES {
@@ -129,7 +129,7 @@ fn columnar_sections(section: Option<Config>, checkpoint: &Checkpoint) -> Result
     Ok(sections)
 }
 
-/// AWQ or GPTQ, as the first of `sections` that tells says; the number of bits is in the shapes.
+/// AWQ or GPTQ, according to the first of `sections` that says; the number of bits follows from the shapes.
 fn columnar(sections: &[Config]) -> Result<Option<Columnar>, ConvertError> {
     let Some((section, method)) = sections.iter().find_map(|s| Some((s, method(s).transpose()?))) else {
         return Ok(None);
@@ -147,7 +147,7 @@ fn columnar(sections: &[Config]) -> Result<Option<Columnar>, ConvertError> {
     }
 }
 
-/// Who made `qweight` and `qzeros`.
+/// The tool family that wrote `qweight` and `qzeros`.
 #[derive(Clone, Copy)]
 enum Method {
     Awq,
@@ -156,7 +156,7 @@ enum Method {
 }
 
 fn method(section: &Config) -> Result<Option<Method>, ConvertError> {
-    // GPTQModel calls it `method` and keeps the older name beside it; either may be what is left.
+    // GPTQModel calls it `method`, and keeps the older name beside it; either may be missing.
     let named = lower(section, &["quant_method", "method"])?;
     let gptq_only = ["bits", "desc_act", "checkpoint_format"].iter().any(|key| section.has(key));
     Ok(match named.as_ref().map(|(_, name)| name.as_str()) {
@@ -170,7 +170,7 @@ fn method(section: &Config) -> Result<Option<Method>, ConvertError> {
 
 fn gptq(sections: &[Config]) -> Result<Columnar, ConvertError> {
     for section in sections {
-        // GPTQModel's newer files say `format`.
+        // GPTQModel's newer files have `format` instead.
         let Some((key, format)) = lower(section, &["checkpoint_format", "format"])? else { continue };
         return match format.as_str() {
             "gptq" => Ok(Columnar::Gptq { zero_offset: 1 }),
@@ -181,8 +181,8 @@ fn gptq(sections: &[Config]) -> Result<Columnar, ConvertError> {
     Ok(Columnar::Gptq { zero_offset: 1 })
 }
 
-/// AutoRound writes the format of GPTQ, the format of AWQ, or, above all where zero points are not all alike, one of its own:
-/// that of GPTQ with the zeros as they are (<https://github.com/intel/auto-round>, `auto_round_extension`: its modules for
+/// AutoRound writes the format of GPTQ, that of AWQ, or one of its own, mostly if zero points are not all equal: GPTQ's with
+/// unchanged zeros (<https://github.com/intel/auto-round>, `auto_round_extension`: the names of its modules for
 /// `auto_round:auto_gptq` end in `_zp`, and the others subtract nothing).
 fn auto_round(section: &Config) -> Result<Columnar, ConvertError> {
     Ok(match lower(section, &["packing_format"])? {
@@ -199,7 +199,7 @@ fn auto_round(section: &Config) -> Result<Columnar, ConvertError> {
     })
 }
 
-/// The text under the first of `keys` that has one, in lower case: tools differ there.
+/// The text under the first of `keys` that has one, in lower case, because tools differ in case.
 fn lower<'k>(section: &Config, keys: &[&'k str]) -> Result<Option<(&'k str, String)>, ConvertError> {
     for &key in keys {
         if let Some(text) = section.opt_str(key)? {

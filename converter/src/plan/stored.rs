@@ -7,7 +7,7 @@ use crate::error::ConvertError;
 use crate::family::Stored;
 use crate::source::Checkpoint;
 
-/// A checkpoint, as families see it.
+/// A checkpoint in the form that families use.
 pub(super) struct Tensors<'a>(pub(super) &'a Checkpoint);
 
 impl Stored for Tensors<'_> {

@@ -1,4 +1,4 @@
-//! The table of tensors over a source, and their bytes.
+//! The table of tensors in a source, and access to their bytes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -13,11 +13,11 @@ use super::{Dtype, INDEX, RowOrder, Source, SourceFile, Stamp, header};
 use crate::contents::{Part, parts_of};
 use crate::error::{ConvertError, counted, first_few};
 
-/// Where a tensor is and what it is.
+/// Location and form of a tensor.
 #[derive(Clone, Debug)]
 pub(crate) struct SourceTensor {
     pub(crate) name: String,
-    /// Number of its file; of a derived tensor, the one that it is derived from.
+    /// Index of its file; for a derived tensor, of the file from which it is derived.
     pub(crate) file: usize,
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<usize>,
@@ -26,19 +26,19 @@ pub(crate) struct SourceTensor {
     pub(crate) indexed: bool,
     /// First byte in its file; 0 for a derived tensor.
     pub(crate) start: u64,
-    /// In which order its rows lie there.
+    /// The order of its rows there.
     pub(crate) order: RowOrder,
-    /// All bytes of a small tensor that is not in any file as the model has it, but computed from what is.
+    /// All bytes of a small tensor that is not in any file in the model's form, but computed from the files.
     pub(crate) derived: Option<Arc<[u8]>>,
 }
 
-/// A tensor that the index names and that no file holds.
+/// A tensor that the index names but no file holds.
 #[derive(Clone, Debug)]
 pub(crate) struct AbsentTensor {
     pub(crate) tensor: String,
     /// Where the index places it.
     pub(crate) file: String,
-    /// Whether that file is not there.
+    /// Whether that file does not exist.
     pub(crate) file_is_absent: bool,
 }
 
@@ -48,21 +48,21 @@ pub(crate) struct Checkpoint {
     source: Box<dyn Source>,
     /// Where the source is, for messages.
     pub(crate) dir: PathBuf,
-    /// xxh3-128 of all bytes of each file before its tensors.
+    /// xxh3-128 of all bytes before the tensors, for each file.
     pub(crate) header_digests: Vec<u128>,
-    /// In the order of their names.
+    /// In order of their names.
     pub(crate) tensors: Vec<SourceTensor>,
-    /// All bytes of all files behind their headers, in the order of files and places.
+    /// All bytes of all files after their headers, in order of files and offsets.
     pub(crate) parts: Vec<Part>,
-    /// What the index names and no file holds.
+    /// What the index names but no file holds.
     pub(crate) absent: Vec<AbsentTensor>,
-    /// Whether bytes called zero points count: else they are left over, and must be zero.
+    /// Whether bytes called zero points are used; otherwise they are leftovers, and must be zero.
     pub(crate) has_zero_points: bool,
     /// Remarks for the user.
     pub(crate) notes: Vec<String>,
-    /// What may explain that a tensor is not found.
+    /// A possible explanation for a tensor that is not found.
     pub(crate) hint: Option<String>,
-    /// Whether norms hold what is multiplied with in every family, also in those whose releases store one less.
+    /// Whether norms are the factors in every family, even those whose releases store one less.
     pub(crate) whole_norms: bool,
     by_name: HashMap<String, usize>,
 }
@@ -106,8 +106,8 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// Adds what the next file of the source holds: `header` are its bytes up to the first that can belong to a tensor.
-    /// Once all files are added, [`Checkpoint::sort`] and [`Checkpoint::index`] complete the table.
+    /// Adds the tensors of the source's next file. `header` is its bytes up to the first that can belong to a tensor. After all
+    /// files, [`Checkpoint::sort`] and [`Checkpoint::index`] complete the table.
     pub(crate) fn add_file(&mut self, header: &[u8], tensors: Vec<SourceTensor>) {
         let number = self.header_digests.len();
         let len = self.source.files()[number].len;
@@ -117,18 +117,18 @@ impl Checkpoint {
         self.tensors.extend(tensors);
     }
 
-    /// Brings the tensors into the order of their names.
+    /// Sorts the tensors by name.
     pub(crate) fn sort(&mut self) {
         self.tensors.sort_by(|a, b| a.name.cmp(&b.name));
     }
 
-    /// Makes tensors findable by their names, which are all different by now.
+    /// Makes tensors findable by their names, which are unique by now.
     pub(crate) fn index(&mut self) {
         self.by_name = self.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
     }
 
-    /// Reads the headers of all files. If one is damaged, says how many others are: a download may have to be repeated as a
-    /// whole.
+    /// Reads the headers of all files. If one is damaged, the error says how many others are: the whole download may have to be
+    /// repeated.
     fn add_files(&mut self, places: Option<&BTreeMap<String, String>>) -> Result<(), ConvertError> {
         let (mut first, mut others) = (None, Vec::new());
         for number in 0..self.files().len() {
@@ -174,7 +174,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Of tensors that several files hold, keeps the one that the index means.
+    /// If several files hold a tensor of the same name, keeps the one that the index names.
     fn decide_doubles(&mut self, places: Option<&BTreeMap<String, String>>) -> Result<(), ConvertError> {
         let files = self.source.files();
         let mut doubles: Vec<String> = Vec::new();
@@ -204,7 +204,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Where the bytes come from.
+    /// The source of the bytes.
     pub(crate) fn source(&self) -> &dyn Source {
         &*self.source
     }
@@ -214,7 +214,7 @@ impl Checkpoint {
         self.source.files()
     }
 
-    /// Number of the tensor of that name.
+    /// Index of the tensor with this name.
     pub(crate) fn find(&self, name: &str) -> Option<usize> {
         self.by_name.get(name).copied()
     }
@@ -224,10 +224,10 @@ impl Checkpoint {
         &self.files()[self.tensors[tensor].file].path
     }
 
-    /// Reads `out.len()` bytes of a tensor's data from byte `at` on, as they are stored, and adds them to `digest`.
+    /// Reads `out.len()` bytes of a tensor's stored data from byte `at` on, and adds them to `digest`.
     pub(crate) fn read(&self, tensor: usize, at: u64, out: &mut [u8], digest: &mut Xxh3) -> Result<(), ConvertError> {
         let t = &self.tensors[tensor];
-        // The plan only asks for ranges inside the tensor; the header's check put the tensor inside the file.
+        // The plan requests only ranges inside the tensor, and the check of the header ensures that the tensor is inside the file.
         assert!(at + out.len() as u64 <= t.len, "`{}` has {} bytes", t.name, t.len);
         match &t.derived {
             Some(bytes) => out.copy_from_slice(&bytes[at as usize..][..out.len()]),
@@ -244,19 +244,19 @@ impl Checkpoint {
         self.source.read_at(part.file, part.start + at, out)
     }
 
-    /// The part that is a tensor's data; any for a tensor without data, and `None` for a derived one.
+    /// The part with a tensor's data; any part for a tensor without data, and `None` for a derived one.
     pub(crate) fn part_of(&self, tensor: usize) -> Option<usize> {
         let t = &self.tensors[tensor];
         let stored = t.derived.is_none();
         stored.then(|| self.parts.partition_point(|part| (part.file, part.start) < (t.file, t.start)))
     }
 
-    /// The identity of every file before anything was read.
+    /// The identity of every file before reading began.
     pub(crate) fn stamps(&self) -> Vec<Stamp> {
         self.files().iter().map(|f| f.stamp).collect()
     }
 
-    /// Checks that no file has changed since it was opened: what has been read is what the files hold.
+    /// Checks that no file has changed since it was opened, so what has been read is what the files hold.
     pub(crate) fn check_unchanged(&self) -> Result<(), ConvertError> {
         self.source.check_unchanged()
     }
@@ -266,8 +266,8 @@ impl Checkpoint {
         ConvertError::SourceChanged { path: self.files()[file].path.clone() }
     }
 
-    /// Reads a small file of the source, or `None` if it does not exist. JSON must be an object: a file that was cut short
-    /// would only be noticed when the model is run.
+    /// Reads a small file of the source, or returns `None` if it does not exist. JSON must be an object, because a truncated file
+    /// would otherwise be noticed only when the model runs.
     pub(crate) fn side_file(&self, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
         let Some(bytes) = self.source.text_file(name)? else { return Ok(None) };
         if name.ends_with(".json") {

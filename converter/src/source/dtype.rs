@@ -2,12 +2,12 @@
 
 use super::GgmlType;
 
-/// Formats whose numbers this program reads.
+/// Formats whose numbers this program can read.
 pub(crate) const FLOATS: &str = "BF16, F16, F32, F8_E4M3 with scales, and the packed formats listed in docs/MODELS.md";
 /// Formats of vectors and scales.
 pub(crate) const WIDE_FLOATS: &str = "BF16, F16 and F32";
 
-/// The number format of a tensor, as its header names it.
+/// The number format of a tensor, as named in its header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Dtype {
     /// IEEE binary32.
@@ -20,7 +20,7 @@ pub(crate) enum Dtype {
     F8E4M3,
     /// Blocks of ggml: never F32, F16 or BF16, which are the formats above.
     Ggml(GgmlType),
-    /// A format that no family here uses yet; kept by name so that errors can say it.
+    /// A format that no family uses yet; the name is kept for messages.
     Other(String),
 }
 
@@ -57,7 +57,7 @@ impl Dtype {
         }
     }
 
-    /// Bits of one element; `None` for a name that safetensors does not define, and for blocks.
+    /// Bits of one element; `None` for blocks, and for a name that safetensors does not define.
     pub(crate) fn bits(&self) -> Option<u64> {
         if matches!(self, Dtype::Ggml(_)) {
             return None;

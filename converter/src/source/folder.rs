@@ -1,4 +1,4 @@
-//! Files of a folder, or of several names, as the source of a checkpoint.
+//! Files in a folder, or with several names, as the source of a checkpoint.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -11,20 +11,20 @@ use super::recognise::Foreign;
 use super::{Checkpoint, FileUse, MAX_SIDE_FILE, Source, SourceFile, Stamp, header};
 use crate::error::ConvertError;
 
-/// Opens the safetensors checkpoint in `dir`. Tensors count wherever they are: as transformers and vLLM do, everything that the
-/// files hold is taken, also what the index does not name.
+/// Opens the safetensors checkpoint in `dir`. As in transformers and vLLM, all tensors in the files are used, even those that the
+/// index does not name.
 pub(super) fn open(dir: &Path) -> Result<Checkpoint, ConvertError> {
     let located = locate::locate(dir)?;
     let source = Folder::open(dir, &located)?;
     Checkpoint::of_safetensors(Box::new(source), located)
 }
 
-/// Files that are open, and the folder of the small files beside them.
+/// Open files, and the folder with the small files beside them.
 #[derive(Debug)]
 pub(crate) struct Folder {
     dir: PathBuf,
     files: Vec<SourceFile>,
-    /// The same, open.
+    /// The same files, open.
     open: Vec<LocalFile>,
 }
 
@@ -38,7 +38,7 @@ impl Folder {
         Ok(folder)
     }
 
-    /// Opens these files; `path` is what the user has named.
+    /// Opens these files; `path` is the user's.
     pub(super) fn of_files(path: &Path, files: &[PathBuf]) -> Result<Self, ConvertError> {
         let mut folder = Folder { dir: path.to_owned(), files: Vec::new(), open: Vec::new() };
         for file in files {
@@ -104,7 +104,7 @@ pub(crate) fn open_safetensors(path: &Path) -> Result<(LocalFile, Stamp, u64, Ve
     Ok((file, stamp, len, header))
 }
 
-/// Reads bytes of a file from a place on.
+/// Reads bytes of a file from an offset on.
 pub(super) type ReadAt<'a> = &'a dyn Fn(u64, &mut [u8]) -> Result<(), ConvertError>;
 
 /// The header of a safetensors file of `len` bytes, length field included.
@@ -125,17 +125,17 @@ pub(super) fn read_header(path: &Path, len: u64, read: ReadAt<'_>) -> Result<Vec
     Ok(header)
 }
 
-/// Reads a small file of a checkpoint's folder, or `None` if it does not exist.
+/// Reads a small file of a checkpoint's folder, or returns `None` if it does not exist.
 pub(crate) fn side_file(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, ConvertError> {
     let path = dir.join(name);
     if path.exists() { read_side_file(&path).map(Some) } else { Ok(None) }
 }
 
-/// Reads a small file whole.
+/// Reads a whole small file.
 pub(crate) fn read_side_file(path: &Path) -> Result<Vec<u8>, ConvertError> {
     let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
     let mut bytes = Vec::new();
-    // Bounded by what is read, not by what the filesystem says: files of /proc have no length.
+    // The limit applies to what is read, not to the length from the filesystem: files in /proc have no length.
     file.take(MAX_SIDE_FILE + 1).read_to_end(&mut bytes).map_err(ConvertError::io(path, "read it"))?;
     if bytes.len() as u64 > MAX_SIDE_FILE {
         let problem = format!("it has more than {MAX_SIDE_FILE} bytes");

@@ -80,11 +80,11 @@ impl GgmlType {
         GgmlType::NVFP4,
     ];
 
-    /// The format of that number in a file; `Err` says what it is instead.
+    /// The format with this number in a file; the error says what it is instead.
     pub(crate) fn from_id(id: u32) -> Result<Self, String> {
         let known = Self::ALL.into_iter().find(|ty| *ty as u32 == id);
         known.ok_or_else(|| match id {
-            // Formats that ggml itself has given up, or keeps in memory only.
+            // Formats that ggml itself has dropped, or uses only in memory.
             4 | 5 => format!("Q4_2 or Q4_3 (type {id}), which llama.cpp gave up in 2023"),
             9 => "Q8_1 (type 9), which is a format of activations".to_owned(),
             15 => "Q8_K (type 15), which is a format of activations".to_owned(),
@@ -134,7 +134,7 @@ impl GgmlType {
         self.traits().0
     }
 
-    /// Columns of a block: a row has whole blocks.
+    /// Columns of a block: a row consists of whole blocks.
     pub(crate) fn block_cols(self) -> usize {
         self.traits().1
     }
@@ -144,7 +144,7 @@ impl GgmlType {
         self.traits().2
     }
 
-    /// Bytes of a row; `None` if it has no whole number of blocks, or too many.
+    /// Bytes of a row; `None` if it is not a whole number of blocks, or too long.
     pub(crate) fn row_bytes(self, cols: usize) -> Option<usize> {
         let (_, block_cols, block_bytes) = self.traits();
         if cols.is_multiple_of(block_cols) { (cols / block_cols).checked_mul(block_bytes) } else { None }

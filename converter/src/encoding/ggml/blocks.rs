@@ -1,23 +1,23 @@
-//! Blocks of ggml, whose codes lie as its kernels want them, as codes and scales in the order of columns. Bits stay what they
-//! are. Layouts: `ggml-common.h` and `dequantize_row_*` in `ggml-quants.c` (<https://github.com/ggml-org/llama.cpp>).
+//! Converts blocks of ggml, whose codes are in the order of its kernels, to codes and scales in the order of columns. The bits stay
+//! the same. Layouts: `ggml-common.h` and `dequantize_row_*` in `ggml-quants.c` (<https://github.com/ggml-org/llama.cpp>).
 
 use sluice_weights::SUPER_BLOCK;
 
 use crate::source::GgmlType;
 
-/// Codes of rows, one per byte, or records of grids; and scales, as `sluice_weights` has them.
+/// Codes of rows, one per byte, or records of grids; and scales, in the form of `sluice_weights`.
 #[derive(Debug, Default)]
 pub(super) struct Canonical {
     pub(super) codes: Vec<u8>,
     pub(super) scales: Vec<u8>,
 }
 
-/// Columns of a small block, and half of it: a byte holds two columns so far apart.
+/// Columns of a small block, and half of that: a byte holds two columns with this distance.
 const SMALL: usize = 32;
 const HALF: usize = SMALL / 2;
 
 impl Canonical {
-    /// Of whole rows of a type that [`super::weight_type`] names.
+    /// Converts whole rows of a type that [`super::weight_type`] names.
     pub(super) fn new(ty: GgmlType, rows: &[u8]) -> Self {
         let blocks = rows.len() / ty.block_bytes();
         let (codes, scales) = (Vec::with_capacity(blocks * ty.block_cols()), Vec::with_capacity(blocks * 20));
@@ -51,7 +51,7 @@ impl Canonical {
         }
     }
 
-    /// Two columns half a block apart in each byte.
+    /// Each byte has two columns, half a block apart.
     fn small(&mut self, scales: &[u8], nibbles: &[u8]) {
         self.scales.extend_from_slice(scales);
         self.halves(nibbles);
@@ -73,14 +73,14 @@ impl Canonical {
         }
     }
 
-    /// Four groups of sixteen, each with a scale: e4m3 without a sign, of which ggml takes the one that is no number for zero.
+    /// Four groups of sixteen, each with a scale in e4m3 without a sign; ggml treats NaN as zero.
     fn nvfp4(&mut self, b: &[u8]) {
         let scale = |s: &u8| if s & 0x7f == 0x7f { 0 } else { s & 0x7f };
         self.scales.extend(b[..4].iter().map(scale));
         b[4..].chunks_exact(HALF / 2).for_each(|nibbles| self.halves(nibbles));
     }
 
-    /// The codes of a super-block of two bits: in each half, a byte holds four columns that are 32 apart.
+    /// The codes of a super-block of two bits: in each half, a byte holds four columns, 32 apart.
     fn twos(&mut self, bytes: &[u8]) {
         for half in bytes.chunks_exact(SMALL) {
             for shift in [0, 2, 4, 6] {
@@ -89,7 +89,7 @@ impl Canonical {
         }
     }
 
-    /// The codes of a super-block of four bits: of every 64 columns, a byte holds two that are 32 apart.
+    /// The codes of a super-block of four bits: of every 64 columns, a byte holds two, 32 apart.
     fn fours(&mut self, bytes: &[u8]) {
         bytes.chunks_exact(SMALL).for_each(|nibbles| self.halves(nibbles));
     }
@@ -120,7 +120,7 @@ impl Canonical {
         self.add_bits(&b[..32], 2);
     }
 
-    /// `d` and `dmin`, then scale and minimum of every 32 columns, of six bits each.
+    /// `d` and `dmin`, then the scale and the minimum of every 32 columns, six bits each.
     fn six_bit_scales(&mut self, b: &[u8]) {
         self.scales.extend_from_slice(&b[..4]);
         let packed = &b[4..16];
@@ -171,7 +171,7 @@ impl Canonical {
         b[8..].chunks_exact(HALF).for_each(|nibbles| self.halves(nibbles));
     }
 
-    /// Five, and at the end four, digits of base three in a byte, as a fraction of 256.
+    /// Five digits of base three in a byte, or four at the end, as a fraction of 256.
     fn tq1_0(&mut self, b: &[u8]) {
         self.scales.extend_from_slice(&b[52..54]);
         for (bytes, digits) in [(&b[..32], 5), (&b[32..48], 5), (&b[48..52], 4)] {
@@ -189,7 +189,7 @@ impl Canonical {
         self.twos(&b[..64]);
     }
 
-    /// A super-block of numbers of points: records as `sluice_weights::Codes` describes them.
+    /// A super-block with numbers of grid points: records as described at `sluice_weights::Codes`.
     fn grid(&mut self, ty: GgmlType, b: &[u8]) {
         match ty {
             GgmlType::IQ3_S => {
@@ -223,7 +223,7 @@ impl Canonical {
             }
             GgmlType::IQ1_M => {
                 let words: [u16; 4] = std::array::from_fn(|i| u16::from_le_bytes([b[48 + 2 * i], b[49 + 2 * i]]));
-                // `d` is cut into the top four bits of the words, the lowest first.
+                // `d` is divided among the top four bits of the words, the lowest part first.
                 let d = words.iter().rev().fold(0, |d, word| d << 4 | word >> 12);
                 self.scales.extend(d.to_le_bytes());
                 self.scales.extend(words.iter().flat_map(|w| [(w & 63) as u8, (w >> 6 & 63) as u8]));
@@ -233,7 +233,7 @@ impl Canonical {
         }
     }
 
-    /// Eight records of a super-block, each of so many bytes of each array.
+    /// Eight records of a super-block, with this many bytes from each array.
     fn records(&mut self, arrays: &[(&[u8], usize)]) {
         for i in 0..SUPER_BLOCK / SMALL {
             for (bytes, width) in arrays {

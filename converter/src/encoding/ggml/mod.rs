@@ -1,4 +1,4 @@
-//! The blocks of GGUF files: every row is whole blocks of a [`GgmlType`].
+//! The blocks of GGUF files: every row consists of whole blocks of a [`GgmlType`].
 
 mod blocks;
 mod values;
@@ -16,13 +16,13 @@ use crate::error::ConvertError;
 use crate::plan::form::Parts;
 use crate::source::{Checkpoint, Dtype, GgmlType};
 
-/// A matrix, or a stack of them, of blocks.
+/// A matrix of blocks, or a stack of matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ggml {
     ty: GgmlType,
     /// Bytes of a row.
     row_bytes: usize,
-    /// The numbers that NVFP4's scales are multiplied by, if there are any.
+    /// The factors of NVFP4's scales, if there are any.
     factors: Option<Factors>,
 }
 
@@ -30,16 +30,16 @@ pub(super) struct Ggml {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Factors {
     tensor: usize,
-    /// Rows that share one.
+    /// Rows that share a factor.
     rows: usize,
 }
 
-/// The weight type that holds the same codes and scales; `None` for formats that are no blocks.
+/// The weight type with the same codes and scales; `None` for formats without blocks.
 fn weight_type(ty: GgmlType) -> Option<WeightType> {
     match ty {
         GgmlType::Q8_0 => Some(WeightType::Q8),
         GgmlType::MXFP4 => Some(WeightType::Mxfp4),
-        // The same numbers in fewer bytes, which no kernel could use.
+        // TQ1_0 has the same numbers in fewer bytes, but no kernel could use that form.
         GgmlType::TQ1_0 => weight_type(GgmlType::TQ2_0),
         _ => {
             let name = ty.name().to_ascii_lowercase();
@@ -49,7 +49,7 @@ fn weight_type(ty: GgmlType) -> Option<WeightType> {
     }
 }
 
-/// Checks that a tensor has the bytes of its rows; `parts` are the tensor and, where NVFP4 has them, the factors of its scales.
+/// Checks that a tensor has the bytes of its rows. `parts` are the tensor and, for NVFP4, the factors of its scales if it has them.
 pub(super) fn resolve(
     checkpoint: &Checkpoint,
     shape: &[usize],
@@ -109,7 +109,7 @@ impl Encoding for Ggml {
 struct GgmlDecoder<'s> {
     layout: Ggml,
     selection: &'s Selection,
-    /// By number of [`Factors`]; none where nothing is multiplied.
+    /// By index in [`Factors`]; empty if there is no factor.
     factors: Vec<f32>,
 }
 
@@ -126,7 +126,7 @@ impl GgmlDecoder<'_> {
         }
     }
 
-    /// Rows `lines` of the tensor, whole, as f32.
+    /// The whole rows `lines` of the tensor as f32.
     fn line_values(&self, lines: Lines, reader: &mut Reader<'_>) -> Result<Vec<f32>, ConvertError> {
         let (ty, cols) = (self.layout.ty, self.selection.cols);
         let bytes = self.lines(lines, reader)?;
@@ -178,7 +178,7 @@ impl Decoder for GgmlDecoder<'_> {
     }
 }
 
-/// Packs up to eight rows of `cols` columns; `factors` are theirs.
+/// Packs up to eight rows of `cols` columns with their `factors`.
 fn pack(ty: GgmlType, canonical: &Canonical, cols: usize, factors: &[f32], out: &mut [u8]) {
     let n = factors.len();
     let Canonical { codes, scales } = canonical;
@@ -193,7 +193,7 @@ fn pack(ty: GgmlType, canonical: &Canonical, cols: usize, factors: &[f32], out: 
     }
 }
 
-/// Whether all scales are numbers, so that all values are: none reaches beyond f32.
+/// Whether all scales are finite. Then all values are too, because none exceeds the range of f32.
 fn is_finite(ty: GgmlType, scales: &[u8]) -> bool {
     let half = |bytes: &[u8]| f16_to_f32(u16::from_le_bytes([bytes[0], bytes[1]])).is_finite();
     match weight_type(ty) {
@@ -205,7 +205,7 @@ fn is_finite(ty: GgmlType, scales: &[u8]) -> bool {
             Scales::Groups { scale: ScaleType::Bf16, .. } => {
                 scales.chunks_exact(2).all(|b| bf16_to_f32(u16::from_le_bytes([b[0], b[1]])).is_finite())
             }
-            // NVFP4's have been made finite.
+            // NVFP4's scales were made finite before.
             Scales::Groups { .. } => true,
             Scales::Super(of_block) => {
                 scales.chunks_exact(of_block.row_len()).all(|b| half(b) && (!of_block.has_min() || half(&b[2..])))

@@ -1,4 +1,4 @@
-//! Numbers of ggml's blocks as f32, in the order of operations of `gguf-py/gguf/quants.py`: the same bits.
+//! Values of ggml's blocks as f32, in the order of operations of `gguf-py/gguf/quants.py`, which gives the same bits.
 
 use sluice_format::WeightType;
 use sluice_kernels::{self as kernels, IQ4NL, bf16_to_f32, e4m3_to_f32, f16_to_f32};
@@ -10,7 +10,7 @@ use crate::source::GgmlType;
 /// e2m1, doubled; ggml has no negative zero.
 const E2M1_DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
-/// Appends the numbers of whole rows of `cols` columns, of a type that [`super::weight_type`] names.
+/// Appends the values of whole rows of `cols` columns, of a type that [`super::weight_type`] names.
 pub(super) fn rows(ty: GgmlType, canonical: &Canonical, cols: usize, out: &mut Vec<f32>) {
     match super::weight_type(ty) {
         Some(WeightType::Q8) => {
@@ -35,12 +35,12 @@ pub(super) fn rows(ty: GgmlType, canonical: &Canonical, cols: usize, out: &mut V
     }
 }
 
-/// 2^(e − 128), of which the smallest are subnormal.
+/// 2^(e − 128); the smallest results are subnormal.
 fn half_power(e: u8) -> f32 {
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { u32::from(e - 1) << 23 })
 }
 
-/// What a code stands for, doubled for e2m1.
+/// The value of a code, doubled for e2m1.
 fn number(ty: Grouped, code: u8) -> f32 {
     match ty.codes() {
         Codes::Iq4nl => f32::from(IQ4NL[usize::from(code & 15)]),
@@ -54,7 +54,7 @@ fn groups(ty: Grouped, scale: ScaleType, zero: Zero, canonical: &Canonical, out:
     let columns = ty.block();
     for (codes, scales) in canonical.codes.chunks_exact(columns).zip(canonical.scales.chunks_exact(width)) {
         let d = match scale {
-            // The numbers are doubled.
+            // The values are doubled.
             ScaleType::E4m3 => e4m3_to_f32(scales[0]) * 0.5,
             _ => half(scales, 0),
         };
@@ -101,7 +101,7 @@ fn super_blocks(ty: Grouped, scales: Super, canonical: &Canonical, out: &mut Vec
     }
 }
 
-/// By way of a row group: the kernels know the grids.
+/// Uses a row group, because the kernels know the grids.
 fn grid(ty: Grouped, canonical: &Canonical, cols: usize, out: &mut Vec<f32>) {
     let record = ty.codes().block_len() * cols / 32;
     let scale_row = ty.scale_row(cols).expect("rows are whole super-blocks");
@@ -116,7 +116,7 @@ fn grid(ty: Grouped, canonical: &Canonical, cols: usize, out: &mut Vec<f32>) {
     }
 }
 
-/// Numbers of formats that are no blocks.
+/// Values of formats without blocks.
 pub(super) fn plain(ty: GgmlType, bytes: &[u8], out: &mut Vec<f32>) {
     let halves = || bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b));
     match ty {
@@ -139,7 +139,7 @@ mod tests {
     use super::*;
     use crate::source::header;
 
-    /// Blocks and values that the public `gguf` package computes of them, by type (`converter/tests/ggml/make_blocks.py`).
+    /// Blocks, and the values that the public `gguf` package computes for them, by type (`converter/tests/ggml/make_blocks.py`).
     fn fixture() -> BTreeMap<String, Vec<u8>> {
         let file = include_bytes!("../../../tests/ggml/blocks.safetensors");
         let (field, _) = file.split_first_chunk().unwrap();
@@ -149,7 +149,7 @@ mod tests {
         entries.iter().map(|e| (e.name.clone(), bytes(e))).collect()
     }
 
-    /// The same but for the sign of zero: kernels have a negative zero where ggml has none.
+    /// The same except for the sign of zero: kernels have a negative zero where ggml has none.
     fn same(a: f32, b: f32) -> bool {
         a.to_bits() == b.to_bits() || a == 0.0 && b == 0.0
     }
@@ -175,7 +175,7 @@ mod tests {
         assert_eq!(checked, 23);
     }
 
-    /// What is packed for the kernels stands for the same numbers.
+    /// The packed form for the kernels has the same values.
     #[test]
     fn carried_types_stand_for_the_same_numbers() {
         let fixture = fixture();

@@ -1,4 +1,4 @@
-//! The architectures that are read, by the names that llama.cpp gives them.
+//! The supported architectures, by the names of llama.cpp.
 
 use super::keys::{ARCHITECTURE, Keys};
 use super::metadata::{Metadata, Problem};
@@ -7,7 +7,7 @@ use crate::nearest;
 /// An architecture of llama.cpp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Arch {
-    /// Llama and Mistral, and with experts Mixtral.
+    /// Llama and Mistral; with experts Mixtral.
     Llama,
     /// Mistral since Ministral 3.
     Mistral3,
@@ -16,7 +16,7 @@ pub(super) enum Arch {
     Qwen3Moe,
     Qwen3Next,
     Qwen35Moe,
-    /// DeepSeek-V2 and V3, and what computes the same: Kimi K2, GLM-4.7-Flash.
+    /// DeepSeek-V2 and V3, and models with the same computation: Kimi K2, GLM-4.7-Flash.
     DeepSeek2,
     /// DeepSeek-V3.2.
     DeepSeek32,
@@ -47,7 +47,7 @@ pub(super) enum Arch {
     BailingMoe,
     /// Ling and Ring of the second generation.
     BailingMoe2,
-    /// Nemotron-H, and with experts Nemotron 3.
+    /// Nemotron-H; with experts Nemotron 3.
     NemotronH,
     /// Step 3.5.
     Step35,
@@ -96,7 +96,7 @@ const NAMES: [(&str, Arch); 34] = [
     ("qwen4exp", Arch::Qwen4Exp),
 ];
 
-/// Keys that change what a model computes, which few families have; the value at which they change nothing.
+/// Keys that change what a model computes and that few families have, with the value that changes nothing.
 const NEUTRAL: [(&str, f64); 10] = [
     ("attention.temperature_scale", 0.0),
     ("attention.max_alibi_bias", 0.0),
@@ -110,7 +110,7 @@ const NEUTRAL: [(&str, f64); 10] = [
     ("rope.scaling.attn_factor", 1.0),
 ];
 
-/// Those of them that a family has.
+/// Which families have which of them.
 const OF_FAMILIES: [(Arch, &str); 7] = [
     (Arch::GraniteMoe, "logit_scale"),
     (Arch::GraniteMoe, "residual_scale"),
@@ -122,7 +122,7 @@ const OF_FAMILIES: [(Arch, &str); 7] = [
 ];
 
 impl Arch {
-    /// The architecture that the metadata name, and its name.
+    /// The architecture in the metadata, and its name.
     pub(super) fn find(metadata: &Metadata) -> Result<(Self, &str), Problem> {
         if let Some(other) = metadata.text("general.type")?.filter(|ty| *ty != "model") {
             let problem = format!("is \"{other}\": the file is not a model, but goes with one");
@@ -137,7 +137,7 @@ impl Arch {
         known.ok_or_else(|| Problem::new(ARCHITECTURE, nearest::refusal(name, &supported)))
     }
 
-    /// Whether llama.cpp's converter stores rows of queries and keys in the order in which it turns them.
+    /// Whether llama.cpp's converter stores rows of queries and keys in the order of its rotation.
     pub(super) fn interleaves(self) -> bool {
         matches!(self, Arch::Llama | Arch::Mistral3 | Arch::GraniteMoe | Arch::BailingMoe | Arch::NemotronH)
     }
@@ -152,7 +152,7 @@ impl Arch {
         matches!(self, Arch::Qwen3Next | Arch::Qwen35Moe | Arch::Qwen4Exp | Arch::KimiLinear)
     }
 
-    /// Whether every layer has experts, if any has.
+    /// Whether every layer has experts if any has.
     pub(super) fn is_all_sparse(self) -> bool {
         matches!(
             self,
@@ -168,7 +168,7 @@ impl Arch {
         )
     }
 
-    /// Whether layers differ in how many heads they have.
+    /// Whether layers have different numbers of heads.
     pub(super) fn differs_in_heads(self) -> bool {
         matches!(self, Arch::MiMo2 | Arch::NemotronH | Arch::Step35 | Arch::Gemma4)
     }
@@ -181,7 +181,7 @@ impl Arch {
         }
     }
 
-    /// Refuses keys whose values change what the model computes in a way that the family does not know.
+    /// Refuses keys whose values change the computation in a way that the family does not support.
     pub(super) fn refuse_unknown_computation(self, keys: &Keys<'_>) -> Result<(), Problem> {
         let known = |end: &str| OF_FAMILIES.contains(&(self, end));
         for (end, neutral) in NEUTRAL.into_iter().filter(|(end, _)| !known(end)) {

@@ -1,5 +1,5 @@
-//! `config.json` as the original checkpoint would have it, of what a GGUF file says in its keys and by its tensors. Where both
-//! disagree, the tensors are right: tools that take experts out of a model leave `expert_count` as it was.
+//! Rebuilds the `config.json` of the original checkpoint from the keys and tensors of a GGUF file. If both disagree, the tensors
+//! decide: tools that remove experts from a model leave `expert_count` unchanged.
 
 mod gemma;
 mod nemotron;
@@ -16,22 +16,22 @@ use super::metadata::Problem;
 use super::rope::{self, Rope};
 pub(super) use qwen4::Ngrams;
 
-/// The numbers of `expert_gating_func`.
+/// The values of `expert_gating_func`.
 const SOFTMAX: u64 = 1;
 const SIGMOID: u64 = 2;
 const SOFTMAX_OF_CHOSEN: u64 = 3;
 const SQRT_SOFTPLUS: u64 = 4;
-/// Longest context of GLM-5 and 5.1; longer ones are of 5.2, whose layers share indexers in a pattern.
+/// Longest context of GLM-5 and 5.1; files with longer ones are 5.2, whose layers share indexers in a pattern.
 const GLM_5_1_CONTEXT: u64 = 1 << 20;
 
-/// What a file describes.
+/// The description of a model.
 pub(super) struct Described {
     /// `config.json`.
     pub(super) config: Json,
-    /// Heads of queries, and of keys and values.
+    /// Query heads, and key and value heads.
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
-    /// Rows of keys and of values in each layer; none where attention is latent.
+    /// Rows of keys and of values in each layer; empty for latent attention.
     pub(super) kv_rows: Vec<[usize; 2]>,
     /// Which layers have linear attention.
     pub(super) linear: Vec<bool>,
@@ -41,7 +41,7 @@ pub(super) struct Described {
     pub(super) notes: Vec<String>,
 }
 
-/// What tensors hold that decides how frequencies are divided.
+/// Tensors that decide how frequencies are divided.
 pub(super) struct Factors {
     /// `rope_freqs.weight`.
     pub(super) all: Option<Vec<f32>>,
@@ -88,14 +88,14 @@ pub(super) fn describe(arch: Arch, keys: &Keys<'_>, factors: &Factors) -> Result
     Ok(Described { config: Json::Object(out.0), heads, kv_heads, kv_rows, linear, ngrams, notes })
 }
 
-/// Layers without those that predict further tokens, which files count among the blocks.
+/// Layers without those that predict further tokens, which files count as blocks.
 fn layers(keys: &Keys<'_>) -> Result<usize, Problem> {
     let blocks = keys.need("block_count")?;
     let predicting = keys.uint("nextn_predict_layers")?.unwrap_or(0);
     let layers = blocks.checked_sub(predicting).filter(|&n| n > 0).ok_or_else(|| {
         keys.refuse("nextn_predict_layers", format!("is {predicting}, and there are {blocks} blocks in all"))
     })?;
-    // Each has a norm at least.
+    // Each layer has at least one norm.
     let most = keys.tensors.len().min(ModelSpec::MAX_LAYERS);
     if layers > most as u64 {
         let problem = format!("is {blocks}, and with {} tensors there can be {most} at most", keys.tensors.len());
@@ -117,7 +117,7 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// What all decoders have.
+    /// What all decoders have in common.
     fn common(&mut self) -> Result<(), Problem> {
         let keys = self.keys;
         let embedding = keys.tensors.get("token_embd.weight");
@@ -131,7 +131,7 @@ impl Writer<'_> {
             return Err(keys.refuse("embedding_length", problem));
         }
         let (heads, kv_heads) = match self.arch {
-            // Where attention is latent, it counts the latents of a layer: none in those with linear attention.
+            // For latent attention, it counts the latents of a layer: none in layers with linear attention.
             Arch::KimiLinear => (keys.need("attention.head_count")?, None),
             arch if arch.differs_in_heads() => {
                 let most = |end: &str| keys.most(end, self.layers);
@@ -167,7 +167,7 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// The family. Architectures of several families are told apart by what they hold.
+    /// The family. If several families share an architecture, keys and tensors tell them apart.
     fn model_type(&self) -> Result<&'static str, Problem> {
         let keys = self.keys;
         Ok(match self.arch {
@@ -222,7 +222,7 @@ impl Writer<'_> {
         self.keys.of_any_layer(self.layers, rest).is_some()
     }
 
-    /// Whether scores of experts are sigmoids: by the key, or where it is missing by the bias that goes with them.
+    /// Whether experts' scores are sigmoids: by the key, or if it is missing, by the bias that goes with them.
     fn is_sigmoid(&self) -> Result<bool, Problem> {
         Ok(match self.keys.uint("expert_gating_func")?.filter(|&f| f != 0) {
             Some(func) => func == SIGMOID,
@@ -230,7 +230,7 @@ impl Writer<'_> {
         })
     }
 
-    /// Heads of plain attention, and the rotated part of them.
+    /// Heads of plain attention, and their rotated part.
     fn grouped_query(&mut self) -> Result<Rope, Problem> {
         let keys = self.keys;
         let hidden = keys.need("embedding_length")?;
@@ -269,7 +269,7 @@ impl Writer<'_> {
             self.key_blocks()?;
         }
         if matches!(self.arch, Arch::MiniMaxM2 | Arch::MiniMaxM3) {
-            // The family has a key of its own for it.
+            // The family has a separate key for it.
             self.out.set("rotary_dim", rotated);
             return Ok(Rope { dim: head_dim, head_dim, mscale: false, truncate: true });
         }
@@ -285,8 +285,8 @@ impl Writer<'_> {
         counts.into_iter().map(|count| index(self.keys, COUNTS, count).map(rows)).collect()
     }
 
-    /// Latent attention. Files count one head of keys, as wide as the latent and the rotated part together; those from before
-    /// 2025 say the widths of the heads themselves.
+    /// Latent attention. Files count one key head, as wide as the latent and the rotated part together; files from before 2025 have
+    /// the widths of the heads themselves.
     fn latent(&mut self) -> Result<Rope, Problem> {
         let keys = self.keys;
         let rotated = keys.need("rope.dimension_count")?;
@@ -315,7 +315,7 @@ impl Writer<'_> {
         Ok(Rope { dim: rotated, head_dim: rotated, mscale: true, truncate: true })
     }
 
-    /// The choice of blocks of keys, and which layers have it.
+    /// The choice of key blocks, and which layers have it.
     fn key_blocks(&mut self) -> Result<(), Problem> {
         let keys = self.keys;
         for (own, hub) in [
@@ -346,7 +346,7 @@ impl Writer<'_> {
         }
         let full = match keys.per_layer("attention.indexer.types", self.layers)? {
             Some(full) => full,
-            // As llama.cpp completes files from before the key existed.
+            // The value that llama.cpp assumes for files from before the key existed.
             None if keys.need("context_length")? < GLM_5_1_CONTEXT => vec![true; self.layers],
             None => (0..self.layers).map(|layer| layer < 2 || (layer - 2) % 4 == 0).collect(),
         };
@@ -405,7 +405,7 @@ impl Writer<'_> {
         self.shared_expert()
     }
 
-    /// The width of an expert, by the tensors: of all of a layer in one, or of the first of them.
+    /// The width of an expert, from the tensors: a stacked one, or the first of separate ones.
     fn expert_width(&self) -> Result<u64, Problem> {
         let keys = self.keys;
         for name in ["ffn_up_exps.weight", "ffn_up.0.weight"] {
@@ -421,7 +421,7 @@ impl Writer<'_> {
         keys.need(if self.arch.is_all_sparse() { "feed_forward_length" } else { "expert_feed_forward_length" })
     }
 
-    /// Whether scores of experts are sigmoids, and the numbers of `expert_gating_func` that the family can have.
+    /// Whether experts' scores are sigmoids, and the values of `expert_gating_func` that are possible for the family.
     fn gating(&self) -> Result<(bool, &'static [u64]), Problem> {
         Ok(match self.arch {
             Arch::DeepSeek2 => (self.is_sigmoid()?, &[SOFTMAX, SIGMOID]),
@@ -461,7 +461,7 @@ impl Writer<'_> {
             | Arch::Dots1
             | Arch::BailingMoe2
             | Arch::NemotronH => {
-                // It is written where it is true.
+                // It is written only if it is true.
                 let norm = norm.unwrap_or(false);
                 if !sigmoid && norm {
                     let problem = "is true with scores that are no sigmoids, which is not supported";
@@ -473,7 +473,7 @@ impl Writer<'_> {
                 self.groups(sigmoid)?;
             }
             Arch::KimiLinear | Arch::MiMo2 => {
-                // llama.cpp knows without a key that they divide by the sum.
+                // llama.cpp assumes without a key that the weights are divided by the sum.
                 self.out.set("norm_topk_prob", norm.unwrap_or(true));
                 self.out.set("routed_scaling_factor", scale.unwrap_or(1.0));
                 self.out.set("scoring_func", "sigmoid");
@@ -498,7 +498,7 @@ impl Writer<'_> {
                 self.out.set("moe_router_scaling_factor", scale.unwrap_or(1.0));
                 self.out.set("use_moe_router_bias", self.has("exp_probs_b.bias") || self.has("exp_probs_b"));
             }
-            // llama.cpp knows without a key which of these divide by the sum.
+            // llama.cpp assumes without a key which of these divide by the sum.
             Arch::BailingMoe | Arch::Qwen2Moe | Arch::Olmoe => self.out.set("norm_topk_prob", norm.unwrap_or(false)),
             Arch::Qwen3Moe | Arch::Qwen3Next | Arch::Qwen4Exp => {
                 self.out.set("norm_topk_prob", norm.unwrap_or(true));
@@ -508,7 +508,7 @@ impl Writer<'_> {
         self.check_scale(scale)
     }
 
-    /// Refuses a factor of all experts where the family has none.
+    /// Refuses a factor for all experts if the family has none.
     fn check_scale(&self, scale: Option<f64>) -> Result<(), Problem> {
         let scales = self.arch.is_latent()
             || matches!(
@@ -529,8 +529,8 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// The limit on groups of experts. llama.cpp has it since October 2025; files from before do not say it, while the models
-    /// have it all the same.
+    /// The limit on groups of experts. llama.cpp has had it since October 2025; older files do not contain it, but the models have
+    /// it.
     fn groups(&mut self, sigmoid: bool) -> Result<(), Problem> {
         let keys = self.keys;
         let (count, kept) = (keys.uint("expert_group_count")?, keys.uint("expert_group_used_count")?);
@@ -559,7 +559,7 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// The expert that every token has.
+    /// The expert that every token uses.
     fn shared_expert(&mut self) -> Result<(), Problem> {
         let keys = self.keys;
         let width = keys.of_any_layer(self.layers, "ffn_up_shexp.weight").map_or(0, |t| t.rows() as u64);
@@ -619,7 +619,7 @@ impl Writer<'_> {
         self.out.set("linear_value_head_dim", inner / value_heads);
         self.out.set("linear_conv_kernel_dim", keys.need("ssm.conv_kernel")?);
         if matches!(self.arch, Arch::Qwen35Moe | Arch::Qwen4Exp) {
-            // llama.cpp's converter puts value heads in this order for this architecture.
+            // llama.cpp's converter stores value heads in this order for this architecture.
             self.out.set("linear_value_heads_tiled", true);
         }
         let interval = keys.uint("full_attention_interval")?.unwrap_or(4);
@@ -633,7 +633,7 @@ impl Writer<'_> {
         Ok(linear)
     }
 
-    /// Kimi's linear attention, in the layers that have its tensors.
+    /// Kimi's linear attention, in the layers with its tensors.
     fn kimi_delta(&mut self) -> Result<Vec<bool>, Problem> {
         let keys = self.keys;
         let heads = keys.of_any_layer(self.layers, "ssm_beta.weight").map_or(self.heads, |t| t.rows());
@@ -647,7 +647,7 @@ impl Writer<'_> {
     }
 }
 
-/// A number of a key that counts things in memory.
+/// A number that counts things in memory, from a key.
 fn index(keys: &Keys<'_>, end: &str, n: u64) -> Result<usize, Problem> {
     usize::try_from(n).map_err(|_| keys.refuse(end, format!("is {n}")))
 }

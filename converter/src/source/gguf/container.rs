@@ -1,4 +1,4 @@
-//! The container: what a GGUF file says of itself and where its tensors are
+//! The container: the contents of a GGUF file's head, and where its tensors are
 //! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
 
 use std::collections::HashSet;
@@ -11,27 +11,27 @@ use crate::source::GgmlType;
 
 /// First bytes of a file.
 pub(crate) const MAGIC: &[u8; 4] = b"GGUF";
-/// Alignment of tensors where nothing is said.
+/// Alignment of tensors if the file has no key for it.
 const ALIGNMENT: u64 = 32;
 const ALIGNMENT_KEY: &str = "general.alignment";
-/// The largest alignment that is taken for one.
+/// The largest accepted alignment.
 const MAX_ALIGNMENT: u64 = 1 << 20;
 
-/// Most keys. Files have less than a hundred.
+/// Most keys. Files have fewer than a hundred.
 const MAX_KEYS: u64 = 1 << 16;
-/// Most tensors of a file. The largest known model has 384 experts in each of 61 layers, in old files one by one.
+/// Most tensors of a file. The largest known model has 384 experts in each of 61 layers; in old files these are separate.
 const MAX_TENSORS: u64 = 1 << 20;
-/// Longest key, as the specification has it.
+/// Longest key, as in the specification.
 const MAX_KEY: u64 = (1 << 16) - 1;
-/// Longest name of a tensor. The specification has 64.
+/// Longest name of a tensor. The limit of the specification is 64.
 const MAX_NAME: u64 = 1 << 10;
-/// Depth of lists in lists. Nobody writes any.
+/// Nesting depth of lists. Known files have none.
 const MAX_DEPTH: usize = 4;
 /// Most dimensions of a tensor.
 const MAX_DIMENSIONS: u32 = 4;
-/// Bytes that a key and its value take at least: length, type, value.
+/// Least bytes of a key and its value: length, type, value.
 const LEAST_KEY: u64 = 8 + 4 + 1;
-/// Bytes that the description of a tensor takes at least: length of its name, dimensions, one of them, type, offset.
+/// Least bytes of a tensor's description: length of its name, number of dimensions, one dimension, type, offset.
 const LEAST_TENSOR: u64 = 8 + 4 + 8 + 4 + 8;
 
 /// One tensor.
@@ -39,7 +39,7 @@ const LEAST_TENSOR: u64 = 8 + 4 + 8 + 4 + 8;
 pub(crate) struct Tensor {
     pub(crate) name: String,
     pub(crate) ty: GgmlType,
-    /// The slowest dimension first, as in safetensors; files have them the other way round.
+    /// The slowest dimension first, as in safetensors; files have the opposite order.
     pub(crate) shape: Vec<usize>,
     /// First byte in the file.
     pub(crate) start: u64,
@@ -59,15 +59,14 @@ pub(crate) struct Head {
     pub(crate) metadata: Metadata,
     /// In the order of the file.
     pub(crate) tensors: Vec<Tensor>,
-    /// All bytes of it, up to the first byte of data.
+    /// All its bytes, up to the first byte of data.
     pub(crate) bytes: Vec<u8>,
 }
 
 /// Reads the head of the file of `len` bytes at `path`, which begins with [`MAGIC`].
 ///
 /// # Errors
-/// [`ConvertError::Damaged`] with the place, [`ConvertError::Gguf`] for what is sound and not supported, and what `read`
-/// returns.
+/// [`ConvertError::Damaged`] with the place, [`ConvertError::Gguf`] for a valid file that is not supported, and errors of `read`.
 pub(crate) fn read_head(path: &Path, len: u64, read: &ReadAt<'_>) -> Result<Head, ConvertError> {
     let mut cursor = Cursor::new(path, len, read);
     let unsupported = |problem: String| ConvertError::Gguf { path: path.to_owned(), problem };
@@ -102,12 +101,12 @@ pub(crate) fn read_head(path: &Path, len: u64, read: &ReadAt<'_>) -> Result<Head
     Ok(Head { metadata, tensors, bytes: cursor.into_head() })
 }
 
-/// Versions 2 and 3 differ in nothing that is read here: 3 allows files of machines with the other order of bytes.
+/// The difference between versions 2 and 3 does not matter here: 3 allows files of big-endian machines.
 fn check_version(version: u32) -> Result<(), String> {
     match version {
         2 | 3 => Ok(()),
         1 => Err("it is of version 1 of GGUF, of August 2023. Convert the original checkpoint instead".to_owned()),
-        // A small number in the other order of bytes.
+        // A small number in big-endian order.
         _ if version & 0xffff == 0 => Err(format!(
             "it is big-endian, for another kind of machine (version {}). Take the little-endian file, or convert the \
              original checkpoint",
@@ -117,7 +116,7 @@ fn check_version(version: u32) -> Result<(), String> {
     }
 }
 
-/// Says which key an error is about.
+/// Adds the key to an error.
 fn of_key(error: ConvertError, key: &str) -> ConvertError {
     match error {
         ConvertError::Damaged { path, problem } => {
@@ -231,7 +230,7 @@ fn tensor(path: &Path, cursor: &mut Cursor<'_>) -> Result<Tensor, ConvertError> 
     }
 }
 
-/// Turns offsets into places of the file and checks them: data begins at `data`, and the file has `len` bytes.
+/// Turns offsets into places in the file and checks them: data begins at `data`, and the file has `len` bytes.
 fn place(tensors: &mut [Tensor], data: u64, alignment: u64, len: u64) -> Result<(), String> {
     let mut names = HashSet::with_capacity(tensors.len());
     for tensor in &mut *tensors {

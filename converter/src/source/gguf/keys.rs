@@ -1,4 +1,4 @@
-//! The keys of one architecture, and what the tensors say about them.
+//! The keys of one architecture, and the related tensors.
 
 use std::collections::BTreeMap;
 
@@ -10,16 +10,16 @@ use super::metadata::{Metadata, Problem, Value};
 /// The architecture's key.
 pub(super) const ARCHITECTURE: &str = "general.architecture";
 
-/// What a file says of its model.
+/// What a file says about its model.
 pub(super) struct Keys<'a> {
-    /// The architecture, which begins most keys.
+    /// The architecture, which is the prefix of most keys.
     pub(super) arch: &'a str,
     pub(super) metadata: &'a Metadata,
     /// Tensors by their names in the file.
     pub(super) tensors: BTreeMap<&'a str, &'a Tensor>,
 }
 
-/// A float as people wrote it: files have most of them as f32, which 0.000001 is not.
+/// A float as a person wrote it: files store most of them as f32, which cannot represent 0.000001 exactly.
 pub(super) fn decimal(value: f64) -> f64 {
     let narrow = value as f32;
     let exact = f64::from(narrow) == value;
@@ -27,7 +27,7 @@ pub(super) fn decimal(value: f64) -> f64 {
 }
 
 impl<'a> Keys<'a> {
-    /// The whole of a key.
+    /// The full name of a key.
     pub(super) fn key(&self, end: &str) -> String {
         format!("{}.{end}", self.arch)
     }
@@ -37,7 +37,7 @@ impl<'a> Keys<'a> {
         Problem::new(&self.key(end), problem)
     }
 
-    /// A whole number. Of a list with one for each layer, all must be the same.
+    /// An integer. If the key has a list with one for each layer, all must be equal.
     pub(super) fn uint(&self, end: &str) -> Result<Option<u64>, Problem> {
         let key = self.key(end);
         let Some(Value::Numbers(_)) = self.metadata.get(&key) else { return self.metadata.uint(&key) };
@@ -52,18 +52,18 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// A whole number that must be there.
+    /// An integer that must exist.
     pub(super) fn need(&self, end: &str) -> Result<u64, Problem> {
         self.uint(end)?.ok_or_else(|| self.refuse(end, "is missing"))
     }
 
-    /// The largest of the numbers that a key has for `layers` layers, or its one number. Longer lists go on with layers that
-    /// predict further tokens.
+    /// The largest of a key's numbers for `layers` layers, or its only number. Longer lists continue with layers that predict
+    /// further tokens.
     pub(super) fn most(&self, end: &str, layers: usize) -> Result<Option<u64>, Problem> {
         Ok(self.counts(end, layers)?.into_iter().flatten().max())
     }
 
-    /// A whole number for each of `layers` layers, of a list of them or of one that is that of all.
+    /// An integer for each of `layers` layers, from a list, or one for all of them.
     pub(super) fn counts(&self, end: &str, layers: usize) -> Result<Option<Vec<u64>>, Problem> {
         let key = self.key(end);
         let Some(Value::Numbers(_)) = self.metadata.get(&key) else {
@@ -79,7 +79,7 @@ impl<'a> Keys<'a> {
         of_layers.iter().map(count).collect::<Result<_, _>>().map(Some)
     }
 
-    /// A number for each of `layers` layers, of a list of them or of one that is that of all.
+    /// A number for each of `layers` layers, from a list, or one for all of them.
     pub(super) fn numbers(&self, end: &str, layers: usize) -> Result<Option<Vec<f64>>, Problem> {
         let key = self.key(end);
         let Some(Value::Numbers(_)) = self.metadata.get(&key) else {
@@ -97,12 +97,12 @@ impl<'a> Keys<'a> {
         Ok(self.metadata.float(&self.key(end))?.map(decimal))
     }
 
-    /// A truth value.
+    /// A Boolean.
     pub(super) fn bool(&self, end: &str) -> Result<Option<bool>, Problem> {
         self.metadata.bool(&self.key(end))
     }
 
-    /// A truth value for each of `layers` layers; longer lists go on with layers that predict further tokens.
+    /// A Boolean for each of `layers` layers; longer lists continue with layers that predict further tokens.
     pub(super) fn per_layer(&self, end: &str, layers: usize) -> Result<Option<Vec<bool>>, Problem> {
         let key = self.key(end);
         let list: Vec<bool> = match self.metadata.get(&key) {
@@ -125,23 +125,23 @@ impl<'a> Keys<'a> {
         Ok(Some(list[..layers].to_vec()))
     }
 
-    /// A tensor of a layer, `rest` being what stands behind `blk.N.`.
+    /// A tensor of a layer; `rest` is its name after `blk.N.`.
     pub(super) fn of_layer(&self, layer: usize, rest: &str) -> Option<&'a Tensor> {
         self.tensors.get(format!("blk.{layer}.{rest}").as_str()).copied()
     }
 
-    /// The first of `layers` layers' tensors of that name.
+    /// The first tensor with that name in any of `layers` layers.
     pub(super) fn of_any_layer(&self, layers: usize, rest: &str) -> Option<&'a Tensor> {
         (0..layers).find_map(|layer| self.of_layer(layer, rest))
     }
 
-    /// Whether the pre-tokenizer is this one: the only sign by which some families that share an architecture differ.
+    /// The pre-tokenizer: the only difference between some families that share an architecture.
     pub(super) fn pre_tokenizer(&self) -> Result<&'a str, Problem> {
         Ok(self.metadata.text("tokenizer.ggml.pre")?.unwrap_or_default())
     }
 }
 
-/// Keys of a configuration to be.
+/// Keys of a configuration under construction.
 #[derive(Default)]
 pub(super) struct Synthesised(pub(super) serde_json::Map<String, Json>);
 

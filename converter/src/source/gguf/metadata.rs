@@ -1,6 +1,6 @@
 //! The metadata of a GGUF file: values by key (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
 //!
-//! Lists keep the bytes that the file has, so that a list never needs more memory than it takes on the drive.
+//! Lists keep the bytes of the file, so a list never needs more memory than it takes on the drive.
 
 use std::collections::BTreeMap;
 
@@ -11,19 +11,20 @@ pub(crate) enum Value {
     Integer(i128),
     /// f32 or f64.
     Float(f64),
-    /// A truth value.
+    /// A Boolean.
     Bool(bool),
-    /// A text as the file has it. It should be UTF-8, and nothing has checked that.
+    /// A text as in the file. It should be UTF-8, but has not been checked.
     String(Vec<u8>),
-    /// A list of integers, floats or truth values.
+    /// A list of integers, floats or Booleans.
     Numbers(Numbers),
     /// A list of texts.
     Strings(Strings),
-    /// A list of so many lists. No key has one, so what is in them is not kept: it would take more memory than the file has bytes.
+    /// A list of this many lists. No known key has one, so the contents are not kept: they would take more memory than the file has
+    /// bytes.
     Lists(usize),
 }
 
-/// The type of the numbers in a list, or of one value.
+/// The type of the numbers in a list, or of a single value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     U8,
@@ -50,7 +51,7 @@ impl Kind {
         }
     }
 
-    /// One number from its bytes, of which there are [`Kind::len`].
+    /// One number from its [`Kind::len`] bytes.
     pub(crate) fn value(self, bytes: &[u8]) -> Value {
         let mut word = [0; 8];
         word[..bytes.len()].copy_from_slice(bytes);
@@ -68,7 +69,7 @@ impl Kind {
     }
 }
 
-/// A list of numbers, as the file has them.
+/// A list of numbers, as in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Numbers {
     kind: Kind,
@@ -91,24 +92,24 @@ impl Numbers {
         self.bytes.chunks_exact(self.kind.len()).map(|b| self.kind.value(b))
     }
 
-    /// Each as an integer; `None` for a list of floats or truth values.
+    /// Each as an integer; `None` for a list of floats or Booleans.
     pub(crate) fn integers(&self) -> Option<impl Iterator<Item = i128>> {
         let integer = |value| if let Value::Integer(i) = value { Some(i) } else { None };
         (!matches!(self.kind, Kind::F32 | Kind::F64 | Kind::Bool)).then(|| self.iter().filter_map(integer))
     }
 
-    /// Each as a float; `None` for a list of integers or truth values.
+    /// Each as a float; `None` for a list of integers or Booleans.
     pub(crate) fn floats(&self) -> Option<impl Iterator<Item = f64>> {
         let float = |value| if let Value::Float(f) = value { Some(f) } else { None };
         matches!(self.kind, Kind::F32 | Kind::F64).then(|| self.iter().filter_map(float))
     }
 }
 
-/// A list of texts, which should be UTF-8, and nothing has checked that.
+/// A list of texts, which should be UTF-8 but have not been checked.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Strings {
     bytes: Vec<u8>,
-    /// Where each ends; the whole head of a file is shorter than 4 GiB.
+    /// Where each text ends; the whole head of a file is shorter than 4 GiB.
     ends: Vec<u32>,
 }
 
@@ -144,7 +145,7 @@ impl<T: AsRef<[u8]>> FromIterator<T> for Strings {
 }
 
 impl Value {
-    /// What it is, for messages; long ones in short.
+    /// Describes a value for messages; long ones in short.
     pub(crate) fn describe(&self) -> String {
         const SHOWN: usize = 60;
         match self {
@@ -185,7 +186,7 @@ impl Problem {
 pub(crate) struct Metadata(BTreeMap<String, Value>);
 
 impl Metadata {
-    /// Adds a value; whether the key was new. If it was not, the old value stays.
+    /// Adds a value, and returns whether the key was new. If it was not, the old value stays.
     pub(crate) fn insert(&mut self, key: String, value: Value) -> bool {
         match self.0.entry(key) {
             std::collections::btree_map::Entry::Vacant(place) => {
@@ -220,7 +221,7 @@ impl Metadata {
         })
     }
 
-    /// A float, or an integer as one, if the key is there.
+    /// A float, or an integer converted to one, if the key exists.
     pub(crate) fn float(&self, key: &str) -> Result<Option<f64>, Problem> {
         self.read(key, "a number", |v| match v {
             Value::Float(f) if f.is_finite() => Some(*f),
@@ -229,7 +230,7 @@ impl Metadata {
         })
     }
 
-    /// A truth value, if the key is there.
+    /// A Boolean, if the key exists.
     pub(crate) fn bool(&self, key: &str) -> Result<Option<bool>, Problem> {
         self.read(key, "true or false", |v| if let Value::Bool(b) = v { Some(*b) } else { None })
     }

@@ -1,16 +1,16 @@
-//! GGUF files, as llama.cpp has them, presented as the Hugging Face checkpoint that they were made of.
+//! GGUF files of llama.cpp, presented as the Hugging Face checkpoint from which they were made.
 //!
-//! | module | does |
+//! | module | content |
 //! |---|---|
-//! | `cursor`, `container` | reads the head of a file; trusts nothing in it |
+//! | `cursor`, `container` | the head of a file; nothing in it is trusted |
 //! | [`metadata`] | values by key |
 //! | `split` | models in several files |
 //! | `arch`, `keys`, `config`, `rope` | keys of an architecture → `config.json` |
 //! | `names`, `table` | names and arrangement of tensors → those of the hub |
-//! | `tokenizer` | vocabulary → `tokenizer.json` and what goes with it |
-//! | `source` | the files, with small files made of metadata |
+//! | `tokenizer` | vocabulary → `tokenizer.json` and related files |
+//! | `source` | the files, with small files made from metadata |
 //!
-//! The plan then knows no difference: families, checks, journal and provenance are those of every checkpoint.
+//! The plan sees no difference: families, checks, journal and provenance are those of every checkpoint.
 
 mod arch;
 mod config;
@@ -38,7 +38,7 @@ use self::table::Table;
 use super::{CONFIG, Checkpoint, Source};
 use crate::error::ConvertError;
 
-/// Opens the model of which the file at `path` is the only one, or any part.
+/// Opens the model to which the file at `path` belongs, as its only file or as any part.
 pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
     let source = super::folder::Folder::of_files(path, &split::files(path)?)?;
     of_source(Box::new(source))
@@ -85,7 +85,7 @@ pub(crate) fn of_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertEr
     Ok(checkpoint)
 }
 
-/// What the keys and tensors of all parts describe.
+/// Describes the model from the keys and tensors of all parts.
 fn describe(source: &dyn Source, arch: Arch, name: &str, heads: &[Head]) -> Result<Described, ConvertError> {
     let path = &source.files()[0].path;
     let tensors = heads.iter().flat_map(|head| &head.tensors).map(|t| (t.name.as_str(), t)).collect();
@@ -109,7 +109,7 @@ fn describe(source: &dyn Source, arch: Arch, name: &str, heads: &[Head]) -> Resu
     config::describe(arch, &keys, &factors).map_err(problem)
 }
 
-/// All bytes of a tensor, which the caller knows to be few.
+/// All bytes of a tensor that the caller knows to be small.
 fn read_tensor(source: &dyn Source, file: usize, tensor: &Tensor) -> Result<Vec<u8>, ConvertError> {
     let mut bytes = vec![0; tensor.len as usize];
     source.read_at(file, tensor.start, &mut bytes)?;

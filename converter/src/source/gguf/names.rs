@@ -1,28 +1,28 @@
-//! From llama.cpp's names to those of the hub (`gguf-py/gguf/tensor_mapping.py` and `conversion/` of
-//! <https://github.com/ggml-org/llama.cpp>), and what becomes of the numbers.
+//! Converts llama.cpp's names to those of the hub (`gguf-py/gguf/tensor_mapping.py` and `conversion/` of
+//! <https://github.com/ggml-org/llama.cpp>), and says how the numbers must be changed.
 
 mod deepseek4;
 mod nemotron;
 
 use super::arch::Arch;
 
-/// What a tensor of the file is in the checkpoint.
+/// The checkpoint's tensor for a tensor of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Renamed {
     pub(super) name: String,
     pub(super) change: Change,
 }
 
-/// What llama.cpp's converter has done to a tensor that has to be undone.
+/// The change by llama.cpp's converter that must be undone for a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
     /// Nothing.
     None,
-    /// The halves of the heads of queries alternate.
+    /// The halves of each query head alternate.
     Queries,
-    /// The halves of the heads of keys alternate.
+    /// The halves of each key head alternate.
     Keys,
-    /// Queries, keys and values are in one tensor: its name is that of the queries.
+    /// Queries, keys and values are in one tensor, which has the name of the queries.
     Fused,
     /// A matrix of one row has become a vector.
     OneRow,
@@ -30,7 +30,7 @@ pub(super) enum Change {
     Flat,
     /// A convolution, `[channels, width]`, was `[channels, 1, width]`.
     Convolution,
-    /// The heads of keys and values of latent attention are in one matrix, as the first files with them had it.
+    /// The key and value heads of latent attention are in one matrix, as in the first files with them.
     Heads,
     /// It holds `−exp` of the numbers.
     NegativeExponential,
@@ -47,7 +47,7 @@ const OUTSIDE: [(&str, &str); 6] = [
     ("rope_freqs.weight", "model.rotary_emb.inv_freq"),
 ];
 
-/// Modules of a layer, with what stands behind them (`weight`, `bias`) as it was.
+/// Modules of a layer; the suffix (`weight`, `bias`) stays.
 const MODULES: [(&str, &str, Change); 26] = [
     ("attn_norm", "input_layernorm", Change::None),
     ("ffn_norm", "post_attention_layernorm", Change::None),
@@ -64,7 +64,7 @@ const MODULES: [(&str, &str, Change); 26] = [
     ("attn_kv_a_mqa", "self_attn.kv_a_proj_with_mqa", Change::None),
     ("attn_kv_a_norm", "self_attn.kv_a_layernorm", Change::None),
     ("attn_kv_b", "self_attn.kv_b_proj", Change::None),
-    // Head by head, and that of keys transposed, as MLX has them.
+    // Head by head, and the keys transposed, as in MLX.
     ("attn_k_b", "self_attn.embed_q", Change::Heads),
     ("attn_v_b", "self_attn.unembed_out", Change::Heads),
     ("indexer.attn_q_b", "self_attn.indexer.wq_b", Change::None),
@@ -113,7 +113,7 @@ const MINIMAX: [(&str, &str, Change); 4] = [
     ("indexer.k_norm", "self_attn.index_k_norm", Change::None),
 ];
 
-/// Modules of a layer with norms behind attention and the feed-forward part.
+/// Modules of a layer with norms after attention and after the feed-forward part.
 const GEMMA: [(&str, &str, Change); 6] = [
     ("ffn_norm", "pre_feedforward_layernorm", Change::None),
     ("post_ffw_norm", "post_feedforward_layernorm", Change::None),
@@ -143,7 +143,7 @@ const QWEN_4: [(&str, &str, Change); 21] = [
     ("indexer.k_proj", "self_attn.index_k_proj", Change::None),
     ("indexer.q_norm", "self_attn.index_q_norm", Change::None),
     ("indexer.k_norm", "self_attn.index_k_norm", Change::None),
-    // What a layer has that predicts a further token.
+    // Modules of a layer that predicts a further token.
     ("nextn.hc_head_norm", "hyper_connection_mixer.hc_norm", Change::None),
     ("nextn.hc_head_down", "hyper_connection_mixer.input_mix_weight_down", Change::None),
     ("nextn.hc_head_up", "hyper_connection_mixer.input_mix_weight_up", Change::None),
@@ -167,7 +167,7 @@ const BAILING: [(&str, &str, Change); 1] = [("layer_output_norm", "final_layerno
 /// Gate, up and down.
 const PARTS: [&str; 3] = ["gate", "up", "down"];
 
-/// The name on the hub of the tensor `name`; `None` if it is none that llama.cpp's converter writes. `linear` says of each layer
+/// The name on the hub of the tensor `name`; `None` if llama.cpp's converter does not write it. `linear` says for each layer
 /// whether it has linear attention.
 pub(super) fn rename(arch: Arch, linear: &[bool], name: &str) -> Option<Renamed> {
     let plain = |name: String| Some(Renamed { name, change: Change::None });
@@ -183,7 +183,7 @@ pub(super) fn rename(arch: Arch, linear: &[bool], name: &str) -> Option<Renamed>
     let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
     let layer: usize = layer.parse().ok()?;
     let in_layer = |rest: &str| format!("model.layers.{layer}.{rest}");
-    // Names without an end: of a vector, and of old files.
+    // Names without a suffix: of vectors, and in old files.
     let of_linear = if arch == Arch::KimiLinear { "self_attn" } else { "linear_attn" };
     match rest {
         "ssm_a" => {
@@ -217,12 +217,12 @@ pub(super) fn rename(arch: Arch, linear: &[bool], name: &str) -> Option<Renamed>
     }
     let mut usual = MODULES.iter().chain(&LINEAR);
     let &(_, hub, change) = own.or_else(|| usual.find(|(own, ..)| *own == module))?;
-    // Of scales beside a matrix, nothing is in another order.
+    // The order of scales beside a matrix is unchanged.
     let change = if matches!(end, "weight" | "bias") { change } else { Change::None };
     Some(Renamed { name: in_layer(&format!("{hub}.{end}")), change })
 }
 
-/// Names outside of the layers that a family has, or calls otherwise.
+/// Names outside of the layers that only this family has, or that differ in it.
 fn outside_of(arch: Arch) -> &'static [(&'static str, &'static str)] {
     match arch {
         Arch::BailingMoe | Arch::BailingMoe2 => &[("token_embd.weight", "model.word_embeddings.weight")],
@@ -235,7 +235,7 @@ fn outside_of(arch: Arch) -> &'static [(&'static str, &'static str)] {
     }
 }
 
-/// Modules of a layer that a family has, or calls otherwise.
+/// Modules of a layer that only this family has, or that differ in it.
 fn modules_of(arch: Arch) -> &'static [(&'static str, &'static str, Change)] {
     match arch {
         Arch::KimiLinear => &KIMI,
@@ -256,7 +256,7 @@ fn feed_forward(arch: Arch, module: &str, end: &str) -> Option<String> {
         return Some(format!("mlp.{router}.{end}"));
     }
     if rest == "gate_up_exps" {
-        // Without an end, as transformers has it.
+        // Without a suffix, as in transformers.
         let module = if arch == Arch::Gemma4 { "experts.gate_up_proj" } else { "mlp.experts.gate_up_proj" };
         return Some(if end == "weight" { module.to_owned() } else { format!("{module}.{end}") });
     }
@@ -269,7 +269,7 @@ fn feed_forward(arch: Arch, module: &str, end: &str) -> Option<String> {
         "_exps" if arch == Arch::GptOss => Some(format!("mlp.experts.{part}_proj.{end}")),
         "_exps" => Some(format!("mlp.switch_mlp.{part}_proj.{end}")),
         "_shexp" => Some(format!("mlp.{}.{part}_proj.{end}", arch.shared())),
-        // One by one, in files from before April 2024.
+        // Separate, in files from before April 2024.
         number => {
             let expert: usize = number.strip_prefix('.')?.parse().ok()?;
             Some(match (arch, part) {

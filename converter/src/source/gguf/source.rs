@@ -1,11 +1,11 @@
-//! A source whose small files are made of metadata.
+//! A source whose small files are made from metadata.
 
 use std::path::{Path, PathBuf};
 
 use crate::error::ConvertError;
 use crate::source::{FileUse, Source, SourceFile};
 
-/// Another source, and the small files that it has instead of its own.
+/// Another source, and small files that replace its own.
 #[derive(Debug)]
 pub(super) struct WithTexts {
     inner: Box<dyn Source>,
@@ -60,7 +60,7 @@ impl Source for WithTexts {
     }
 
     fn folder(&self) -> Option<&Path> {
-        // What was named is a file.
+        // The named path is a file.
         self.inner.folder().and_then(Path::parent)
     }
 }

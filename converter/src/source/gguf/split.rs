@@ -1,4 +1,4 @@
-//! Models in several files, as `llama-gguf-split` makes them: `NAME-00001-of-00005.gguf`.
+//! Models in several files, as made by `llama-gguf-split`: `NAME-00001-of-00005.gguf`.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ const COUNT: &str = "split.count";
 const TENSORS: &str = "split.tensors.count";
 /// Digits of the numbers in names.
 const DIGITS: usize = 5;
-/// Most parts: each is kept open.
+/// Most parts, because each is kept open.
 const MAX_PARTS: usize = 8192;
 
 /// A name such as `NAME-00001-of-00005.gguf`.
@@ -25,7 +25,7 @@ pub(crate) struct PartName<'a> {
 }
 
 impl<'a> PartName<'a> {
-    /// The parts of a name; `None` if it is no such name.
+    /// The parts of a name; `None` if it has another form.
     pub(crate) fn parse(name: &'a str) -> Option<Self> {
         let (rest, total) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
         let (stem, number) = rest.rsplit_once('-')?;
@@ -44,7 +44,7 @@ impl<'a> PartName<'a> {
     }
 }
 
-/// The files of the model of which `path` is the only one, or any part.
+/// The files of the model to which `path` belongs, as its only file or as any part.
 ///
 /// # Errors
 /// [`ConvertError::MissingParts`].
@@ -70,8 +70,8 @@ fn name_of(file: &Path) -> String {
     file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
-/// Checks that the heads of all files, in the order of their names, are the parts of one model. Older converters wrote the keys
-/// of all parts the same, or none into later ones.
+/// Checks that the heads of all files, in order of their names, are the parts of one model. Older converters wrote the same keys
+/// into all parts, or none into later ones.
 pub(super) fn check(names: &[String], heads: &[Head]) -> Result<(), (usize, Problem)> {
     for (i, head) in heads.iter().enumerate() {
         let of_file = |problem: Problem| (i, problem);

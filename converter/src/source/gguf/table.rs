@@ -1,4 +1,4 @@
-//! The tensors of a file as those of the original checkpoint.
+//! Presents the tensors of a file as those of the original checkpoint.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::error::ConvertError;
 use crate::source::{Dtype, GgmlType, RowOrder, SourceTensor};
 use sluice_kernels::{bf16_to_f32, f16_to_f32};
 
-/// Most bytes of a vector that is read to be changed: enough for any width there is.
+/// Most bytes of a vector that is read to be changed: enough for any width.
 const MAX_VECTOR: u64 = 1 << 20;
 
 /// Factors of LongRoPE, which become part of the configuration.
@@ -21,7 +21,7 @@ pub(super) const LONG_FACTORS: &str = "rope_factors_long.weight";
 /// Reads all bytes of a tensor.
 pub(super) type ReadTensor<'a> = &'a dyn Fn(&Tensor) -> Result<Vec<u8>, ConvertError>;
 
-/// The numbers of a vector of a type that vectors have; `None` for others, and for one that is too long.
+/// The numbers of a vector in a type that vectors have; `None` for other types, and if it is too long.
 pub(super) fn vector(tensor: &Tensor, read: ReadTensor<'_>) -> Result<Option<Vec<f32>>, ConvertError> {
     if tensor.len > MAX_VECTOR || !matches!(tensor.ty, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16) {
         return Ok(None);
@@ -35,18 +35,18 @@ pub(super) fn vector(tensor: &Tensor, read: ReadTensor<'_>) -> Result<Option<Vec
     }))
 }
 
-/// What is made of the tensors of one file.
+/// The tensors made from one file.
 pub(super) struct Table<'a> {
     pub(super) arch: Arch,
     pub(super) described: &'a Described,
-    /// Number of the file.
+    /// Index of the file.
     pub(super) file: usize,
     pub(super) read: ReadTensor<'a>,
 }
 
 impl Table<'_> {
-    /// What `tensor` is in the checkpoint. One that llama.cpp's converter does not write keeps its name, by which the plan
-    /// refuses it.
+    /// The checkpoint's tensors for `tensor`. One that llama.cpp's converter does not write keeps its name, and the plan refuses
+    /// it.
     pub(super) fn entries(&self, tensor: &Tensor) -> Result<Vec<SourceTensor>, ConvertError> {
         match (tensor.name.as_str(), &self.described.ngrams) {
             (SHORT_FACTORS | LONG_FACTORS, _) if self.arch == Arch::PhiMoe => return Ok(Vec::new()),
@@ -84,7 +84,7 @@ impl Table<'_> {
         Ok(vec![entry])
     }
 
-    /// A table of n-grams, and beside it the numbers that choose its rows.
+    /// A table of n-grams, with the numbers that select its rows.
     fn ngram_table(&self, tensor: &Tensor, ngrams: &Ngrams) -> Vec<SourceTensor> {
         let name = |rest: &str| format!("model.layers.{}.ple.ple_embedding.{rest}", ngrams.layer);
         let mut entries = vec![self.entry(tensor, name("ngram_embedding.shard_0.weight"))];
@@ -116,7 +116,7 @@ impl Table<'_> {
         }
     }
 
-    /// Undoes that the halves of heads alternate: of a matrix by the order in which its rows are read, of a bias at once.
+    /// Undoes the alternation of the halves of heads: for a matrix by the order of reading its rows, for a bias at once.
     fn interleave(&self, tensor: &Tensor, entry: &mut SourceTensor, of_queries: bool) -> Result<(), ConvertError> {
         let heads = if of_queries { self.described.heads } else { self.described.kv_heads };
         let rows = entry.shape[0];
@@ -140,7 +140,7 @@ impl Table<'_> {
         Ok(())
     }
 
-    /// Queries, keys and values out of one tensor: rows of a matrix, or elements of a bias, one after the other.
+    /// Separates queries, keys and values from one tensor: rows of a matrix, or elements of a bias, one after the other.
     fn split(&self, tensor: &Tensor, queries: SourceTensor) -> Result<Vec<SourceTensor>, ConvertError> {
         let rows = tensor.shape[0];
         // Layers that predict further tokens are as the last of the others, as far as that matters: they are left out.

@@ -1,4 +1,4 @@
-//! Gemma 3 and 4, whose layers with a window turn with another base of the frequencies than those without.
+//! Gemma 3 and 4, whose layers with a window have another base of the rotary frequencies than those without.
 
 use serde_json::{Value as Json, json};
 
@@ -8,12 +8,12 @@ use super::{Problem, Writer, index};
 const PATTERN: &str = "attention.sliding_window_pattern";
 const WINDOW: &str = "attention.sliding_window";
 const LOCAL_THETA: &str = "rope.freq_base_swa";
-/// Every so many layers of Gemma 3, one has no window. Files do not say it.
+/// One in this many layers of Gemma 3 has no window. Files do not contain this number.
 const PERIOD: u64 = 6;
-/// Layers of the one Gemma 3 that scales its scores by hidden size and heads instead of the width of a head: 27B. llama.cpp
-/// tells it by them as well.
+/// Number of layers of 27B, the only Gemma 3 that scales its scores by hidden size and heads instead of the width of a head.
+/// llama.cpp recognises it by this number too.
 const LAYERS_OF_27B: usize = 62;
-/// A frequency that is divided by so much does not turn.
+/// A frequency divided by this does not rotate.
 const STILL: f32 = 1e20;
 
 impl Writer<'_> {
@@ -38,7 +38,7 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// What both have.
+    /// The common part.
     fn gemma(&mut self) -> Result<(), Problem> {
         for key in ["hidden_act", "hidden_activation"] {
             self.out.set(key, "gelu_pytorch_tanh");
@@ -53,7 +53,7 @@ impl Writer<'_> {
         self.out.set("layer_types", slides.iter().map(kind).collect::<Vec<_>>());
     }
 
-    /// The rotations of Gemma 3, of which `full` is that of layers without a window.
+    /// The rotations of Gemma 3; `full` is that of layers without a window.
     pub(super) fn gemma_3_rotations(&self, full: Json) -> Result<Json, Problem> {
         let mut all = json!({ "full_attention": full });
         if let Some(theta) = self.keys.float(LOCAL_THETA)? {
@@ -62,7 +62,7 @@ impl Writer<'_> {
         Ok(all)
     }
 
-    /// Gemma 4. Of the heads of keys, the tensors say how many there are: files have other counts where values are no keys.
+    /// Gemma 4. The number of key heads follows from the tensors: files have other counts if keys are not the values.
     pub(super) fn gemma_4(&mut self) -> Result<(), Problem> {
         let keys = self.keys;
         self.gemma()?;
@@ -109,8 +109,8 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// The rotations of Gemma 4. Where there is no window, only the first pairs turn: files divide the frequencies of the
-    /// others by a number so large that nothing is left of them.
+    /// The rotations of Gemma 4. In layers without a window, only the first pairs are rotated: files divide the frequencies of the
+    /// others by a number so large that nothing is left.
     pub(super) fn gemma_4_rotations(&self, factors: Option<&[f32]>) -> Result<Json, Problem> {
         const FACTORS: &str = "rope_freqs.weight";
         let keys = self.keys;

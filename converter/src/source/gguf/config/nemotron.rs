@@ -1,10 +1,10 @@
-//! Nemotron-H and Nemotron 3, whose blocks are told by their tensors.
+//! Nemotron-H and Nemotron 3, whose blocks are recognised by their tensors.
 
 use serde_json::Value as Json;
 
 use super::{Problem, Writer};
 
-/// The tensor that tells a block, and the block's name on the hub.
+/// The tensor that identifies a kind of block, and the block's name on the hub.
 const BLOCKS: [(&str, &str); 5] = [
     ("ssm_in.weight", "mamba"),
     ("attn_q.weight", "attention"),

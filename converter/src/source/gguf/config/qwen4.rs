@@ -1,12 +1,12 @@
-//! Qwen3.8-Flash-Next: gated residual streams, a choice of blocks of keys, and a table of n-grams.
+//! Qwen3.8-Flash-Next: gated residual streams, a choice of key blocks, and a table of n-grams.
 
 use serde_json::Value as Json;
 
 use super::{Problem, Writer};
 
-/// The table of n-grams, and the numbers that choose its rows. They are keys in a file and tensors on the hub.
+/// The table of n-grams, and the numbers that select its rows. These are keys in a GGUF file and tensors on the hub.
 pub(in super::super) struct Ngrams {
-    /// The layer that has it.
+    /// The layer with the table.
     pub(in super::super) layer: usize,
     /// Tensors on the hub, by their names in the module of the table.
     pub(in super::super) numbers: [(&'static str, Vec<i64>); 3],
@@ -26,7 +26,7 @@ impl Writer<'_> {
             self.out.set(hub, keys.need(own)?);
         }
         self.out.set("indexer_kv_heads", 1);
-        // llama.cpp knows without a key that the gate is a sigmoid.
+        // llama.cpp assumes without a key that the gate is a sigmoid.
         self.out.set("output_gate_type", "sigmoid");
         const RATIOS: &str = "attention.compress_ratios";
         let ratios = keys.counts(RATIOS, self.layers)?.ok_or_else(|| keys.refuse(RATIOS, "is missing"))?;

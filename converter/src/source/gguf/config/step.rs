@@ -7,7 +7,7 @@ use super::{Problem, Writer};
 const PATTERN: &str = "attention.sliding_window_pattern";
 const HEADS: &str = "attention.head_count";
 const KV_HEADS: &str = "attention.head_count_kv";
-/// The part of a head that turns where there is no window. llama.cpp knows it without a key.
+/// The rotated fraction of a head in layers without a window. llama.cpp assumes it without a key.
 const TURNED: f64 = 0.5;
 
 impl Writer<'_> {
@@ -38,9 +38,9 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// The rotations of both kinds of layers, of which `full` is that of those without a window. The factors of `rope_freqs.weight`
-    /// are made for a rotation of whole heads, of which half the pairs turn: where they are Llama 3's, what is meant follows from
-    /// its parameters.
+    /// The rotations of both kinds of layers; `full` is that of layers without a window. The factors of `rope_freqs.weight` are
+    /// computed for whole heads, but only half of the pairs are rotated. If they are Llama 3's, the intended ones follow from its
+    /// parameters.
     pub(super) fn step_rotations(&self, mut full: Json) -> Result<Json, Problem> {
         full["partial_rotary_factor"] = TURNED.into();
         if let Some(divisors) = full.get_mut("divisors").and_then(Json::as_array_mut) {

@@ -1,4 +1,4 @@
-//! Names of DeepSeek-V4, whose checkpoints have names of their own (`MODEL_ARCH.DEEPSEEK4` in `gguf-py/gguf/constants.py` and
+//! Names of DeepSeek-V4, whose checkpoints have special names (`MODEL_ARCH.DEEPSEEK4` in `gguf-py/gguf/constants.py` and
 //! `conversion/deepseek.py` of <https://github.com/ggml-org/llama.cpp>).
 
 /// Names outside of the layers.
@@ -11,7 +11,7 @@ const OUTSIDE: [(&str, &str); 6] = [
     ("output_hc_scale.weight", "hc_head_scale"),
 ];
 
-/// Names in a layer that have no end on the hub, or another one.
+/// Names in a layer that have no suffix on the hub, or another one.
 const WHOLE: [(&str, &str); 11] = [
     ("hc_attn_fn.weight", "hc_attn_fn"),
     ("hc_attn_base.weight", "hc_attn_base"),
@@ -26,7 +26,7 @@ const WHOLE: [(&str, &str); 11] = [
     ("ffn_gate_tid2eid.weight", "ffn.gate.tid2eid"),
 ];
 
-/// Modules in a layer, with what stands behind them as it was.
+/// Modules in a layer; the suffix stays.
 const MODULES: [(&str, &str); 24] = [
     ("attn_norm", "attn_norm"),
     ("ffn_norm", "ffn_norm"),
@@ -49,14 +49,14 @@ const MODULES: [(&str, &str); 24] = [
     ("ffn_gate_shexp", "ffn.shared_experts.w1"),
     ("ffn_up_shexp", "ffn.shared_experts.w3"),
     ("ffn_down_shexp", "ffn.shared_experts.w2"),
-    // All experts of a layer in one tensor, as MLX has them.
+    // All experts of a layer in one tensor, as in MLX.
     ("ffn_gate_exps", "ffn.switch_mlp.gate_proj"),
     ("ffn_up_exps", "ffn.switch_mlp.up_proj"),
     ("ffn_down_exps", "ffn.switch_mlp.down_proj"),
 ];
 
-/// The name on the hub of the tensor `name` of a model of so many layers; `None` if it is none that llama.cpp's converter writes.
-/// Layers behind those predict further tokens.
+/// The name on the hub of the tensor `name` in a model with this many layers; `None` if llama.cpp's converter does not write it.
+/// Layers after those predict further tokens.
 pub(super) fn rename(layers: usize, name: &str) -> Option<String> {
     if let Some((_, outside)) = OUTSIDE.iter().find(|(own, _)| *own == name) {
         return Some((*outside).to_owned());

@@ -1,5 +1,5 @@
-//! Names of Nemotron-H and Nemotron 3, whose blocks have names of their own (`MODEL_ARCH.NEMOTRON_H_MOE` in
-//! `gguf-py/gguf/constants.py` and `conversion/nemotron.py` of <https://github.com/ggml-org/llama.cpp>).
+//! Names of Nemotron-H and Nemotron 3, whose blocks have special names (`MODEL_ARCH.NEMOTRON_H_MOE` in `gguf-py/gguf/constants.py`
+//! and `conversion/nemotron.py` of <https://github.com/ggml-org/llama.cpp>).
 
 use super::{Change, Renamed};
 
@@ -10,7 +10,7 @@ const OUTSIDE: [(&str, &str); 3] = [
     ("output.weight", "lm_head.weight"),
 ];
 
-/// Names in a block that have no end on the hub, or another one.
+/// Names in a block that have no suffix on the hub, or another one.
 const WHOLE: [(&str, &str, Change); 4] = [
     ("ssm_a", "mixer.A_log", Change::NegativeExponential),
     ("ssm_d", "mixer.D", Change::Flat),
@@ -18,7 +18,7 @@ const WHOLE: [(&str, &str, Change); 4] = [
     ("exp_probs_b.bias", "mixer.gate.e_score_correction_bias", Change::None),
 ];
 
-/// Modules in a block, with what stands behind them as it was.
+/// Modules in a block; the suffix stays.
 const MODULES: [(&str, &str, Change); 22] = [
     ("attn_norm", "norm", Change::None),
     ("ssm_in", "mixer.in_proj", Change::None),
@@ -34,20 +34,20 @@ const MODULES: [(&str, &str, Change); 22] = [
     ("ffn_up", "mixer.up_proj", Change::None),
     ("ffn_down", "mixer.down_proj", Change::None),
     ("ffn_gate_inp", "mixer.gate", Change::None),
-    // All experts of a block in one tensor, as MLX has them.
+    // All experts of a block in one tensor, as in MLX.
     ("ffn_up_exps", "mixer.switch_mlp.fc1", Change::None),
     ("ffn_down_exps", "mixer.switch_mlp.fc2", Change::None),
     ("ffn_up_shexp", "mixer.shared_experts.up_proj", Change::None),
     ("ffn_down_shexp", "mixer.shared_experts.down_proj", Change::None),
     ("ffn_latent_down", "mixer.fc1_latent_proj", Change::None),
     ("ffn_latent_up", "mixer.fc2_latent_proj", Change::None),
-    // What a block has that predicts a further token.
+    // Modules of a block that predicts a further token.
     ("nextn.eh_proj", "eh_proj", Change::None),
     ("nextn.enorm", "enorm", Change::None),
     ("nextn.hnorm", "hnorm", Change::None),
 ];
 
-/// The name on the hub of the tensor `name`; `None` if it is none that llama.cpp's converter writes.
+/// The name on the hub of the tensor `name`; `None` if llama.cpp's converter does not write it.
 pub(super) fn rename(name: &str) -> Option<Renamed> {
     if let Some((_, outside)) = OUTSIDE.iter().find(|(own, _)| *own == name) {
         return Some(Renamed { name: (*outside).to_owned(), change: Change::None });
@@ -65,7 +65,7 @@ pub(super) fn rename(name: &str) -> Option<Renamed> {
         _ => {}
     }
     let (_, hub, change) = MODULES.iter().find(|(own, ..)| *own == module)?;
-    // Of a bias or of scales beside a matrix, nothing is in another shape.
+    // The shape of a bias or of scales beside a matrix is unchanged.
     let change = if end == "weight" { *change } else { Change::None };
     renamed(format!("{hub}.{end}"), change)
 }
