@@ -1,4 +1,4 @@
-//! What mlx-lm makes of a checkpoint before it saves it, family by family: converted, it is the same file content.
+//! Checkpoints in the form in which mlx-lm saves them, for each family: the converted file has the same contents.
 
 use crate::common::safetensors::{Tensor, Tensors, read_dir, write_dir};
 use crate::common::{Content, Noise, Synthetic, content, fixture, options};
@@ -19,7 +19,7 @@ fn converted(config: &Value, tensors: &Tensors, choice: &str) -> Result<(Summary
     Ok((summary, content(&file)))
 }
 
-/// Removes the experts of a layer one by one, and adds them stacked.
+/// Replaces the separate experts of a layer with stacked ones.
 fn stack_experts(tensors: &mut Tensors) {
     let names: Vec<String> = tensors.keys().filter(|n| n.contains(".experts.0.")).cloned().collect();
     for first in names {
@@ -70,7 +70,7 @@ fn experts_of_gpt_oss_with_gate_and_up_apart() {
     assert_eq!((&ours.types, &ours.types["expert.down"]), (&summary.types, &vec!["mxfp4".to_owned()]));
 }
 
-/// The halves of `kv_b_proj`, head by head, that of keys transposed: `[heads, rank, nope]` and `[heads, v, rank]`.
+/// The halves of `kv_b_proj`, head by head, the half of the keys transposed: `[heads, rank, nope]` and `[heads, v, rank]`.
 fn halves(values: &[f32], [nope, v, rank]: [usize; 3]) -> [Vec<f32>; 2] {
     let mut out = [Vec::new(), Vec::new()];
     for head in values.chunks((nope + v) * rank) {
@@ -96,7 +96,7 @@ fn keys_and_values_of_latent_attention_apart() {
                     saved.insert(name(module, "weight"), Tensor::f32(&stack, numbers.clone()));
                     continue;
                 }
-                // Along the last axis of each, which for keys is another than that of `kv_b_proj`.
+                // Along the last axis of each, which for the keys differs from that of `kv_b_proj`.
                 let groups = numbers.len() / 32;
                 let code = |_| (noise.bits() >> 40) as u32 & ((1 << bits) - 1);
                 let codes: Vec<u32> = (0..numbers.len()).map(code).collect();
@@ -126,7 +126,7 @@ fn keys_and_values_of_latent_attention_apart() {
     }
 }
 
-/// What of a checkpoint is as MLX saves it.
+/// Which parts of a checkpoint are in MLX's form.
 #[derive(Clone, Copy, Debug)]
 struct Saved {
     norms: bool,
@@ -164,7 +164,7 @@ fn save(tensors: &Tensors, saved: Saved) -> Tensors {
     out
 }
 
-/// Norms are read by what they are; where that contradicts who wrote the file, nothing is assumed.
+/// Norms are read by their numbers; if these contradict the program that wrote the file, nothing is assumed.
 #[test]
 fn shifted_norms_and_transposed_convolutions_of_qwen3_next() {
     let (config, tensors) = golden("qwen3_next");
@@ -178,7 +178,7 @@ fn shifted_norms_and_transposed_convolutions_of_qwen3_next() {
         let error = converted(&config, &saved(norms, conv, stacked), "f32").unwrap_err();
         assert!(matches!(error, ConvertError::Mixture { .. }), "{norms} {conv} {stacked}: {error}");
     }
-    // One convolution, or the norms of one layer, of another kind than the rest.
+    // One convolution, or the norms of one layer, are of another kind than the rest.
     let mut mixed = saved(true, true, true);
     let name = "model.layers.0.linear_attn.conv1d.weight";
     mixed.insert(name.into(), tensors[name].clone());

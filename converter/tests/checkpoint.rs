@@ -1,4 +1,4 @@
-//! Which files make a checkpoint, and what is said when they do not agree or are something else.
+//! Which files form a checkpoint, and the messages if they contradict each other or are something else.
 
 use crate::common;
 
@@ -50,7 +50,7 @@ fn assert_says(text: &str, words: &[&str]) {
     assert!(!text.contains('\n'), "{text}");
 }
 
-/// The one remark.
+/// The only note.
 fn note(summary: &Summary) -> &str {
     let [note] = summary.notes.as_slice() else { panic!("{:?}", summary.notes) };
     note
@@ -65,7 +65,7 @@ fn what_the_index_does_not_name_is_used_or_named() {
     assert!(found == want);
     assert_says(note(&summary), &["used all the same", INDEX, HEAD]);
 
-    // What nobody knows, not even the index, is left out by name; in the index it is an error.
+    // What is in neither the index nor the model is left out by name; if it is in the index, it is an error.
     let (dir, _, mut tensors) = two_shards();
     tensors.insert("extra.weight".into(), Tensor::f32(&[2], [1.0, 2.0]));
     write_dir(dir.path(), &Synthetic::default().config(), &tensors, 2);
@@ -98,7 +98,7 @@ fn an_untied_head_that_is_missing_is_an_error() {
     config["tie_word_embeddings"] = json!(true);
     write_dir(dir.path(), &config, &tensors, 1);
     assert!(converted(dir.path()).unwrap().0.notes.is_empty());
-    // Where it may be is said.
+    // The message says where it may be.
     let dir = tempfile::tempdir().unwrap();
     write_dir(dir.path(), &shape.config(), &tensors, 2);
     change_index(dir.path(), |map| drop(map.insert(HEAD.into(), json!("model-00001-of-000002.safetensors"))));
@@ -108,7 +108,7 @@ fn an_untied_head_that_is_missing_is_an_error() {
     assert_says(&error(dir.path()).to_string(), &[HEAD, INDEX, "does not name `head.safetensors`"]);
 }
 
-/// As transformers 5 decides it: a tensor of other numbers is a head of its own, whatever the configuration says.
+/// As in transformers 5: a tensor with other numbers is a separate head, whatever the configuration says.
 #[test]
 fn a_tied_head_that_differs() {
     let dir = tempfile::tempdir().unwrap();
@@ -125,7 +125,7 @@ fn a_tied_head_that_differs() {
     tensors.insert(HEAD.into(), tensors["model.embed_tokens.weight"].clone());
     write_dir(dir.path(), &config, &tensors, 1);
     assert_says(note(&converted(dir.path()).unwrap().0), &[HEAD, "is ignored"]);
-    // The last number of many counts too.
+    // The last of many numbers matters too.
     let mut head = tensors[HEAD].clone();
     *head.bytes.last_mut().unwrap() ^= 1;
     tensors.insert(HEAD.into(), head);
@@ -152,7 +152,7 @@ fn damaged_files_are_counted() {
 #[test]
 fn a_single_file_comes_before_an_index() {
     let (dir, shape, _) = two_shards();
-    // Other numbers than the shards have.
+    // Other numbers than in the shards.
     let merged: Tensors = shape
         .tensors()
         .into_iter()
@@ -169,17 +169,17 @@ fn a_single_file_comes_before_an_index() {
     let (summary, want) = converted(alone.path()).unwrap();
     assert!(both == want && summary.notes.is_empty());
 
-    // The shards of the stale index are gone, or it is damaged.
+    // The shards of the stale index are missing, or it is damaged.
     fs::remove_file(dir.path().join("model-00001-of-000002.safetensors")).unwrap();
     assert!(converted(dir.path()).unwrap().1 == want);
     fs::write(dir.path().join(INDEX), "{").unwrap();
     let (summary, found) = converted(dir.path()).unwrap();
     assert!(found == want);
     assert_says(note(&summary), &[INDEX, "not used", "not valid"]);
-    // MLX writes an index of the one file.
+    // MLX writes an index of its only file.
     fs::write(dir.path().join(INDEX), json!({"weight_map": {HEAD: "model.safetensors"}}).to_string()).unwrap();
     assert!(converted(dir.path()).unwrap().0.notes.is_empty());
-    // A single file that is not all of the model.
+    // A single file with only a part of the model.
     let part = merged.iter().filter(|(name, _)| !name.contains("layers.2"));
     fs::write(dir.path().join("model.safetensors"), encode(part)).unwrap();
     write_dir(alone.path(), &shape.config(), &merged, 2);
@@ -205,7 +205,7 @@ fn files_whose_tensors_would_all_be_left_out_need_not_be_there() {
         note(&summary),
         &["`extra.safetensors` is not there and not needed", "3 tensors", "multi-token prediction"],
     );
-    // Whatever is not known to be left out makes it a part of the model.
+    // Whatever is not known to be left out is a part of the model.
     change_index(dir.path(), |map| add(map, "model.layers.2.self_attn.new_proj.weight"));
     let error = error(dir.path());
     assert!(matches!(error, ConvertError::Incomplete { missing: 1, total: 3, .. }), "{error}");
@@ -229,7 +229,7 @@ fn what_an_index_promises_and_no_file_holds() {
     assert!(found == want);
     assert_says(note(&summary), &["`moved.safetensors` is not there", "other files"]);
     change_index(dir.path(), |map| drop(map.insert(HEAD.into(), json!("model-00001-of-000002.safetensors"))));
-    // It is nowhere, and nobody needs it, or somebody does.
+    // It is nowhere; either nothing needs it, or something does.
     change_index(dir.path(), |map| drop(map.insert("mtp.norm.weight".into(), map[HEAD].clone())));
     assert!(converted(dir.path()).unwrap().1 == want);
     let (dir, shape, mut tensors) = two_shards();
@@ -257,7 +257,7 @@ fn a_tensor_in_two_files() {
     let (summary, found) = converted(dir.path()).unwrap();
     assert!(found == want);
     assert_says(note(&summary), &["in several files", INDEX, HEAD]);
-    // Nobody decides.
+    // Nothing decides.
     change_index(dir.path(), |map| drop(map.remove(HEAD)));
     let error = error(dir.path());
     assert!(matches!(&error, ConvertError::Double { tensor, .. } if tensor == HEAD), "{error}");
@@ -283,11 +283,11 @@ fn unfinished_downloads_say_how_much_is_missing() {
     fs::write(cache.join("model-00001-of-000005.safetensors.metadata"), "").unwrap();
     let words = ["2 of 5", "model-00002-of-000005", "model-00004-of-000005", "not ended: 1, `.cache/", "hf download"];
     assert_says(&error(dir.path()).to_string(), &words);
-    // An index of other shards than those that are there.
+    // An index of shards that do not exist.
     fs::rename(shard(3), dir.path().join("model-00001-of-000007.safetensors")).unwrap();
     assert_says(&error(dir.path()).to_string(), &["3 of 5", "does not name `model-00001-of-000007.safetensors`"]);
     fs::rename(dir.path().join("model-00001-of-000007.safetensors"), shard(3)).unwrap();
-    // Without an index, their names tell.
+    // Without an index, their names decide.
     fs::remove_file(dir.path().join(INDEX)).unwrap();
     assert_says(&error(dir.path()).to_string(), &words);
     shape.write(dir.path(), 5);
@@ -295,7 +295,7 @@ fn unfinished_downloads_say_how_much_is_missing() {
     let (summary, found) = converted(dir.path()).unwrap();
     assert!(found == want);
     assert_says(note(&summary), &["no `model.safetensors.index.json`", "5 files"]);
-    // Nothing but what is under way.
+    // Nothing but an unfinished download.
     for n in 1..=5 {
         fs::remove_file(shard(n)).unwrap();
     }
@@ -384,7 +384,7 @@ fn folders_with_other_weights() {
         fs::write(dir.path().join(file), "x").unwrap();
         assert_says(&error(dir.path()).to_string(), &words);
     }
-    // The hub's cache, one level up from what is wanted.
+    // The hub's cache, one level above the model.
     let dir = tempfile::tempdir().unwrap();
     let snapshot = dir.path().join("snapshots/0123abcd");
     fs::create_dir_all(&snapshot).unwrap();

@@ -1,5 +1,5 @@
-//! Every form of weights that checkpoints are published in means the numbers that its description says: each is written
-//! here by code of its own, next to a checkpoint that holds the same numbers in f32.
+//! Every published form of weights has the values in its description. Separate code here writes each form, and a checkpoint with
+//! the same numbers in f32.
 
 use crate::common::safetensors::{Tensor, Tensors, e4m3, write_dir};
 use crate::common::{Content, Noise, Synthetic, content, options};
@@ -10,7 +10,7 @@ use sluice_format::{ExtentKind, WeightType};
 const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 const AWQ: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
-/// Tensors that replace `NAME.weight`, by what follows NAME, and the numbers that they stand for.
+/// Tensors that replace `NAME.weight`, by the suffix after NAME, and the numbers that they represent.
 type Encoded = (Vec<(&'static str, Tensor)>, Vec<f32>);
 
 /// Makes such tensors of a shape.
@@ -63,7 +63,7 @@ fn e2m1(code: u32) -> f32 {
     if code & 8 == 0 { E2M1[code as usize] } else { -E2M1[code as usize & 7] }
 }
 
-/// A code that is a number.
+/// A code with a finite value.
 fn fp8_codes(noise: &mut Noise, n: usize) -> Vec<u8> {
     codes(noise, n, 8).into_iter().map(|c| if c & 0x7f == 0x7f { 0 } else { c as u8 }).collect()
 }
@@ -130,7 +130,7 @@ fn mlx_nvfp4(noise: &mut Noise, [r, c]: [usize; 2]) -> Encoded {
     (parts, values)
 }
 
-/// Eight bits per integer and a scale per row: packed, with 128 added, or as they are.
+/// Eight bits per integer and a scale per row: packed with 128 added, or unchanged.
 fn int8(noise: &mut Noise, [r, c]: [usize; 2], packed: bool) -> Encoded {
     let (q, s) = (codes(noise, r * c, 8), scales(noise, r));
     let values = q.iter().enumerate().map(|(i, &q)| (q as f32 - 128.0) * s[i / c]).collect();
@@ -145,7 +145,7 @@ fn int8(noise: &mut Noise, [r, c]: [usize; 2], packed: bool) -> Encoded {
     (parts, values)
 }
 
-/// MXFP8, as MLX has it or beside fp8 weights.
+/// MXFP8, in MLX's form or beside fp8 weights.
 fn mxfp8(noise: &mut Noise, [r, c]: [usize; 2], mlx: bool) -> Encoded {
     let (q, e) = (fp8_codes(noise, r * c), codes(noise, r * c / 32, 3));
     let values = q.iter().enumerate().map(|(i, &q)| e4m3(q) * 2f32.powi(e[i / 32] as i32 - 7)).collect();
@@ -159,7 +159,7 @@ fn mxfp8(noise: &mut Noise, [r, c]: [usize; 2], mlx: bool) -> Encoded {
     (parts, values)
 }
 
-/// DeepSeek-V4: pairs of e2m1 codes, or e4m3 codes by block, with powers of two beside them.
+/// DeepSeek-V4: pairs of e2m1 codes, or e4m3 codes by block, with scales that are powers of two.
 fn deepseek_v4(noise: &mut Noise, [r, c]: [usize; 2], four: bool) -> Encoded {
     let power = |e: u32| 2f32.powi(e as i32 - 7);
     let scales = |shape: &[usize], e: &[u32]| tensor("F8_E8M0", shape, e.iter().map(|e| *e as u8 + 120).collect());
@@ -201,12 +201,12 @@ fn asymmetric(noise: &mut Noise, [r, c]: [usize; 2], bits: usize, packed: bool) 
     (parts, values)
 }
 
-/// HQQ with the settings that it saves: codes of distant elements share a byte or a word, zeros are halves of integers.
+/// HQQ with its saved settings: codes of distant elements share a byte or a word, and zeros are halves of integers.
 fn hqq(noise: &mut Noise, [r, c]: [usize; 2], bits: usize, axis: usize) -> Encoded {
     let groups = r * c / 64;
     let (q, s) = (codes(noise, r * c, bits), scales(noise, groups));
     let z: Vec<f32> = codes(noise, groups, bits.min(6)).iter().map(|&z| z as f32 + 0.5).collect();
-    // The matrix as rows of a group each, or as columns of one.
+    // The matrix with one group in each row, or in each column.
     let (lines, width, grid) = if axis == 1 { (groups, 64, [groups, 1]) } else { (64, groups, [1, groups]) };
     let group = |i: usize| if axis == 1 { i / width } else { i % width };
     let values = q.iter().enumerate().map(|(i, &q)| (q as f32 - z[group(i)]) * s[group(i)]).collect();
@@ -230,7 +230,7 @@ fn hqq(noise: &mut Noise, [r, c]: [usize; 2], bits: usize, axis: usize) -> Encod
     (parts, values)
 }
 
-/// One scale per row, or one in all.
+/// One scale per row, or one for the tensor.
 fn fp8(noise: &mut Noise, [r, c]: [usize; 2], per_row: bool) -> Encoded {
     let (q, s) = (fp8_codes(noise, r * c), scales(noise, if per_row { r } else { 1 }));
     let values = q.iter().enumerate().map(|(i, &q)| e4m3(q) * s[if per_row { i / c } else { 0 }]).collect();
@@ -253,11 +253,11 @@ fn awq(noise: &mut Noise, [out, inputs]: [usize; 2]) -> Encoded {
     (parts, values)
 }
 
-/// `offset`: what version 1 subtracts from zeros. `act_order`: the groups are in disorder, as `desc_act` makes them.
+/// `offset`: what version 1 subtracts from zeros. `act_order`: columns are out of order, as after `desc_act`.
 fn gptq(noise: &mut Noise, [out, inputs]: [usize; 2], bits: usize, offset: u32, act_order: bool) -> Encoded {
     let groups = inputs / 32;
     let (q, mut z) = (codes(noise, inputs * out, bits), codes(noise, groups * out, bits));
-    // A byte holds no zero of 256.
+    // A byte cannot hold a zero of 256.
     z.iter_mut().filter(|z| **z == 255).for_each(|z| *z = 7);
     let s: Vec<f32> = scales(noise, groups * out);
     let group: Vec<usize> = (0..inputs).map(|i| if act_order { (i * 7 + 3) % groups } else { i / 32 }).collect();
@@ -287,7 +287,7 @@ fn convert_to_content(config: &Value, tensors: &Tensors, choice: &str) -> Result
     Ok((summary, content(&file)))
 }
 
-/// Replaces the projections by the form, converts, and compares with the same numbers in f32. Returns the types.
+/// Replaces the projections with the form, converts, and compares with the same numbers in f32. Returns the types.
 fn check(name: &str, quantisation: &Value, encode: Encoder<'_>) -> Summary {
     let mut noise = Noise(0x1234_5678_9abc_def1);
     let (mut packed, mut plain) = (shape().tensors(), Tensors::new());
@@ -297,7 +297,7 @@ fn check(name: &str, quantisation: &Value, encode: Encoder<'_>) -> Summary {
             continue;
         };
         let shape = [t.shape[0], t.shape[1]];
-        // Shapes that the form cannot hold stay as they are, as in real checkpoints.
+        // Shapes that the form cannot hold stay unchanged, as in real checkpoints.
         let multiple = match name {
             _ if name.contains("gptq") => 32,
             _ if name.contains("axis 0") => 64,
@@ -340,8 +340,7 @@ fn compressed(format: &str) -> Value {
         {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": {"weights": weights}}}})
 }
 
-/// The types of matrices that were carried, by their columns, and of one that cannot be, because a transposed part of it is
-/// stored.
+/// The types of carried matrices, by their columns, and of one that cannot be carried because a transposed part of it is stored.
 fn assert_types(name: &str, summary: &Summary, carried: impl Fn(usize) -> String, transposed: &str) {
     let columns = [("expert.gate_up", 128), ("expert.down", 64), ("attention.o", 320), ("dense.down", 192)];
     for (group, cols) in columns {
@@ -368,13 +367,13 @@ fn forms_that_a_type_fits_are_carried() {
     assert_types("mxfp4", &summary, all("mxfp4"), "f32");
     let mlx = json!({"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}});
     assert_types("mlx mxfp4", &check("mlx mxfp4", &mlx, &|n, s| mxfp4(n, s, true)), all("mxfp4"), "f32");
-    // One scale for all: it is the scale of every tile, also of transposed ones.
+    // One scale for all: it is the scale of every tile, including transposed ones.
     let summary = check("fp8 per tensor", &method("fp8"), &|noise, shape| fp8(noise, shape, false));
     assert_types("fp8", &summary, all("fp8"), "fp8");
     let v4 = method("fp8");
     assert_types("v4", &check("v4", &v4, &|n, s| deepseek_v4(n, s, true)), all("mxfp4"), "f32");
     assert_types("v4 fp8", &check("v4 fp8", &v4, &|n, s| deepseek_v4(n, s, false)), all("fp8"), "fp8");
-    // A scale per row is one per group where a type has groups of that many columns.
+    // A scale per row is one per group, if a type has groups of that many columns.
     let by_row = |codes: &'static str| {
         move |cols: usize| if cols <= 128 { format!("{codes}-g{cols}-bf16") } else { format!("{codes}-row-bf16") }
     };
@@ -387,8 +386,8 @@ fn forms_that_a_type_fits_are_carried() {
     }
 }
 
-/// Forms that are one description of codes and scales: each in the type that its bits are.
-/// Makes the tensors of a matrix of so many rows and columns.
+/// Forms that each describe codes and scales: each is stored in the type with the same bits.
+/// Makes the tensors of a matrix with this many rows and columns.
 type Encode = Box<dyn Fn(&mut Noise, [usize; 2]) -> Encoded>;
 
 #[test]
@@ -439,11 +438,11 @@ fn groups_of_codes_are_carried() {
     }
 }
 
-/// What a configuration says, says in another way, or does not say, and what the tensors themselves say.
+/// Information that a configuration gives, gives in another way, or lacks, and that the tensors show.
 #[test]
 fn forms_are_known_by_what_there_is() {
     let forms: [(&str, Value, Encoder<'_>); 9] = [
-        // Widths that the configuration gives for most layers are not those of all.
+        // The configuration's widths for most layers do not apply to all.
         ("mlx 8 among 4", json!({"quantization": {"bits": 4}}), &|noise, shape| mlx_affine(noise, shape, 8, 32)),
         ("gptq 8 among 4", json!({"quantization_config": {"quant_method": "GPTQ", "bits": 4}}), &|n, s| {
             gptq(n, s, 8, 1, false)
@@ -451,7 +450,7 @@ fn forms_are_known_by_what_there_is() {
         ("gptq that does not say so", json!({"quantization_config": {"bits": 4}}), &|n, s| gptq(n, s, 4, 1, false)),
         ("awq that does not say so", json!({"quantization_config": {"bits": 4, "zero_point": true}}), &awq),
         ("awq in capitals", method("AWQ"), &awq),
-        // As newer files of GPTQModel have it.
+        // In the form of GPTQModel's newer files.
         (
             "gptq v2 by its newer names",
             json!({"quantization_config": {"method": "gptq", "format": "gptq_v2", "bits": 4}}),
@@ -466,7 +465,7 @@ fn forms_are_known_by_what_there_is() {
     }
 }
 
-/// A zero that a byte does not hold is a number beside the scale.
+/// A zero that does not fit into a byte is stored as a number beside the scale.
 #[test]
 fn zeros_of_256_are_carried() {
     let encode: Encoder<'_> = &|n, s| {
@@ -487,7 +486,7 @@ fn zeros_of_256_are_carried() {
     assert_types("gptq with large zeros", &summary, |_| "u8-g32-f16-float-zero".to_owned(), "f32");
 }
 
-/// A scale for rows that lie apart is not one that a type has.
+/// No type has a scale for distant rows.
 #[test]
 fn hqq_of_axis_0_is_widened_and_named() {
     for bits in [2, 3, 4, 8] {
@@ -498,7 +497,7 @@ fn hqq_of_axis_0_is_widened_and_named() {
     }
 }
 
-/// The checkpoint of [`shape`] with GPTQ's tensors in the place of some weights, by the ends of their names.
+/// The checkpoint of [`shape`] with GPTQ's tensors instead of some weights, by the suffixes of their names.
 fn with_gptq(noise: &mut Noise, ends: &[&str]) -> (Value, Tensors) {
     let (mut config, mut tensors) = (shape().config(), shape().tensors());
     config["quantization_config"] = method("gptq")["quantization_config"].clone();
@@ -513,7 +512,7 @@ fn with_gptq(noise: &mut Noise, ends: &[&str]) -> (Value, Tensors) {
     (config, tensors)
 }
 
-/// Whether two files have the same numbers, also where gate and up stand apart.
+/// Whether two files have the same numbers, even if gate and up are separate.
 fn assert_same_numbers(found: &Content, want: &Content) {
     for (key, (_, want)) in want {
         let apart = |name: &str| found.get(&(key.0, key.1, key.2, name.to_owned())).map(|t| t.1.clone());
@@ -527,7 +526,7 @@ fn set_groups(tensors: &mut Tensors, stem: &str, group: impl Fn(usize) -> u32) {
     t.bytes = (0..t.shape[0]).flat_map(|i| group(i).to_le_bytes()).collect();
 }
 
-/// Groups in disorder are carried with the order of their columns; gate and up with different ones apart.
+/// Groups out of order are carried with the order of their columns; gate and up with different orders are separate.
 #[test]
 fn columns_in_disorder_have_an_order_of_their_own() {
     const EXPERT: &str = "model.layers.1.mlp.experts.0";
@@ -545,7 +544,7 @@ fn columns_in_disorder_have_an_order_of_their_own() {
     let (config, tensors) = with_gptq(&mut Noise(9), &experts);
     let together = ["gate_up tiled-pair-ordered", "down tiled-ordered"];
     assert_eq!(layouts(&config, &tensors).0, together);
-    // Nothing is stored of an order that nobody needs.
+    // An order that nothing needs is not stored.
     let mut in_order = tensors.clone();
     for name in tensors.keys().filter_map(|name| name.strip_suffix(".g_idx")) {
         set_groups(&mut in_order, name, |i| i as u32 / 32);
@@ -561,14 +560,14 @@ fn columns_in_disorder_have_an_order_of_their_own() {
     assert_eq!(found, together);
     let (_, want) = convert_to_content(&config, &mixed, "f32").unwrap();
     assert!(kept.iter().all(|(key, value)| value.1 == want[key].1));
-    // Gate and up meet one input.
+    // Gate and up have one input.
     set_groups(&mut mixed, &format!("{EXPERT}.up_proj"), |i| 3 - i as u32 / 32);
     let (found, summary, kept) = layouts(&config, &mixed);
     assert_eq!(found, ["gate tiled-ordered", "up tiled-ordered", "down tiled-ordered"]);
     assert!(!summary.widened.iter().any(|w| w.contains("expert")), "{:?}", summary.widened);
     let (_, want) = convert_to_content(&config, &mixed, "f32").unwrap();
     assert_same_numbers(&kept, &want);
-    // One of them in no order at all: the other is carried.
+    // One of them without a usable order: the other is carried.
     set_groups(&mut mixed, &format!("{EXPERT}.up_proj"), |i| u32::from(i == 3));
     let (found, summary, kept) = layouts(&config, &mixed);
     assert_eq!(found, ["gate tiled-ordered", "up tiled", "down tiled-ordered"]);
@@ -577,7 +576,7 @@ fn columns_in_disorder_have_an_order_of_their_own() {
     assert_same_numbers(&kept, &want);
 }
 
-/// Groups of which no order makes equal ones become f32 with a note; groups that do not exist are an error that names the tensor.
+/// Groups that no order makes equal become f32 with a note; groups that do not exist are an error that names the tensor.
 #[test]
 fn hostile_groups_are_widened_or_refused() {
     const DOWN: &str = "model.layers.1.mlp.experts.0.down_proj";
@@ -602,7 +601,7 @@ fn hostile_groups_are_widened_or_refused() {
         let (_, want) = convert_to_content(&config, &uneven, "f32").unwrap();
         assert!(kept.iter().all(|(key, value)| value.1 == want[key].1));
     }
-    // Said to be in order, and not.
+    // The configuration says that they are in order, but they are not.
     config["quantization_config"]["desc_act"] = json!(false);
     let error = convert_to_content(&config, &tensors, "keep").unwrap_err().to_string();
     assert!(error.contains("g_idx") && error.contains("desc_act"), "{error}");
@@ -616,7 +615,7 @@ fn auto_round(packing: &str) -> Value {
     json!({"quantization_config": {"quant_method": "auto-round", "bits": 4, "sym": false, "packing_format": packing}})
 }
 
-/// Experts one by one, fused as by transformers, stacked as by MLX: the same file content.
+/// Separate experts, fused ones as in transformers, and stacked ones as in MLX give the same file contents.
 #[test]
 fn experts_of_every_arrangement_are_the_same() {
     let single = Synthetic { dtype: "BF16", ..shape() };

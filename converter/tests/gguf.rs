@@ -1,4 +1,4 @@
-//! GGUF files give the models of the checkpoints that they were made of.
+//! GGUF files give the same models as the checkpoints from which they were made.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +20,7 @@ fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name)
 }
 
-/// What GGUF cannot say is taken out of a configuration (as in `tests/fixtures/gguf/make_heads.py`).
+/// Removes from a configuration what GGUF cannot express (as in `tests/fixtures/gguf/make_heads.py`).
 fn edited(family: &str, mut config: serde_json::Value) -> serde_json::Value {
     match family {
         "deepseek_v2" => config["rope_scaling"]["mscale"] = json!(1.0),
@@ -46,7 +46,7 @@ fn edited(family: &str, mut config: serde_json::Value) -> serde_json::Value {
     config
 }
 
-/// The file that llama.cpp's converter writes of a golden checkpoint: its head, and the data.
+/// The file that llama.cpp's converter makes from a golden checkpoint: its head, and the data.
 fn of_llama_cpp(family: &str, config: &serde_json::Value, tensors: &Tensors) -> Vec<u8> {
     let head = fs::read(fixture(&format!("gguf/{family}.head"))).unwrap();
     let (described, begin) = read_head(&head);
@@ -86,15 +86,15 @@ fn converted_as(source: &Path, options: &Options) -> (ModelSpec, Content) {
     (plan(source, options).unwrap().spec().clone(), content(&path))
 }
 
-/// What llama.cpp's converter makes a file of: of DeepSeek-V3 it leaves out what predicts.
+/// Options that match llama.cpp's converter: it leaves out DeepSeek-V3's prediction layer.
 fn as_llama_cpp(family: &str) -> Options {
     Options { mtp: family != "deepseek_v3", ..Options::default() }
 }
 
-/// The specifications are the same but for what GGUF does not say, and for the order of value heads that it has.
+/// The specifications are the same, except for what GGUF cannot express and for the order of value heads.
 fn assert_same_model(family: &str, found: &ModelSpec, expected: &ModelSpec) {
     let mut found = found.clone();
-    // The pre-tokenizer would say which of the families that compute the same it is.
+    // Only the pre-tokenizer would tell families with the same computation apart.
     found.family.clone_from(&expected.family);
     for layer in &mut found.layers {
         if let AttentionSpec::Delta(delta) = &mut layer.attention {
@@ -122,7 +122,7 @@ fn assert_same_numbers(family: &str, found: &Content, expected: &Content) {
         let ours = &found[key];
         assert_eq!(ours.len(), numbers.len(), "{family}: {key:?}");
         if tiled && key.1 != 3 {
-            // In another order: the sums tell that they are the same numbers.
+            // In another order: the sums show that they are the same numbers.
             let sum = |all: &[f32]| all.iter().map(|&n| f64::from(n)).sum::<f64>();
             assert!((sum(ours) - sum(numbers)).abs() < 1e-4, "{family}: {key:?}");
             continue;
@@ -165,7 +165,7 @@ fn floats(numbers: &[f32]) -> Vec<u8> {
     numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
 }
 
-/// The same models under the names, and in the arrangements, that converters had before, or have when they are asked to.
+/// The same models with the names and arrangements of older converters, or of optional settings.
 #[test]
 fn other_arrangements_hold_the_same_models() {
     for family in ["mixtral", "qwen3_moe", "deepseek_v3"] {
@@ -187,7 +187,7 @@ fn other_arrangements_hold_the_same_models() {
                         written.push((name, F32, shape[1..].to_vec(), data.to_vec()));
                     }
                 }
-                // Gate and up in one.
+                // Gate and up in one tensor.
                 "qwen3_moe" if stem.ends_with("_up_exps") => {}
                 "qwen3_moe" if stem.ends_with("_gate_exps") => {
                     let (gate, up) = (whole(&name), whole(&name.replace("_gate_", "_up_")));
@@ -197,7 +197,7 @@ fn other_arrangements_hold_the_same_models() {
                     let shape = vec![shape[0], 2 * shape[1], shape[2]];
                     written.push((name.replace("_gate_", "_gate_up_"), F32, shape, data));
                 }
-                // Keys and values as the release has them.
+                // Keys and values as in the release.
                 "deepseek_v3" if stem.ends_with("attn_v_b") => {}
                 "deepseek_v3" if stem.ends_with("attn_k_b") => {
                     let layer = stem.split('.').nth(1).unwrap();
@@ -284,7 +284,7 @@ fn qwen2_moe_has_biases_a_gated_shared_expert_and_dense_layers() {
     assert_same_numbers("qwen2_moe", &numbers, &expected);
 }
 
-/// A small llama whose matrices are made by `matrix`: name, rows, columns → number of the type and data.
+/// A small Llama whose matrices `matrix` makes: name, rows, columns → type number and data.
 fn small(mut matrix: impl FnMut(&str, usize, usize) -> (u32, Vec<u8>)) -> (Vec<(String, Value)>, Vec<Written>) {
     let metadata = [
         ("general.architecture", Value::Text("llama")),
@@ -329,7 +329,7 @@ fn write_small(folder: &Path) -> PathBuf {
     path
 }
 
-/// Name, number in files, and the weight type that carries it.
+/// Name, type number in files, and the weight type that carries it.
 const BLOCK_TYPES: [(&str, u32, &str); 23] = [
     ("Q4_0", 2, "q4_0"),
     ("Q4_1", 3, "q4_1"),
@@ -356,8 +356,8 @@ const BLOCK_TYPES: [(&str, u32, &str); 23] = [
     ("NVFP4", 40, "nvfp4"),
 ];
 
-/// Every block type is carried into the weight type of the same name, and stands there for the numbers that the public `gguf`
-/// package finds in the same blocks (`ggml/make_blocks.py`).
+/// Every block type is carried into the weight type with the same name, and there represents the numbers that the public `gguf`
+/// package computes for the same blocks (`ggml/make_blocks.py`).
 #[test]
 fn block_types_are_carried_at_their_own_size() {
     let mut blocks = Tensors::new();
@@ -395,7 +395,7 @@ fn block_types_are_carried_at_their_own_size() {
         assert!(same(&of(ExtentKind::Attention, "o"), &expected["blk.0.attn_output"]), "{name}: o");
         let pair = [expected["blk.0.ffn_gate"].clone(), expected["blk.0.ffn_up"].clone()].concat();
         assert!(same(&of(ExtentKind::Dense, "gate_up"), &pair), "{name}: gate and up");
-        // Rows of keys and queries are turned back, whatever their type.
+        // Rows of keys and queries are permuted back, whatever their type.
         let back = |rows: &[f32]| {
             let source = |row: usize| row / 64 * 64 + row % 32 * 2 + row % 64 / 32;
             (0..rows.len() / 256).flat_map(|row| rows[source(row) * 256..][..256].to_vec()).collect::<Vec<_>>()
@@ -407,14 +407,14 @@ fn block_types_are_carried_at_their_own_size() {
     }
 }
 
-/// Dynamic quantisations give gate and up of one layer other types: both are carried.
+/// Dynamic quantisations give gate and up of one layer different types: both are carried.
 #[test]
 fn gate_and_up_may_have_different_types() {
     let mut noise = Noise(11);
     let (metadata, tensors) = small(|matrix, rows, cols| {
         let numbers: Vec<f32> = (0..rows * cols).map(|_| noise.value()).collect();
         match matrix {
-            // ggml's number of bf16.
+            // ggml's type number of bf16.
             "blk.0.ffn_up" => (30, numbers.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()),
             _ => (F32, numbers.iter().flat_map(|v| v.to_le_bytes()).collect()),
         }
@@ -573,7 +573,7 @@ fn what_is_not_supported_is_named_with_its_key() {
     }
 }
 
-/// Frequencies that are divided by one number, by Llama 3's and by others, and what cannot be divided by.
+/// Frequencies that are divided by one number, by Llama 3's and by others, and invalid divisors.
 #[test]
 fn divided_frequencies() {
     let spec_of = |keys: &[(&str, Value)], factors: &[f32]| {
@@ -633,7 +633,7 @@ fn other_versions_are_told_apart() {
     plan(&path, &Options::default()).unwrap();
 }
 
-/// A tool that takes experts out leaves the count in the keys.
+/// A tool that removes experts leaves the count in the keys.
 #[test]
 fn tensors_are_right_about_the_number_of_experts() {
     let head = fs::read(fixture("gguf/qwen3_moe.head")).unwrap();
@@ -654,7 +654,7 @@ fn tensors_are_right_about_the_number_of_experts() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
-    /// Whatever is done to a head, the file is planned or refused with its name.
+    /// Whatever is changed in a head, the file is planned, or refused with its name.
     #[test]
     fn damaged_heads_are_refused(
         family in prop::sample::select(vec!["llama", "deepseek_v3", "qwen3_next", "gpt_oss_mxfp4", "glm_moe_dsa"]),
@@ -680,7 +680,7 @@ proptest! {
     }
 }
 
-/// Used by every test of this file but these.
+/// Every test of this file uses these, except the following.
 #[test]
 fn the_writer_of_tests_writes_what_it_says() {
     let tensor = Tensor::f32(&[1, 2], [1.0, 2.0]);

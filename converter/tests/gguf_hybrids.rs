@@ -1,6 +1,5 @@
-//! GGUF files of models whose layers differ from each other, as llama.cpp's converter (`conversion/kimi_linear.py`,
-//! `minimax.py`, `mimo.py`, `deepseek.py` and `dots1.py` beside it) writes them: they give the models of the checkpoints that
-//! they were made of.
+//! GGUF files of models whose layers differ from each other, as written by llama.cpp's converter (`conversion/kimi_linear.py`,
+//! `minimax.py`, `mimo.py`, `deepseek.py` and `dots1.py`): they give the same models as the checkpoints from which they were made.
 
 use crate::common::gguf::{Origin, Value, Written};
 use crate::common::safetensors::{Tensors, values};
@@ -58,7 +57,7 @@ const PLAIN: [(&str, &str); 42] = [
 /// How many of them are in layers.
 const IN_LAYERS: usize = PLAIN.len() - 2;
 
-/// A tensor as it is written. `centred`: norms are stored around zero, and the converter adds one.
+/// A tensor as written. `centred`: norms are stored around zero, and the converter adds one.
 fn tensor(tensors: &Tensors, centred: bool, name: String, hub: &str) -> Written {
     let (mut numbers, mut shape) = (values(tensors, hub), tensors[hub].shape.clone());
     if centred && name.ends_with("norm.weight") {
@@ -73,7 +72,7 @@ fn tensor(tensors: &Tensors, centred: bool, name: String, hub: &str) -> Written 
     (name, F32, shape, floats(&numbers))
 }
 
-/// All tensors of a checkpoint as they are written.
+/// All tensors of a checkpoint as written.
 fn written(tensors: &Tensors, config: &Json, prefix: &'static str, head: &str, centred: bool) -> Vec<Written> {
     let origin = Origin { tensors, config, prefix };
     let count = |key: &str| config[key].as_u64().unwrap() as usize;
@@ -137,7 +136,7 @@ fn kimi_linear_comes_back_from_gguf() {
         ("kda.head_dim", "linear_attn_config/head_dim"),
     ];
     let others = [
-        // One head of latents where attention is latent, none elsewhere.
+        // One head for latent attention, none for other layers.
         ("attention.head_count_kv", Value::Bools(vec![false, false, true])),
         ("attention.key_length_mla", Value::U32(24)),
         ("attention.layer_norm_rms_epsilon", float(&config, "rms_norm_eps")),
@@ -153,7 +152,7 @@ fn kimi_linear_comes_back_from_gguf() {
 #[test]
 fn minimax_m3_comes_back_from_gguf() {
     let (mut config, tensors) = golden("minimax_m3");
-    // llama.cpp knows this limit without a key.
+    // llama.cpp assumes this limit without a key.
     config["text_config"]["swiglu_limit"] = json!(7.0);
     let text = config["text_config"].clone();
     let counts = [
@@ -192,7 +191,7 @@ fn minimax_m3_comes_back_from_gguf() {
 #[test]
 fn dots1_comes_back_from_gguf() {
     let (mut config, tensors) = golden("dots1");
-    // llama.cpp knows no windows of this family, and no released model has one.
+    // llama.cpp supports no windows for this family, and no released model has one.
     config["max_window_layers"] = config["num_hidden_layers"].clone();
     let counts = [
         ("block_count", "num_hidden_layers"),
@@ -255,7 +254,7 @@ fn mimo_v2_flash_comes_back_from_gguf() {
     }
 }
 
-/// The tensors of DeepSeek-V4 as they are written: the release's own names on the right, in layers behind their number.
+/// The tensors of DeepSeek-V4 as written: the release's own names are on the right, those in layers without their prefix.
 fn deepseek_v4_written(tensors: &Tensors) -> Vec<Written> {
     let outside = [
         ("token_embd.weight", "embed.weight"),
@@ -315,7 +314,7 @@ fn deepseek_v4_written(tensors: &Tensors) -> Vec<Written> {
             all.push((own(&format!("ffn_{part}_exps.weight")), F32, vec![8, shape[0], shape[1]], data));
         }
     }
-    // A layer that predicts, which is left out.
+    // A prediction layer, which is left out.
     all.push(("blk.4.nextn.enorm.weight".to_owned(), F32, vec![64], vec![0; 256]));
     all
 }

@@ -1,5 +1,5 @@
-//! GGUF files of the families that came last, as llama.cpp's converter (`conversion/bailing.py`, `nemotron.py`, `mimo.py`, `step3.py`,
-//! `phi.py`, `gemma.py` and `qwen4exp.py`) writes them: they give the models of the checkpoints that they were made of.
+//! GGUF files of the newest families, as written by llama.cpp's converter (`conversion/bailing.py`, `nemotron.py`, `mimo.py`,
+//! `step3.py`, `phi.py`, `gemma.py` and `qwen4exp.py`): they give the same models as the checkpoints from which they were made.
 
 use std::fs;
 
@@ -30,7 +30,7 @@ const USUAL: [(&str, &str); 10] = [
     ("ffn_down.weight", "mlp.down_proj.weight"),
 ];
 
-/// Experts one by one, as most checkpoints have them.
+/// Separate experts, as in most checkpoints.
 const EXPERTS: [(&str, &str); 3] = [
     ("ffn_gate_exps.weight", "mlp.experts.{}.gate_proj.weight"),
     ("ffn_up_exps.weight", "mlp.experts.{}.up_proj.weight"),
@@ -55,7 +55,7 @@ fn count(config: &Json, key: &str) -> usize {
     config[key].as_u64().unwrap_or_else(|| panic!("{key}")) as usize
 }
 
-/// Names of Ling and Ring but for attention.
+/// Names of Ling and Ring except attention.
 const BAILING: [(&str, &str); 16] = [
     ("attn_norm.weight", "input_layernorm.weight"),
     ("attn_qkv.weight", "attention.query_key_value.weight"),
@@ -84,7 +84,7 @@ fn bailing(tensors: &Tensors, layers: usize) -> Vec<Written> {
     renaming.written(|_, _, _| {})
 }
 
-/// Ling of the first generation has queries, keys and values apart, and the halves of their heads alternate.
+/// Ling of the first generation has separate queries, keys and values, and the halves of their heads alternate.
 #[test]
 fn bailing_moe_comes_back_from_gguf() {
     let (config, tensors) = golden("bailing_moe");
@@ -123,7 +123,7 @@ fn bailing_moe_comes_back_from_gguf() {
     check("bailing_moe", &config, &tensors, &metadata, &written);
 }
 
-/// Ling of the second generation has them in one, as the release has, and a layer that predicts, which is left out.
+/// Ling of the second generation has them in one tensor, as in the release, and a prediction layer, which is left out.
 #[test]
 fn bailing_moe_v2_comes_back_from_gguf() {
     let (mut config, tensors) = golden("bailing_moe_v2");
@@ -203,7 +203,7 @@ const NEMOTRON_COUNTS: [(&str, &str); 17] = [
     ("context_length", "max_position_embeddings"),
 ];
 
-/// Both have Mamba-2, attention without positions, whose halves of heads alternate all the same, and experts; one has latents.
+/// Both have Mamba-2, experts, and attention without positions, although the halves of its heads alternate; one has latents.
 #[test]
 fn nemotron_h_comes_back_from_gguf() {
     for family in ["nemotron_h", "nemotron_h_latent"] {
@@ -262,7 +262,7 @@ fn nemotron_h_comes_back_from_gguf() {
     }
 }
 
-/// Names in a layer of MiMo-V2.5 that are not usual.
+/// Unusual names in a layer of MiMo-V2.5.
 const MIMO: [(&str, &str); 5] = [
     ("attn_qkv.weight", "self_attn.qkv_proj.weight"),
     ("attn_sinks.weight", "self_attn.attention_sink_bias"),
@@ -271,12 +271,12 @@ const MIMO: [(&str, &str); 5] = [
     ("exp_probs_b.bias", "mlp.gate.e_score_correction_bias"),
 ];
 
-/// Queries, keys and values are in one tensor, and layers with a window have other heads of keys than those without.
+/// Queries, keys and values are in one tensor, and layers with a window have other key heads than those without.
 #[test]
 fn mimo_v2_5_comes_back_from_gguf() {
     let (mut config, tensors) = golden("mimo_v2");
     config["model_type"] = json!("mimo_v2_flash");
-    // Under this key, V2-Flash counts the tokens before the one that sees them.
+    // Under this key, V2-Flash counts only the tokens before the current one.
     config.as_object_mut().unwrap().remove("sliding_window_size");
     let renaming = Renaming {
         tensors: &tensors,
@@ -310,7 +310,7 @@ fn mimo_v2_5_comes_back_from_gguf() {
     check("mimo_v2", &config, &tensors, &metadata, &renaming.written(|_, _, _| {}));
 }
 
-/// Names in a layer of Step 3.5 that are not usual.
+/// Unusual names in a layer of Step 3.5.
 const STEP: [(&str, &str); 10] = [
     ("ffn_norm.weight", "post_attention_layernorm.weight"),
     ("attn_gate.weight", "self_attn.g_proj.weight"),
@@ -324,7 +324,7 @@ const STEP: [(&str, &str); 10] = [
     ("ffn_down_shexp.weight", "share_expert.down_proj.weight"),
 ];
 
-/// Factors of Llama 3's scaling as the converter writes them: for a head of which everything turns.
+/// Factors of Llama 3's scaling as the converter writes them, for whole heads.
 fn llama_3_factors(theta: f64, pairs: usize, [factor, original, low, high]: [f64; 4]) -> Vec<f32> {
     let wavelength = |pair: usize| std::f64::consts::TAU * theta.powf(pair as f64 / pairs as f64);
     let divisor = |wave: f64| {
@@ -343,7 +343,7 @@ fn llama_3_factors(theta: f64, pairs: usize, [factor, original, low, high]: [f64
 #[test]
 fn step_3_5_comes_back_from_gguf() {
     let (mut config, tensors) = golden("step3p5");
-    // Two blended wavelengths say where the blending begins and ends.
+    // Two blended wavelengths determine where the blending begins and ends.
     config["rope_scaling"]["original_max_position_embeddings"] = json!(15_000);
     let renaming = Renaming {
         tensors: &tensors,
@@ -388,7 +388,7 @@ fn step_3_5_comes_back_from_gguf() {
     check("step3p5", &config, &tensors, &metadata, &written);
 }
 
-/// Names of Phi-3.5-MoE that are not usual: biases, and experts as Mixtral has them.
+/// Unusual names of Phi-3.5-MoE: biases, and experts as in Mixtral.
 const PHI: [(&str, &str); 8] = [
     ("attn_norm.bias", "input_layernorm.bias"),
     ("attn_q.bias", "self_attn.q_proj.bias"),
@@ -403,7 +403,7 @@ const PHI: [(&str, &str); 8] = [
 #[test]
 fn phimoe_comes_back_from_gguf() {
     let (mut config, tensors) = golden("phimoe");
-    // llama.cpp makes the factor of the scores of the contexts, and knows this noise, which nobody adds.
+    // llama.cpp derives the factor of the scores from the contexts, and has this noise, which nothing adds.
     let (factor, noise) = (f64::sqrt(2.0) as f32, 0.01);
     for key in ["long_mscale", "short_mscale"] {
         config["rope_scaling"][key] = factor.to_string().parse::<f64>().unwrap().into();
@@ -445,7 +445,7 @@ fn phimoe_comes_back_from_gguf() {
     check("phimoe", &config, &tensors, &metadata, &written);
 }
 
-/// Names in a layer of Gemma that are not usual.
+/// Unusual names in a layer of Gemma.
 const GEMMA: [(&str, &str); 9] = [
     ("post_attention_norm.weight", "post_attention_layernorm.weight"),
     ("ffn_norm.weight", "pre_feedforward_layernorm.weight"),
@@ -465,7 +465,7 @@ const GEMMA_EXPERTS: [(&str, &str); 3] = [
     ("ffn_down_exps.weight", "experts.down_proj"),
 ];
 
-/// The text model of `family` by itself, whose names begin with `prefix`.
+/// The text model of `family` by itself, with names that begin with `prefix`.
 fn text_model(family: &str, prefix: &str) -> (Json, Tensors) {
     let (config, tensors) = golden(family);
     let plain = |(name, tensor): (String, Tensor)| (name.replacen(prefix, "model.", 1), tensor);
@@ -492,7 +492,7 @@ fn gemma(tensors: &Tensors, centred: bool) -> Vec<Written> {
 #[test]
 fn gemma_3_comes_back_from_gguf() {
     let (mut config, tensors) = text_model("gemma3", "language_model.model.");
-    // llama.cpp knows this scale without a key, and for want of one that six layers are the period.
+    // llama.cpp assumes this scale without a key, and, without another key, a period of six layers.
     config["query_pre_attn_scalar"] = config["head_dim"].clone();
     let counts = [
         ("attention.key_length", "head_dim"),
@@ -517,7 +517,7 @@ fn gemma_3_comes_back_from_gguf() {
     }
 }
 
-/// One has experts, and values that are keys where there is no window; the other has neither.
+/// One has experts, and values that are the keys in layers without a window; the other has neither.
 #[test]
 fn gemma_4_comes_back_from_gguf() {
     for family in ["gemma4", "gemma4_text"] {
@@ -578,7 +578,7 @@ const QWEN_4: [(&str, &str); 16] = [
     ("indexer.k_norm.weight", "self_attn.indexer.k_layernorm.weight"),
 ];
 
-/// Tensors of Qwen3.8-Flash-Next that Qwen3.5 has as well, with their last dimension as it is on the hub.
+/// Tensors of Qwen3.8-Flash-Next that Qwen3.5 also has, with their last dimension on the hub.
 const OF_QWEN_3_5: [(&str, &str); 18] = [
     ("attn_q.weight", "self_attn.q_proj.weight"),
     ("attn_k.weight", "self_attn.k_proj.weight"),
@@ -627,7 +627,7 @@ const QWEN_4_COUNTS: [(&str, &str); 21] = [
 
 const QWEN_4_PREFIX: &str = "model.language_model.";
 
-/// The tensors of a layer that Qwen3.5 has as well, arranged as its are, and the parts of the indexer's projection.
+/// The tensors of a layer that Qwen3.5 also has, arranged in the same way, and the parts of the indexer's projection.
 fn qwen_4_layer(tensors: &Tensors, text: &Json, layer: usize) -> Vec<Written> {
     let origin = Origin { tensors, config: text, prefix: QWEN_4_PREFIX };
     let own = |rest: &str| format!("blk.{layer}.{rest}");
@@ -651,7 +651,7 @@ fn qwen_4_layer(tensors: &Tensors, text: &Json, layer: usize) -> Vec<Written> {
     }
     let exponentials = hub("linear_attn.A_log");
     if tensors.contains_key(&exponentials) {
-        // Heads of values of the same number for both heads of keys together.
+        // Value heads with the same number are together for both key heads.
         let a = values(tensors, &exponentials);
         let tiled: Vec<f32> = [0, 2, 1, 3].iter().map(|&head| -f32::exp(a[head])).collect();
         all.push((own("ssm_a"), F32, vec![4], floats(&tiled)));
@@ -676,7 +676,7 @@ fn integers(tensors: &Tensors, name: &str) -> Vec<u64> {
 #[test]
 fn qwen_4_comes_back_from_gguf() {
     let (mut config, mut tensors) = golden("qwen4_exp");
-    // A file has one table of n-grams at most.
+    // A file has at most one table of n-grams.
     config["text_config"]["ple_layer_ids"] = json!([1]);
     tensors.retain(|name, _| !name.starts_with("model.language_model.layers.2.ple."));
     let text = config["text_config"].clone();
@@ -725,7 +725,7 @@ fn qwen_4_comes_back_from_gguf() {
     check("qwen4_exp", &config, &tensors, &metadata, &written);
 }
 
-/// What is wrong with a file of one or two layers and little else in it.
+/// The problem of a file with one or two layers and little else.
 fn problem(arch: &'static str, layers: u32, others: &[(&str, Value)], tensors: &[Written]) -> String {
     let mut all: Vec<(&str, Value)> = vec![
         ("block_count", Value::U32(layers)),

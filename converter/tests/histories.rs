@@ -1,7 +1,7 @@
 //! Random histories of a conversion that is interrupted, damaged and resumed while its source is replaced, touched, renamed and
-//! exchanged: the result is what a clean conversion writes, or an error; never anything else.
+//! exchanged. The result is what a clean conversion writes, or an error, and never anything else.
 //!
-//! `SLUICE_HISTORIES` is how many histories are played (default: 200), `SLUICE_HISTORIES_SEED` which ones (default: 1).
+//! `SLUICE_HISTORIES` is the number of histories (default: 200), `SLUICE_HISTORIES_SEED` their seed (default: 1).
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -22,7 +22,7 @@ const VARIANTS: usize = 3;
 const SIDE_FILES: [&str; 2] = [r#"{"temperature": 0.5}"#, r#"{"temperature": 0.7}"#];
 const TYPES: [&str; 2] = ["q8", "keep"];
 
-/// What makes a model file.
+/// The inputs that determine a model file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct State {
     shards: [usize; SHARDS],
@@ -34,7 +34,7 @@ fn shard_name(shard: usize) -> String {
     format!("model-{:05}-of-{SHARDS:06}.safetensors", shard + 1)
 }
 
-/// The files of all checkpoints, and the model files that clean conversions of them are.
+/// The files of all checkpoints, and the model files that clean conversions of them give.
 struct Library {
     config: Vec<u8>,
     index: Vec<u8>,
@@ -45,14 +45,14 @@ struct Library {
 
 impl Library {
     fn new(folder: &Path) -> Self {
-        // More extents than the journal takes at once, so that an end without warning leaves some in it.
+        // More extents than the journal takes at once, so that a sudden end leaves some in it.
         let shape = Synthetic { layers: 3, experts: 70, hidden: 24, width: 16, vocab: 61, ..Synthetic::default() };
         fs::create_dir_all(folder).unwrap();
         shape.write(folder, SHARDS);
         let variants = |shard: usize| {
             let first = fs::read(folder.join(shard_name(shard))).unwrap();
             let data = 8 + u64::from_le_bytes(first[..8].try_into().unwrap()) as usize;
-            // Signs of little-endian halves are in every other byte.
+            // In little-endian halves, the sign is in every other byte.
             let (mut second, mut third) = (first.clone(), first.clone());
             second[data..].iter_mut().skip(1).step_by(2).for_each(|b| *b ^= 0x80);
             third[data + 1 + (first.len() - data) / 4 * 2] ^= 0x80;
@@ -95,10 +95,10 @@ fn types(state: State) -> Options {
     options(TYPES[state.types], "keep")
 }
 
-/// Stands for the end of the process: nothing of it runs any more.
+/// Represents the end of the process: nothing of it runs any more.
 struct Killed;
 
-/// What happens during a run, once so many bytes have been written.
+/// What happens during a run, after this many bytes have been written.
 struct Fault<'a> {
     left: AtomicU64,
     has_happened: AtomicBool,
@@ -139,7 +139,7 @@ enum End {
     Failed(ConvertError),
 }
 
-/// Figures of all histories.
+/// Statistics of all histories.
 #[derive(Default, Debug)]
 struct Figures {
     runs: AtomicUsize,
@@ -147,7 +147,7 @@ struct Figures {
     killed: AtomicUsize,
     changed_while_read: AtomicUsize,
     in_the_way: AtomicUsize,
-    /// Runs that kept something, and what they kept.
+    /// Runs that kept something, and how much.
     resumed: AtomicUsize,
     kept_extents: AtomicUsize,
 }
@@ -158,7 +158,7 @@ impl Figures {
     }
 }
 
-/// A place where histories are played, one after the other.
+/// A place where histories run, one after the other.
 struct World<'a> {
     library: &'a Library,
     figures: &'a Figures,
@@ -176,7 +176,7 @@ impl<'a> World<'a> {
     fn new(library: &'a Library, figures: &'a Figures, folder: PathBuf, seed: u64) -> Self {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
-        // Neighbouring seeds must not give neighbouring numbers.
+        // Neighbouring seeds must not give similar numbers.
         let mut noise = Noise(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         (0..8).for_each(|_| _ = noise.bits());
         let state = State { shards: [0; SHARDS], side: 0, types: 0 };
@@ -197,7 +197,7 @@ impl<'a> World<'a> {
         ["model.sluice.partial", "model.sluice.partial.journal"].map(|name| self.folder.join(name))
     }
 
-    /// Runs the conversion; what a run that succeeds leaves is compared, and taken away.
+    /// Runs the conversion; the result of a successful run is compared and removed.
     fn run(&mut self, left: u64, kill: bool, action: &(dyn Fn() + Sync)) -> (End, bool) {
         let fault = Fault { left: AtomicU64::new(left), has_happened: AtomicBool::new(false), kill, action };
         let (src, dst, options) = (self.src.clone(), self.dst(), types(self.state));
@@ -248,7 +248,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// A run that does everything but the last step: the journal then has all extents, until some are cut off.
+    /// A run that does everything except the last step: the journal then has all extents, until some are cut off.
     fn stopped_run(&mut self) {
         let dst = self.dst();
         match self.run(0, false, &|| fs::write(&dst, "").unwrap()) {
@@ -263,7 +263,7 @@ impl<'a> World<'a> {
         self.log.push(format!("journal cut to {len} bytes"));
     }
 
-    /// A run that ends as it should, or says that what lies there is no partial file any more.
+    /// A run that ends successfully, or says that the file in its place is not a partial file any more.
     fn whole_run(&mut self) {
         match self.run(u64::MAX / 2, false, &|| ()).0 {
             End::Done(_) => {}
@@ -280,7 +280,7 @@ impl<'a> World<'a> {
         self.partial().iter().for_each(|path| _ = fs::remove_file(path));
     }
 
-    /// Runs to the end; sometimes the end is then made undone, as a crash before the last step would have it.
+    /// Runs to the end; sometimes the last step is then undone, as if a crash had prevented it.
     fn finished_run(&mut self) {
         let journal = fs::read(&self.partial()[1]).ok();
         self.whole_run();
@@ -296,7 +296,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// A shard becomes another one, in some way that real downloads and copies have.
+    /// Replaces a shard with another one, in a way that real downloads and copies do.
     fn replace_shard(path: &Path, bytes: &[u8], how: usize) {
         let times = path.metadata().unwrap();
         let modified = times.modified().unwrap();
@@ -351,7 +351,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// The source changes while it is read: an error, unless nothing was read any more.
+    /// The source changes while it is read: an error, unless everything had been read before.
     fn changed_run(&mut self) {
         let (shard, variant, how) = (self.below(SHARDS), self.below(VARIANTS), self.below(7));
         let path = self.src.join(shard_name(shard));
@@ -428,7 +428,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Something that is not ours lies where partial file or journal should be.
+    /// A file from elsewhere is in the place of the partial file or journal.
     fn obstacle(&mut self) {
         let which = self.below(2);
         let path = self.partial()[which].clone();
@@ -483,7 +483,7 @@ fn number(variable: &str, default: u64) -> u64 {
 #[test]
 fn the_result_is_the_clean_file_or_an_error() {
     let (count, seed) = (number("SLUICE_HISTORIES", 200), number("SLUICE_HISTORIES_SEED", 1));
-    // In memory where there is such a place: every run waits for the drive several times.
+    // In memory if there is such a place, because every run waits for the drive several times.
     let memory = Path::new("/dev/shm");
     let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
     let library = Library::new(&dir.path().join("library"));
@@ -504,7 +504,7 @@ fn the_result_is_the_clean_file_or_an_error() {
         }
     });
     println!("{count} histories: {figures:#?}");
-    // Or nothing was tried.
+    // Otherwise nothing was tested.
     let at_least = |field: &AtomicUsize, share: usize| assert!(field.load(Ordering::Relaxed) * share >= count as usize);
     if count >= 100 {
         at_least(&figures.finished, 1);

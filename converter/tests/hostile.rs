@@ -1,4 +1,4 @@
-//! Checkpoints that are incomplete, damaged or malicious: always an error that names the file or tensor, never a panic.
+//! Checkpoints that are incomplete, damaged or malicious always give an error that names the file or tensor, never a panic.
 
 use std::path::Path;
 
@@ -53,7 +53,7 @@ fn layers_that_the_configuration_does_not_count_are_named() {
     let mut tensors = shape.tensors();
     let mut config = shape.config();
     config["num_hidden_layers"] = json!(2);
-    // Whatever is announced: layer 2 has no mark of a prediction layer.
+    // Whatever the configuration announces: layer 2 has no mark of a prediction layer.
     for announced in [json!(null), json!(0), json!(1)] {
         config["num_nextn_predict_layers"] = announced;
         write_dir(dir.path(), &config, &tensors, 1);
@@ -123,7 +123,7 @@ fn what_is_not_a_number_is_named() {
     assert_names(&error, &["_scale_inv", "not a number"]);
 }
 
-/// What a token would be refused for days after the conversion.
+/// Values for which a token would be refused, perhaps days after the conversion.
 #[test]
 fn tables_that_name_no_expert_are_refused() {
     let folder = fixture("golden/deepseek_v4");
@@ -161,7 +161,7 @@ fn what_does_not_fit_the_type_is_named() {
     assert!(matches!(error, ConvertError::TooLarge { .. }), "{error}");
     assert_names(&error.to_string(), &[UP, "bf16"]);
     let dst = dir.path().join("q");
-    // Half a step beyond ±127 times f16's largest number is the last that q8 holds.
+    // The last value that q8 holds is half a step beyond ±127 times f16's largest number.
     for (value, holds) in [(8_351_760.0, true), (8_351_761.0, false)] {
         tensors.insert(UP.into(), Tensor::f32(&[40, 72], vec![value; 40 * 72]));
         write_dir(dir.path(), &shape.config(), &tensors, 1);
@@ -237,7 +237,7 @@ fn tiny() -> (Synthetic, Vec<u8>) {
     (shape, bytes)
 }
 
-/// Plans and, if that works, converts; whatever happens, it is no panic.
+/// Plans and, if that works, converts; whatever happens, nothing panics.
 fn survive(config: &[u8], bytes: &[u8]) -> Result<(), ConvertError> {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), config).unwrap();

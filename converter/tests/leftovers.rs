@@ -1,5 +1,5 @@
-//! What tools leave in published checkpoints: it changes nothing where the tensors say all, and is refused by name where
-//! leaving it out would change the model.
+//! What tools leave in published checkpoints: it has no effect if the tensors show everything, and is refused by name if leaving it
+//! out would change the model.
 
 use crate::common;
 
@@ -16,7 +16,7 @@ fn converted(config: &Value, tensors: &Tensors) -> Result<(Summary, Content), Co
     Ok((summary, content(&file)))
 }
 
-/// What comes of a checkpoint with one more file.
+/// The result for a checkpoint with one more file.
 fn converted_beside(config: &Value, tensors: &Tensors, beside: (&str, &Value)) -> Result<Content, ConvertError> {
     let (src, dst) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     write_dir(src.path(), config, tensors, 2);
@@ -60,13 +60,13 @@ fn biases_of_zeros_are_left_out_and_others_are_refused_by_name() {
     assert!(matches!(&error, ConvertError::NotZero { tensor, .. } if *tensor == name), "{error}");
     assert!(error.to_string().contains(&name) && error.to_string().contains(".safetensors"), "{error}");
 
-    // Whose zeros they are cannot be told without the configuration.
+    // Without the configuration, it is unknown to what these zeros belong.
     let mut silent = config.clone();
     silent.as_object_mut().unwrap().remove("quantization_config");
     let error = converted(&silent, &tensors).unwrap_err().to_string();
     assert!(error.contains("qweight") && error.contains("`quant_method`"), "{error}");
 
-    // The file that tools wrote before `config.json` had such a section says it too; where both speak, they complete another.
+    // The file that tools wrote before `config.json` had such a section counts too; if both exist, they complete each other.
     for (section, beside) in [
         (None, json!({"bits": 4, "group_size": 64, "desc_act": false})),
         (Some(json!({"quant_method": "gptq", "bits": 4})), json!({"bits": 4, "checkpoint_format": "gptq"})),
@@ -83,13 +83,13 @@ fn biases_of_zeros_are_left_out_and_others_are_refused_by_name() {
     let found = converted_beside(&silent, &tensors, ("quantize_config.json", &second)).unwrap();
     assert!(found != want, "other zeros are other weights");
 
-    // A bias of what the model does not have is unknown, zero or not.
+    // A bias for something that the model does not have is unknown, zero or not.
     let mut stray = tensors.clone();
     stray.insert("model.layers.0.extra.bias".into(), Tensor::f32(&[1], [0.0]));
     assert!(matches!(converted(&config, &stray), Err(ConvertError::UnknownTensors { .. })));
 }
 
-/// Every spelling of `quantization_config` beside tensors that are not quantised, or that say how.
+/// Every spelling of `quantization_config` beside tensors that are not quantised, or that show how they are.
 #[test]
 fn quantisation_that_tensors_do_not_have_is_not_asked_for() {
     let shape = Synthetic::default();
@@ -122,7 +122,7 @@ fn quantisation_that_tensors_do_not_have_is_not_asked_for() {
     }
 }
 
-/// As programs leave it that reserve a file's space before they download it.
+/// The files of programs that reserve a file's space before they download it.
 #[test]
 fn matrices_of_zeros_are_named() {
     let shape = Synthetic::default();
@@ -159,7 +159,7 @@ fn scales_of_activations_and_caches_are_left_out() {
     assert_eq!((summary.left_out.len(), summary.left_out[0].tensors), (1, ends.len()));
 }
 
-/// Scales per block of another size are read as the configuration says: shapes do not always tell.
+/// Scales per block of another size are read as the configuration says, because shapes do not always show the size.
 #[test]
 fn blocks_of_fp8_may_have_other_sizes() {
     let shape = Synthetic { hidden: 192, width: 96, ..Synthetic::default() };
@@ -167,7 +167,7 @@ fn blocks_of_fp8_may_have_other_sizes() {
     let codes: Vec<u8> = (0..192 * 96).map(|_| (noise.bits() >> 40) as u8 & 0x77).collect();
     let scales: Vec<f32> = (0..2 * 2).map(|_| noise.value().abs() + 0.1).collect();
     let mut tensors = shape.tensors();
-    // Two rows of scales for 192 rows: of 96 each, not of 128 and 64.
+    // Two rows of scales for 192 rows: for 96 rows each, not for 128 and 64.
     let value = |(i, code): (usize, &u8)| common::safetensors::e4m3(*code) * scales[i / 96 / 96 * 2 + i % 96 / 48];
     tensors.insert(name.into(), Tensor::f32(&[192, 96], codes.iter().enumerate().map(value)));
     let (_, want) = converted(&shape.config(), &tensors).unwrap();

@@ -1,4 +1,4 @@
-//! All integration tests of this crate in one program: it links once, and its tests share the cores.
+//! All integration tests of this crate are one program: it links once, and its tests share the cores.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! Tables of n-grams: what a checkpoint says of them is checked, and every row is in the file.
+//! Tables of n-grams: their description in a checkpoint is checked, and every row is in the file.
 
 use crate::common;
 
@@ -56,7 +56,7 @@ fn what_decides_the_rows_is_checked_and_named() {
 fn parts_that_are_missing_or_of_another_shape_are_named() {
     let part = format!("{TABLE}.ngram_embedding.shard_7.weight");
     assert_names(&refused(|t, _| drop(t.remove(&part))), &["1 tensors", &part]);
-    // The rows of the whole suffice, but those of this part are too few for its place.
+    // The whole has enough rows, but this part has too few for its place.
     let more = format!("{TABLE}.ngram_embedding.shard_8.weight");
     let error = refused(|t, _| {
         t.insert(part.clone(), Tensor::bf16(&[115, 4], vec![0.0; 460]));
@@ -92,7 +92,7 @@ fn configurations_that_cannot_be_meant_are_named_by_their_keys() {
     assert_names(&with("indexer_head_dim", json!(null)), &["`text_config.indexer_head_dim` is missing"]);
 }
 
-/// All rows of a table as the file has them, in the order of their numbers; each sector has its checksum.
+/// All rows of a table in the file, in order; each sector has its checksum.
 fn rows(path: &Path, layer: u32) -> Vec<f32> {
     let file = ModelFile::open(path).unwrap();
     let (mut all, mut extent) = (Vec::new(), Vec::new());

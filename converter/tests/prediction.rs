@@ -1,4 +1,4 @@
-//! Prediction layers: carried where they are whole and understood, left out with a remark where they are not.
+//! Prediction layers: carried if they are complete and understood, otherwise left out with a note.
 
 use std::path::Path;
 
@@ -31,7 +31,7 @@ fn converted(config: &Value, tensors: &Tensors, options: &Options) -> (ModelSpec
     (ModelFile::open(&dst).unwrap().spec().clone(), content(&dst))
 }
 
-/// The layer is left out, with a remark that says this, and the rest is as without it.
+/// The layer is left out with a note that says this, and the rest is the same as without it.
 fn left_out(config: &Value, tensors: &Tensors, says: &[&str]) {
     let plan = planned(config, tensors);
     let [note] = plan.notes() else { panic!("{:?}", plan.notes()) };
@@ -61,7 +61,7 @@ fn what_is_incomplete_or_not_understood_is_left_out() {
     let bias = |value| Tensor::f32(&[64], vec![value; 64]);
     let name = "model.layers.3.self_attn.o_proj.bias";
     left_out(&config, &changed(&|t| drop(t.insert(name.into(), bias(0.5)))), &[name]);
-    // What changes nothing is no reason, nor are scales of activations.
+    // Tensors without effect are no reason, nor are scales of activations.
     let harmless = changed(&|t| {
         t.insert(name.into(), bias(0.0));
         t.insert("model.layers.3.self_attn.o_proj.input_scale".into(), Tensor::f32(&[1], [1.0]));
@@ -111,14 +111,14 @@ fn an_embedding_and_a_head_that_differ_are_carried_too() {
         let stored = &found[&(kind, 3, 0, kind.name().to_owned())].1;
         assert!(*stored == tensors[&name].values(), "{name}");
 
-        // One in another type cannot be compared, and is the layer's own.
+        // A copy in another type cannot be compared, and counts as the layer's own.
         let mut tensors = whole.clone();
         let t = &whole[&name];
         tensors.insert(name.clone(), Tensor::f32(&t.shape, t.values()));
         let prediction = planned(&config, &tensors).spec().prediction.clone().unwrap();
         assert!(prediction.own_embedding != prediction.own_head);
 
-        // One that is not there is the model's.
+        // A missing one is the model's.
         tensors.remove(&name);
         let prediction = planned(&config, &tensors).spec().prediction.clone().unwrap();
         assert!(!prediction.own_embedding && !prediction.own_head);

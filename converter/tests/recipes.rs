@@ -1,4 +1,4 @@
-//! Types by pattern: what a recipe says is what the file has, and the file says so.
+//! Types by pattern: the file has the types of the recipe, and says so.
 
 use std::path::Path;
 
@@ -42,7 +42,7 @@ fn the_first_pattern_that_matches_decides() {
     assert!(provenance.contains("layers.{1-1}.expert.down q8"), "{provenance}");
 }
 
-/// A line that does nothing is most likely a slip: it says what became of it.
+/// A line without effect is most likely a mistake: a note says why it has none.
 #[test]
 fn lines_that_change_nothing_are_named_with_the_reason() {
     let src = tempfile::tempdir().unwrap();
@@ -56,7 +56,8 @@ fn lines_that_change_nothing_are_named_with_the_reason() {
     assert_eq!(said.len(), 2, "{said:?}");
     assert!(said[0].contains("match no tensor") && said[0].contains("line 4: `layers.99.* q4`"), "{said:?}");
     assert!(said[1].contains("lines above") && said[1].ends_with("line 3: `layers.1.expert.gate_up q8`"), "{said:?}");
-    // What is never changed, and what is so anyway; the line for layer 1 keeps it from the one below.
+    // A line for something that is never changed, and one for what is the case anyway; the line for layer 1 protects it from the
+    // line below.
     let said = notes("*.router q4\nembedding q4\nlayers.1.expert.* q8\n*.expert.* q4\n*_norm q8\nhead bf16\n");
     let [said] = &said[..] else { panic!("{said:?}") };
     for line in ["line 1: `*.router q4`", "line 2: `embedding q4`", "line 5: `*_norm q8`", "line 6: `head bf16`"] {

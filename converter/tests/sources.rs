@@ -1,4 +1,4 @@
-//! What a resumed conversion believes: of its source, of its partial file, and of what lies beside the destination.
+//! What a resumed conversion trusts: its source, its partial file, and the files beside the destination.
 
 use crate::common;
 
@@ -18,7 +18,7 @@ fn test_options() -> Options {
     options("q8", "keep")
 }
 
-/// Does something when the conversion begins, once, and keeps the remarks.
+/// Does something once when the conversion begins, and keeps the notes.
 struct Meddler<F> {
     action: F,
     done: AtomicBool,
@@ -56,7 +56,7 @@ fn source() -> (tempfile::TempDir, PathBuf) {
     (dir, src)
 }
 
-/// Runs a conversion that ends before its last step: the partial file is whole, and its journal knows all of it.
+/// Runs a conversion that ends before its last step: the partial file is complete, and its journal has all of it.
 fn stop_at_the_end(src: &Path, dst: &Path, options: &Options) {
     let error = convert(src, dst, options, &Meddler::new(|| fs::write(dst, "").unwrap())).unwrap_err();
     assert!(matches!(error, ConvertError::Exists { .. }), "{error}");
@@ -108,8 +108,8 @@ fn only_what_was_made_of_other_bytes_is_made_again() {
     assert!(fs::read(&dst).unwrap() == clean(&src, dir.path(), &test_options()));
 }
 
-/// Touched, copied elsewhere: the bytes are the same, and that is what counts. Of every format that the converter reads, since
-/// each is read in another way.
+/// Touched or copied elsewhere: the bytes are the same, and only that matters. Covers every format that the converter reads,
+/// because each is read differently.
 #[test]
 fn the_same_bytes_with_another_identity_are_all_kept() {
     let dir = tempfile::tempdir().unwrap();
@@ -187,7 +187,7 @@ fn damage_of_the_partial_file_is_mended() {
     assert!(matches!(convert(&src, &dst, &test_options(), &meddler), Err(ConvertError::Exists { .. })));
     assert!(meddler.heard("2 of") && meddler.heard("damaged"));
     fs::remove_file(&dst).unwrap();
-    // The journal of the run that has mended them is believed in turn.
+    // The journal of the run that repaired them is trusted next.
     let summary = convert(&src, &dst, &test_options(), &()).unwrap();
     assert_eq!(summary.resumed_extents, extents.len());
     assert!(fs::read(&dst).unwrap() == wanted);
@@ -222,7 +222,7 @@ fn a_source_that_changes_while_it_is_read_is_named_and_nothing_of_it_is_believed
     }
 }
 
-/// Two images of filesystems can give the same identity to different files.
+/// Two filesystem images can give the same identity to different files.
 #[test]
 fn a_journal_that_names_these_files_and_was_made_of_others_is_not_believed() {
     let (dir, src) = source();
@@ -253,7 +253,7 @@ fn a_journal_that_names_these_files_and_was_made_of_others_is_not_believed() {
 fn an_index_that_names_the_other_copy_of_a_tensor_is_another_source() {
     let (dir, src) = source();
     let dst = dir.path().join("m");
-    // Both shards hold the final norm, with other values; the index says which one counts.
+    // Both shards hold the final norm, with different values; the index says which one is used.
     let mut shards = [1, 2].map(|n| {
         let path = src.join(format!("model-{n:05}-of-000002.safetensors"));
         let mut tensors = common::safetensors::Tensors::new();
@@ -282,7 +282,7 @@ fn an_index_that_names_the_other_copy_of_a_tensor_is_another_source() {
 fn a_conversion_that_comes_second_does_no_harm_to_the_first() {
     let (dir, src) = source();
     let (dst, partial) = (dir.path().join("m"), dir.path().join("m.partial"));
-    // As if the first had written everything, superblock included, and had only its name to give.
+    // As if the first run had written everything, including the superblock, and only had to rename it.
     fs::write(&partial, clean(&src, dir.path(), &test_options())).unwrap();
     let before = fs::read(&partial).unwrap();
     let first = File::open(&partial).unwrap();
@@ -290,7 +290,7 @@ fn a_conversion_that_comes_second_does_no_harm_to_the_first() {
     assert!(matches!(convert(&src, &dst, &test_options(), &()), Err(ConvertError::Locked { .. })));
     assert!(fs::read(&partial).unwrap() == before);
     drop(first);
-    // What has taken the name of the partial file meanwhile is not made the model.
+    // A file that has taken the name of the partial file does not become the model.
     let meddler = Meddler::new(|| {
         fs::remove_file(&partial).unwrap();
         fs::write(&partial, "precious").unwrap();
@@ -303,7 +303,7 @@ fn a_conversion_that_comes_second_does_no_harm_to_the_first() {
 #[test]
 fn provenance_covers_every_byte_of_the_source() {
     let dir = tempfile::tempdir().unwrap();
-    // DeepSeek-V3 has tensors that no conversion uses, fp8 scales, and matrices that are cut apart.
+    // DeepSeek-V3 has tensors that no conversion uses, fp8 scales, and matrices that are split.
     let src = dir.path().join("src");
     fs::create_dir(&src).unwrap();
     Synthetic { dtype: "F8_E4M3", ..Synthetic::default() }.write(&src, 3);
@@ -317,7 +317,7 @@ fn provenance_covers_every_byte_of_the_source() {
     for file in files {
         let bytes = fs::read(src.join(file["name"].as_str().unwrap())).unwrap();
         assert_eq!(file["bytes"], bytes.len());
-        // The definition, as the documentation gives it, computed once more.
+        // The definition in the documentation, computed independently.
         let hash = |bytes: &[u8]| xxhash_rust::xxh3::xxh3_128(bytes).to_le_bytes();
         let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&bytes[8..data]).unwrap();

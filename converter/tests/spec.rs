@@ -1,4 +1,4 @@
-//! What `config.json` becomes.
+//! How `config.json` is interpreted.
 
 use crate::common;
 
@@ -61,7 +61,7 @@ fn golden_kimi_k2() {
     assert!(spec.layers[1].ffn.moe.as_ref().unwrap().router.groups.is_none());
 }
 
-/// A synthetic checkpoint with keys of its configuration replaced; null removes nothing, it is a value.
+/// A synthetic checkpoint with some configuration keys replaced; null is a value and removes nothing.
 fn with(changes: Value) -> Result<ModelSpec, ConvertError> {
     let dir = tempfile::tempdir().unwrap();
     let shape = Synthetic::default();
@@ -90,7 +90,7 @@ fn both_spellings_of_rope_mean_the_same() {
     let linear = with(json!({"rope_scaling": {"type": "linear", "factor": 4}})).unwrap();
     assert_eq!(rope(mla(&linear)).scaling, RopeScaling::Linear { factor: 4.0 });
 
-    // Both at once: what says the same is fine, and nothing is left out without a word.
+    // Both at once: repeating the same is allowed, but nothing is left out silently.
     let newer = json!({"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5});
     let both = |older: Value| with(json!({"rope_parameters": newer, "rope_scaling": older}));
     assert_eq!(
@@ -151,7 +151,7 @@ fn what_is_not_supported_is_named_with_what_is() {
         (json!({"n_group": 2, "topk_group": 3}), vec!["`topk_group` is 3", "1 to 2"]),
         (json!({"n_group": 3, "num_experts_per_tok": 3}), vec!["`topk_group` is 1", "3 of `num_experts_per_tok`"]),
         (json!({"routed_scaling_factor": 1e300}), vec!["`routed_scaling_factor`"]),
-        // Each is possible; together they are not. No single key is to blame.
+        // Each value is possible, but not all together. No single key is wrong.
         (json!({"num_attention_heads": 1 << 20}), vec!["impossible model", "heads × head width"]),
         (
             json!({"n_routed_experts": 1 << 16, "n_group": 1, "num_hidden_layers": 40}),
@@ -222,21 +222,21 @@ fn impossible_values_of_other_families_are_named_by_their_keys() {
     }
 }
 
-/// Vocabulary, hidden size, layers, heads, heads of keys and values, width of a head, positions, norm epsilon, theta.
+/// Vocabulary, hidden size, layers, heads, key and value heads, width of a head, positions, norm epsilon, theta.
 type Basics = (usize, usize, usize, usize, usize, usize, usize, f32, f64);
 /// Routed experts, experts per token, width of an expert, whether weights are divided by their sum, scale.
 type Experts = Option<(usize, usize, usize, bool, f32)>;
 
-/// What `config.json` gives where it says nothing but its family: the values of the configuration classes of transformers
-/// 4.57 and 5, which are the same but where noted. Checkpoints are saved without keys that have these values.
+/// The result of a `config.json` with nothing but its family: the defaults of the configuration classes of transformers 4.57 and 5,
+/// which are the same except where noted. Checkpoints are saved without keys that have these values.
 const DEFAULTS: [(&str, Basics, Experts); 36] = [
     // Vocabulary of version 5; 4.57 had 32,000.
     ("deepseek_v2", (102_400, 4096, 32, 32, 32, 192, 2048, 1e-6, 1e4), Some((64, 6, 1407, false, 1.0))),
     ("deepseek_v3", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
-    // Theta is that of layers that compress, of which the last is one.
+    // Theta is that of layers that compress, such as the last one.
     ("deepseek_v4", (129_280, 4096, 43, 64, 1, 512, 1 << 20, 1e-6, 160_000.0), Some((256, 6, 2048, true, 1.5))),
     ("kimi_k2", (129_280, 7168, 61, 128, 128, 192, 4096, 1e-6, 1e4), Some((256, 8, 2048, true, 2.5))),
-    // The class has no numbers of experts: those of the released models.
+    // The class has no numbers of experts: these are those of the released models.
     ("dots1", (152_064, 4608, 62, 32, 32, 144, 2048, 1e-6, 1e4), Some((128, 6, 1408, false, 1.0))),
     ("glm4_moe", (151_552, 4096, 46, 96, 8, 128, 131_072, 1e-5, 1e4), Some((128, 8, 1408, true, 1.0))),
     ("glm4_moe_lite", (154_880, 2048, 47, 20, 20, 256, 202_752, 1e-5, 1e4), Some((64, 4, 1536, true, 1.8))),
@@ -259,7 +259,7 @@ const DEFAULTS: [(&str, Basics, Experts); 36] = [
     ("ernie4_5", (103_424, 1024, 18, 16, 2, 128, 131_072, 1e-5, 5e5), None),
     ("hunyuan_v1_moe", (290_943, 4096, 32, 32, 32, 128, 2048, 1e-5, 1e4), Some((1, 1, 11_008, true, 1.0))),
     ("hy_v3", (120_832, 4096, 80, 64, 8, 128, 131_072, 1e-5, 11_158_840.0), Some((192, 8, 1536, true, 2.826))),
-    // One layer short, because the last of all has no rotation.
+    // One layer fewer, because the last one has no rotation.
     ("llama4_text", (202_048, 5120, 47, 40, 8, 128, 131_072, 1e-5, 5e5), Some((16, 1, 8192, false, 1.0))),
     ("mimo_v2_flash", (152_576, 4096, 48, 64, 4, 192, 131_072, 1e-5, 5e6), Some((256, 8, 2048, true, 1.0))),
     // The release's own class, which transformers lacks.
@@ -269,10 +269,10 @@ const DEFAULTS: [(&str, Basics, Experts); 36] = [
     ("llama", (32_000, 4096, 32, 32, 32, 128, 2048, 1e-6, 1e4), None),
     ("mistral", (32_000, 4096, 32, 32, 8, 128, 131_072, 1e-6, 1e4), None),
     ("qwen3", (151_936, 4096, 32, 32, 32, 128, 32_768, 1e-6, 1e4), None),
-    // Two layers short, as the last of all has a window; of Gemma 4, heads of layers without one are wider.
+    // Two layers fewer, because the last one has a window; in Gemma 4, layers without a window have wider heads.
     ("gemma3_text", (262_208, 2304, 24, 8, 4, 256, 131_072, 1e-6, 1e6), None),
     ("gemma4_text", (262_144, 2304, 30, 8, 4, 512, 131_072, 1e-6, 1e6), None),
-    // Where the class knows no number, as many as heads.
+    // If the class has no default, as many as heads.
     ("llama 40", (32_000, 4096, 32, 40, 40, 102, 2048, 1e-6, 1e4), None),
 ];
 
@@ -286,12 +286,12 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
             config["num_attention_heads"] = heads.parse::<usize>().unwrap().into();
         }
         match model_type {
-            // Without a value in the class.
+            // The class has no default.
             "deepseek_v2" => config["num_experts_per_tok"] = json!(6),
-            // What follows from the other values, 42, cannot be rotated.
+            // The value that follows from the others, 42, cannot be rotated.
             "glm4_moe" => config["head_dim"] = json!(128),
             "llama4_text" => config["num_hidden_layers"] = json!(47),
-            // Two layers short, so that the last one sees everything.
+            // Two layers fewer, so that the last one has no window.
             "gemma3_text" => config["num_hidden_layers"] = json!(24),
             "gemma4_text" => config["hidden_size_per_layer_input"] = json!(0),
             _ => {}
@@ -300,7 +300,7 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
         std::fs::write(&path, config.to_string()).unwrap();
         let geometry = Geometry::load(path.to_str().unwrap(), None).unwrap();
         let spec = geometry.spec();
-        // The last layer with full attention has experts in every family that mixes.
+        // In every family that mixes, the last layer with full attention has experts.
         let is_full = |layer: &&LayerSpec| !matches!(layer.attention, AttentionSpec::Delta(_));
         let last = spec.layers.iter().rev().find(is_full).unwrap();
         let (heads, kv_heads, width, theta) = match &last.attention {
@@ -323,7 +323,7 @@ fn missing_keys_mean_what_they_mean_in_transformers() {
     }
 }
 
-/// Models of which only the family is said, and some keys.
+/// Models with only the family and some keys.
 fn of_keys(config: &Value) -> Result<ModelSpec, ConvertError> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.json");
@@ -483,7 +483,7 @@ fn what_nemotron_and_step_do_not_compute_is_refused_by_its_key() {
     ]);
 }
 
-/// Blocks of Nemotron-H make layers of a mixer and the feed-forward block behind it, in every spelling.
+/// Blocks of Nemotron-H become layers of a mixer and the following feed-forward block, in every spelling.
 #[test]
 fn blocks_of_nemotron_make_layers() {
     let of = |mut keys: Value| {
@@ -509,11 +509,12 @@ fn blocks_of_nemotron_make_layers() {
     assert_eq!((mamba.heads, mamba.head_dim, mamba.groups, mamba.state_dim, mamba.conv_width), (128, 64, 8, 128, 4));
     assert!(mamba.conv_bias && gqa(&spec, 2).rope.is_none());
     assert!(spec.layers.iter().all(|layer| layer.ffn.is_none() || !layer.ffn.activation.is_gated()));
-    // What transformers fills in.
+    // The default of transformers.
     assert_eq!(of(json!({})).layers.len(), 2);
 }
 
-/// Per-layer lists of Step may have entries for layers that predict further tokens, and both spellings of rotation mean the same.
+/// Step's per-layer lists may have entries for layers that predict further tokens, and both spellings of the rotation have the same
+/// meaning.
 #[test]
 fn layers_of_step_in_both_spellings() {
     let of = |mut keys: Value| {
@@ -569,7 +570,7 @@ fn generations_of_ling_are_told_by_their_class() {
     assert_eq!([&first, &second].map(|spec| gqa(spec, 0).qk_norm.is_some()), [false, true]);
 }
 
-/// Both generations of spelling, and what the classes of transformers make of neither.
+/// Both generations of spelling, and the defaults of transformers' classes without either.
 #[test]
 fn layers_of_deepseek_v4_in_every_spelling() {
     let spec = |mut config: Value| {
@@ -578,7 +579,7 @@ fn layers_of_deepseek_v4_in_every_spelling() {
         of_keys(&config).unwrap()
     };
     let yarn = json!({"type": "yarn", "factor": 16, "original_max_position_embeddings": 65_536});
-    // Of the layer that predicts further tokens there is an entry too.
+    // There is also an entry for the layer that predicts further tokens.
     let old = spec(json!({
         "compress_ratios": [0, 4, 128, 4, 0], "num_hash_layers": 1, "qk_rope_head_dim": 32, "rope_scaling": yarn, "rope_theta": 5e3,
         "compress_rope_theta": 5e4,
@@ -627,7 +628,7 @@ fn no_key_of_heads_means_as_many_as_heads() {
     assert!(error.contains("`num_experts_per_tok` is missing"), "{error}");
 }
 
-/// What a configuration that says no more than this becomes.
+/// The result of a configuration with only these keys.
 fn bare(config: Value) -> Result<ModelSpec, ConvertError> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.json");
@@ -711,14 +712,14 @@ fn gpt_oss_that_does_not_mention_yarn_has_it() {
     assert_eq!(plain.scaling, RopeScaling::None);
 }
 
-/// Model cards say how to switch YaRN on, and leave `max_position_embeddings` as it is.
+/// Model cards say how to switch YaRN on, and leave `max_position_embeddings` unchanged.
 #[test]
 fn yarn_extends_the_positions_that_may_be_asked_for() {
     let yarn = |factor: Value, original: Value| json!({"rope_scaling": {"type": "yarn", "factor": factor, "original_max_position_embeddings": original}});
     let positions = |config: Value| with(config).unwrap().max_positions;
     assert_eq!(positions(json!({})), 128);
     assert_eq!(positions(yarn(json!(4.0), json!(100))), 400);
-    // Without the original positions, the given ones are extended; what is larger already stays.
+    // Without the original positions, the given ones are extended; larger values stay.
     assert_eq!(positions(yarn(json!(2.5), json!(null))), 320);
     assert_eq!(positions(yarn(json!(1.5), json!(64))), 128);
     // Without a factor, it follows from both.

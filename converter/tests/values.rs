@@ -1,4 +1,4 @@
-//! Every number in a converted file against the checkpoint, read by code of its own.
+//! Compares every number in a converted file with the checkpoint, which separate code reads.
 
 use crate::common;
 
@@ -9,7 +9,7 @@ use crate::common::{Content, GOLDENS, Synthetic, content, fixture, joined, optio
 use sluice_converter::{Options, Summary, convert};
 use sluice_format::{AttentionSpec, ExtentKind, MlaSpec, ModelFile, ModelSpec, WeightType};
 
-/// Name of the source tensor, and the slice of rows and transposition that a test applies to it.
+/// Name of the source tensor, and the rows and transposition that a test applies to it.
 fn expected(spec: &ModelSpec, source: &Tensors, kind: ExtentKind, layer: u32, index: u32, name: &str) -> Vec<f32> {
     let l = |rest: &str| format!("model.layers.{layer}.{rest}");
     let all = |rest: &str| values(source, &l(rest));
@@ -144,14 +144,14 @@ fn synthetic_checkpoints_of_every_float_type_and_odd_shapes() {
                 assert_exact(name, stored, want);
             }
         });
-        // Half a unit in the last of 8 bits at most.
+        // At most half a unit in the last of 8 bits.
         assert!(summary.errors.values().all(|e| *e < 1.0 / 256.0), "{:?}", summary.errors);
         assert_eq!(summary.errors.contains_key("expert.down"), dtype != "BF16");
     }
 }
 
-/// Five heads of 20 + 14 or 20 + 20 rows: a tile of the values, or of the transposed keys, straddles row 128 of the
-/// source, where one scale ends and the next begins.
+/// Five heads of 20 + 14 or 20 + 20 rows: a tile of the values, or of the transposed keys, crosses row 128 of the source, where one
+/// scale ends and the next begins.
 #[test]
 fn slices_that_no_tile_scale_can_carry_are_widened_and_named() {
     for (v, torn, whole) in [(14, "v_b", "k_b"), (20, "k_b", "v_b")] {
@@ -163,7 +163,7 @@ fn slices_that_no_tile_scale_can_carry_are_widened_and_named() {
             assert_eq!(summary.types[&format!("attention.{whole}")], ["fp8"]);
             assert_eq!(summary.widened, [0, 1, 2].map(|l| format!("layer {l} attention.{torn}")));
             compare(&spec, &content, &source, |name, _, stored, want| {
-                // The head is bf16 in the source: `fp8` quantises it.
+                // The head is bf16 in the source, so `fp8` quantises it.
                 if choice == "keep" || name != "head" {
                     assert_exact(name, stored, want);
                 }

@@ -1,4 +1,4 @@
-//! Compressed models and models in volumes: killed and resumed, they are the files that a run without a break writes.
+//! Compressed models and models in volumes: after being killed and resumed, the files are those of an uninterrupted run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,8 +48,8 @@ fn killed_at_any_moment_it_resumes_to_the_same_files() {
         let want: Vec<Vec<u8>> = whole.files.iter().map(|file| fs::read(file).unwrap()).collect();
         for round in 0..9 {
             let dst = folder(format!("{compress}-{round}"));
-            // After some bytes; or at a moment, which may well be while files are drawn together or given their names.
-            // Half of it is more than one of the journal's batches.
+            // After some bytes; or at some moment, possibly while gaps are closed or files get their names. Half of it is more than
+            // one of the journal's batches.
             let bytes = whole.bytes_written * (round + 1) / 6;
             let at = if round < 5 { KillAt { bytes, journaled: round >= 2 } } else { KillAt::NEVER };
             let mut child = spawn(&src, &dst, at, compress);
@@ -82,7 +82,7 @@ fn want_len(files: &[PathBuf]) -> u16 {
     files.len() as u16
 }
 
-/// Killed between two names: what has one already is taken back, and nothing is made again.
+/// Killed between two renames: names that have been given are taken back, and nothing is made again.
 #[test]
 fn volumes_that_have_their_names_already_are_taken_back() {
     let (dir, src) = source();
@@ -91,7 +91,7 @@ fn volumes_that_have_their_names_already_are_taken_back() {
     let whole = convert(&src, &dst, &options, &()).unwrap();
     let count = whole.files.len() as u16;
     let want: Vec<Vec<u8>> = whole.files.iter().map(|file| fs::read(file).unwrap()).collect();
-    // The same conversion again, killed late, has a journal; then as if all but the first had their names.
+    // The same conversion again, killed late, has a journal; then as if all files but the first had their names.
     let other = dir.path().join("o.sluice");
     let mut child = spawn(&src, &other, KillAt { bytes: whole.bytes_written - 1, journaled: true }, false);
     child.wait().unwrap();
@@ -112,7 +112,7 @@ fn volumes_that_have_their_names_already_are_taken_back() {
     ModelFile::open(&again.files[1]).unwrap();
 }
 
-/// Whatever was asked for before: nothing of it is left beside the result, nor has anything of strangers gone.
+/// Whatever the options were before: nothing of it is left beside the result, and no file from elsewhere is gone.
 #[test]
 fn nothing_is_left_of_volumes_that_were_not_finished() {
     let (dir, src) = source();
@@ -156,14 +156,14 @@ fn what_exists_is_not_replaced_unless_asked() {
     assert!(matches!(convert(&src, &dst, &test_options(true), &()), Err(ConvertError::Exists { .. })));
     let again = convert(&src, &dst, &Options { overwrite: true, ..test_options(true) }, &()).unwrap();
     assert_eq!((&again.files, &again.model_id), (&whole.files, &whole.model_id));
-    // Some other file under the name of a volume stays.
+    // Another file with the name of a volume stays.
     fs::write(&whole.files[1], "precious").unwrap();
     let refused = convert(&src, &dst, &Options { overwrite: true, ..test_options(true) }, &());
     assert!(matches!(refused, Err(ConvertError::NotReplaced { .. })));
     assert_eq!(fs::read(&whole.files[1]).unwrap(), b"precious");
 }
 
-/// The least that is named is the least that does.
+/// The least size in the message is the least that works.
 #[test]
 fn volumes_that_are_too_small_are_refused_with_the_least() {
     let (dir, src) = source();

@@ -67,7 +67,7 @@ impl Family for Dots1 {
 /// As in DeepSeek-V3, but weights are divided by their sum only if the configuration says so.
 fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
     let config = decoder.config;
-    // The releases have this key, but it decides nothing here.
+    // The releases have the method of the choice under this key.
     config.require_str("scoring_func", &["sigmoid", "noaux_tc"])?;
     config.require_str("topk_method", &["noaux_tc"])?;
     let router = RouterSpec {

@@ -108,8 +108,8 @@ fn experts(decoder: &Decoder<'_>) -> Result<FfnSpec, ConvertError> {
 }
 
 /// The published MXFP4 tensors hold one output feature per row, `[experts, rows, cols]`; the bf16 form is transposed. In both, and
-/// in the biases, gate has the even features and up the odd ones. In MLX's form, gate and up are separate, with one output feature
-/// per row.
+/// in the biases, gate has features 0, 2, …, and up 1, 3, …. In MLX's form, gate and up are separate, with one output feature per
+/// row.
 fn expert_origin(module: &str, experts: usize, index: usize, tensor: &TensorShape) -> Origin {
     let [_, rows, cols] = tensor.shape;
     let pair = |first: usize| {

@@ -1,4 +1,4 @@
-//! The header of a safetensors file. Its content is not trusted: every length is checked against the file.
+//! The header of a safetensors file. Its contents are not trusted: every length is compared with the file.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, de};
 
 use super::dtype::Dtype;
 
-/// Longest header that is read; the reference implementation has the same bound.
+/// Longest header that is read; the reference implementation has the same limit.
 pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
 /// Bytes of the header's length field.
 pub(crate) const LENGTH_FIELD: u64 = 8;
@@ -31,7 +31,7 @@ struct RawEntry {
     data_offsets: [u64; 2],
 }
 
-/// The header's map as a list: a map type would hide a name that appears twice.
+/// The header's map as a list, because a map type would hide a name that appears twice.
 struct RawHeader(Vec<(String, RawEntry)>);
 
 impl<'de> Deserialize<'de> for RawHeader {
@@ -89,7 +89,7 @@ pub(crate) fn parse(json: &[u8], file_len: u64) -> Result<Vec<HeaderEntry>, Stri
 
 fn check_entry(name: String, raw: RawEntry, data_start: u64, data_len: u64) -> Result<HeaderEntry, String> {
     let [begin, end] = raw.data_offsets;
-    // Messages name it, and a terminal would do what they say.
+    // Messages contain the name, and a terminal would obey control characters.
     if name.contains(char::is_control) {
         return Err(format!("the name of a tensor, {name:?}, has control characters"));
     }
@@ -116,7 +116,7 @@ fn check_entry(name: String, raw: RawEntry, data_start: u64, data_len: u64) -> R
     Ok(HeaderEntry { name, dtype, shape, start: data_start + begin, len: end - begin })
 }
 
-/// The tensors fill the data without overlap, as the format demands: a gap is a sign of damage.
+/// Checks that the tensors fill the data without gaps or overlap, as the format requires; a gap is a sign of damage.
 fn check_overlap(entries: &[HeaderEntry], data_start: u64, data_len: u64) -> Result<(), String> {
     let mut order: Vec<&HeaderEntry> = entries.iter().collect();
     order.sort_by_key(|e| (e.start, e.len));

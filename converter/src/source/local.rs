@@ -1,7 +1,7 @@
-//! Reading files of this machine: from the page cache what is there, else from the drive past the cache.
+//! Reads files of this machine: cached bytes from the page cache, others from the drive, bypassing the cache.
 //!
-//! Cold files are read fastest so (`docs/notes/2026-11-30-benchmarks.md`), and what is read once need not push out the pages of other programs. What
-//! has just been downloaded is still in memory, and comes from there.
+//! This is the fastest way to read cold files (`docs/notes/2026-11-30-benchmarks.md`), and data that is read only once should not
+//! evict the pages of other programs. What has just been downloaded is still in memory, and comes from there.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -15,20 +15,20 @@ use sluice_format::open_regular;
 use super::Stamp;
 use crate::error::ConvertError;
 
-/// Reads shorter than this go through the page cache, and leave their pages there: neighbours may share them.
+/// Reads shorter than this use the page cache and leave their pages there, because neighbours may share them.
 const LARGE: usize = 256 << 10;
-/// Bytes that are read past the cache at once.
+/// Bytes per read that bypasses the cache.
 const WINDOW: usize = 4 << 20;
-/// What drives want places and lengths to be multiples of.
+/// Drives require offsets and lengths to be multiples of this.
 const ALIGN: usize = 4096;
 
-/// A file that is open for reading.
+/// A file opened for reading.
 #[derive(Debug)]
 pub(crate) struct LocalFile {
     file: File,
-    /// The same file, read past the cache, where the filesystem can.
+    /// The same file, opened to bypass the cache, if the filesystem allows that.
     direct: Option<File>,
-    /// Whether it turned out that it cannot.
+    /// Whether the filesystem turned out not to allow it.
     refused: AtomicBool,
 }
 
@@ -36,19 +36,19 @@ impl LocalFile {
     /// Opens a regular file; returns it with its identity and its length.
     pub(crate) fn open(path: &Path) -> Result<(Self, Stamp, u64), ConvertError> {
         let file = open_regular(path).map_err(ConvertError::io(path, "open it"))?;
-        // First of all, so that whatever changes from here on shows.
+        // First of all, so that every change from here on is noticed.
         let stamp = Stamp::settled(&file).map_err(ConvertError::io(path, "read its state"))?;
         let len = file.metadata().map_err(ConvertError::io(path, "read its length"))?.len();
         let direct = open_direct(path, &file);
         Ok((LocalFile { file, direct, refused: AtomicBool::new(false) }, stamp, len))
     }
 
-    /// Its identity as it is now.
+    /// Its current identity.
     pub(crate) fn stamp(&self) -> io::Result<Stamp> {
         Stamp::of(&self.file)
     }
 
-    /// Fills `out` from byte `at` on. A file that has become shorter than it was is not damaged: something writes to it.
+    /// Fills `out` from byte `at` on. A file that has become shorter is not damaged: another program is writing to it.
     pub(crate) fn read_at(&self, path: &Path, at: u64, out: &mut [u8]) -> Result<(), ConvertError> {
         self.read(at, out).map_err(|e| match e.kind() {
             io::ErrorKind::UnexpectedEof => ConvertError::SourceChanged { path: path.to_owned() },
@@ -66,7 +66,7 @@ impl LocalFile {
         drop_behind(&self.file, at, cached);
         let (at, rest) = (at + cached as u64, &mut out[cached..]);
         match read_direct(direct, at, rest) {
-            // Some filesystems open such files and then do not read them.
+            // Some filesystems open such files but do not read them.
             Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
                 self.refused.store(true, Ordering::Relaxed);
                 self.file.read_exact_at(rest, at)
@@ -80,16 +80,16 @@ impl LocalFile {
     }
 }
 
-/// Opens an open file once more, to read it past the cache.
+/// Opens an open file again, to bypass the cache.
 #[cfg(target_os = "linux")]
 fn open_direct(path: &Path, file: &File) -> Option<File> {
     use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
     use nix::fcntl::OFlag;
-    // Without waiting: should a pipe have taken the name.
+    // Without blocking, in case a pipe has taken the name.
     let flags = OFlag::O_DIRECT | OFlag::O_NONBLOCK;
     let direct = File::options().read(true).custom_flags(flags.bits()).open(path).ok()?;
-    // Another file may have taken its name since.
+    // Another file may have taken its name since then.
     let [a, b] = [file, &direct].map(|f| f.metadata().ok().map(|m| (m.dev(), m.ino())));
     (a.is_some() && a == b).then_some(direct)
 }
@@ -99,7 +99,7 @@ fn open_direct(_path: &Path, _file: &File) -> Option<File> {
     None
 }
 
-/// Fills as much of `out` as is in the page cache from byte `at` on, without a gap; returns how much.
+/// Fills the beginning of `out`, up to the first byte that is not in the page cache, from byte `at` on; returns how much.
 #[cfg(target_os = "linux")]
 fn read_cached(file: &File, at: u64, out: &mut [u8]) -> usize {
     use rustix::io::{ReadWriteFlags, preadv2};
@@ -119,7 +119,7 @@ fn read_cached(_file: &File, _at: u64, _out: &mut [u8]) -> usize {
     0
 }
 
-/// Fills `out` past the cache, by way of memory that is aligned as drives want it.
+/// Fills `out`, bypassing the cache, through memory with the alignment that drives require.
 fn read_direct(file: &File, at: u64, out: &mut [u8]) -> io::Result<()> {
     thread_local! {
         static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -158,12 +158,12 @@ fn read_some(file: &File, out: &mut [u8], at: u64) -> io::Result<usize> {
     }
 }
 
-/// What has been converted is not read again: its pages would only push out those of other programs.
+/// What has been converted is not read again: its pages would only evict those of other programs.
 #[cfg(target_os = "linux")]
 fn drop_behind(file: &File, offset: u64, len: usize) {
     use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
     if len >= LARGE {
-        // Advice: where the system does not take it, nothing is lost but cache.
+        // This is advice: if the system does not follow it, only cache is lost.
         let _ = posix_fadvise(file, offset as i64, len as i64, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     }
 }
@@ -177,7 +177,7 @@ mod tests {
 
     use super::*;
 
-    /// Whatever is asked for, from whatever place, cached or not; and what is not there is an error.
+    /// Every range can be read from every offset, cached or not; missing bytes are an error.
     #[test]
     fn every_part_of_a_file_is_read() {
         let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Which files make the checkpoint of a folder, in the order of trust of transformers: `model.safetensors`, else what the
-//! index names. Where there is no index, shards that are complete by their names are taken, as vLLM does.
+//! Finds the files of the checkpoint in a folder, in the order of precedence of transformers: `model.safetensors`, otherwise the
+//! files in the index. Without an index, shards that are complete by their names are used, as in vLLM.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -13,18 +13,18 @@ use super::recognise::{self, entries};
 use super::{INDEX, MAX_FILES, SINGLE};
 use crate::error::{ConvertError, first_few};
 
-/// The files of a checkpoint, and what the index says of them.
+/// The files of a checkpoint, and the information from the index.
 #[derive(Debug, Default)]
 pub(crate) struct Located {
-    /// Files that are there, sorted.
+    /// Files that exist, sorted.
     pub(crate) files: Vec<String>,
-    /// Where the index places tensors; `None`: there is no index, or it does not count.
+    /// Where the index places tensors; `None`: there is no index, or it is not used.
     pub(crate) places: Option<BTreeMap<String, String>>,
-    /// Files that the index names and that are not there.
+    /// Files that the index names but that do not exist.
     pub(crate) absent: BTreeSet<String>,
     /// Remarks for the user.
     pub(crate) notes: Vec<String>,
-    /// What may explain that a tensor is not found.
+    /// A possible explanation for a tensor that is not found.
     pub(crate) hint: Option<String>,
 }
 
@@ -33,7 +33,7 @@ struct ShardIndex {
     weight_map: WeightMap,
 }
 
-/// The index's map as a list: a map type would hide a tensor that is named twice.
+/// The index's map as a list, because a map type would hide a tensor that is named twice.
 struct WeightMap(Vec<(String, String)>);
 
 impl<'de> Deserialize<'de> for WeightMap {
@@ -58,15 +58,15 @@ impl<'de> Deserialize<'de> for WeightMap {
     }
 }
 
-/// A folder, here or on the hub.
+/// A folder, on this machine or on the hub.
 pub(super) struct Listing<'a> {
     /// Where it is, for messages.
     pub(super) path: &'a Path,
     /// Names in it, sorted.
     pub(super) names: &'a [String],
-    /// Whether there is a file of that name.
+    /// Whether there is a file with that name.
     pub(super) exists: &'a dyn Fn(&str) -> bool,
-    /// The content of the index.
+    /// The contents of the index.
     pub(super) index: &'a dyn Fn() -> Result<Vec<u8>, ConvertError>,
 }
 
@@ -91,7 +91,7 @@ pub(super) fn of_listing(listing: &Listing<'_>) -> Result<Located, ConvertError>
     }
 }
 
-/// What the index, if there is one, says of files that are known already.
+/// What the index, if there is one, says about files that are already known.
 pub(super) fn of_files(path: &Path, index: Option<Vec<u8>>, files: &BTreeSet<String>) -> Result<Located, ConvertError> {
     let Some(index) = index.filter(|_| !files.contains(SINGLE)) else { return Ok(Located::default()) };
     let places = parse_index(path, &index)?;
@@ -99,7 +99,7 @@ pub(super) fn of_files(path: &Path, index: Option<Vec<u8>>, files: &BTreeSet<Str
     Ok(Located { places: Some(places), absent, ..Located::default() })
 }
 
-/// `model.safetensors`, and what is to be said of an index beside it.
+/// `model.safetensors`, with a note about an index beside it.
 fn beside_single(listing: &Listing<'_>) -> Located {
     let mut located = Located { files: vec![SINGLE.to_owned()], ..Located::default() };
     if !(listing.exists)(INDEX) {
@@ -110,7 +110,7 @@ fn beside_single(listing: &Listing<'_>) -> Located {
         files.into_iter().collect::<Vec<_>>()
     });
     match others {
-        // MLX writes an index of the one file.
+        // MLX writes an index of its only file.
         Ok(others) if others.is_empty() => {}
         Ok(others) => {
             let names = first_few(&others);
@@ -147,7 +147,7 @@ fn indexed(listing: &Listing<'_>) -> Result<Located, ConvertError> {
     Ok(located)
 }
 
-/// Shards that are known by their names alone, all of them.
+/// Shards that are known only by their names, if all of them exist.
 fn by_name(listing: &Listing<'_>) -> Result<Located, ConvertError> {
     let path = listing.path.to_owned();
     let shards = listing.names.iter().filter_map(|n| Some((n, Shard::parse(n)?)));

@@ -1,18 +1,18 @@
-//! Reading a checkpoint: what its bytes come from, which tensors there are, and what they are made of.
+//! Reads a checkpoint: the source of its bytes, the table of its tensors, and their encodings.
 //!
-//! | module | is |
+//! | module | content |
 //! |---|---|
-//! | [`Source`] | where the bytes come from: files and texts, whatever holds them |
-//! | `folder` | a folder of safetensors files, as the hub has them |
-//! | `gguf` | GGUF files, as llama.cpp has them |
+//! | [`Source`] | the source of the bytes: files and texts, wherever they are |
+//! | `folder` | a folder of safetensors files, in the hub's layout |
+//! | `gguf` | GGUF files of llama.cpp |
 //! | `checkpoint` | the table of tensors over a source |
-//! | `local` | reads of local files, past the page cache where that is faster |
+//! | `local` | reads of local files, bypassing the page cache where that is faster |
 //! | `header`, `locate` | safetensors: headers of files, and which files belong together |
-//! | `stamp` | what tells that a file is not the one that was read before |
-//! | `recognise` | what a path is instead of a checkpoint |
+//! | `stamp` | identity of a file, to notice that it changed since it was read |
+//! | `recognise` | recognises what a path is if it is not a checkpoint |
 //!
-//! Files are read with positional reads into the caller's buffers and never mapped: the memory of a conversion does not
-//! depend on the size of the checkpoint, and a file that is cut short while it is read is an error instead of a signal.
+//! Files are read with positional reads into the caller's buffers and never mapped: the memory of a conversion does not depend on
+//! the size of the checkpoint, and a file that is truncated while it is read causes an error instead of a signal.
 
 mod checkpoint;
 mod dtype;
@@ -43,21 +43,21 @@ use crate::error::ConvertError;
 /// The index of a checkpoint in several safetensors files.
 pub const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
-/// What describes the model of a checkpoint.
+/// The description of a checkpoint's model.
 pub const CONFIG: &str = "config.json";
 /// Longest JSON or tokenizer file that is read into memory. The largest known are about 35 MB.
 const MAX_SIDE_FILE: u64 = 128 << 20;
-/// Most files of one checkpoint: each is kept open.
+/// Most files of one checkpoint, because each is kept open.
 const MAX_FILES: usize = 8192;
 
-/// A file of a source that holds tensors.
+/// A file of a source with tensors.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceFile {
-    /// Its name inside the source, which no other file of it has.
+    /// Its name, which is unique in the source.
     pub name: String,
     /// Where it is, for messages.
     pub path: PathBuf,
-    /// Its bytes.
+    /// Its length in bytes.
     pub len: u64,
     /// Its identity before anything of it was read.
     pub stamp: Stamp,
@@ -66,27 +66,27 @@ pub struct SourceFile {
 /// When a conversion reads a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileUse {
-    /// Its number.
+    /// Its index.
     pub file: usize,
     /// The step that needs it first.
     pub first: usize,
-    /// The step that needs it last; behind it, the file is released.
+    /// The step that needs it last; after that step, the file is released.
     pub last: usize,
 }
 
-/// What the bytes of a checkpoint come from. Threads share it.
+/// A source of a checkpoint's bytes. Threads share it.
 ///
-/// What it says of its files holds as long as it lives: the conversion asks [`Source::check_unchanged`] before it believes what
-/// it has read.
+/// What it says about its files holds as long as it exists: the conversion calls [`Source::check_unchanged`] before it relies on
+/// what it has read.
 pub trait Source: fmt::Debug + Send + Sync {
     /// Where it is, for messages: a folder, a file, or a name on the hub.
     fn path(&self) -> &Path;
 
-    /// The files that hold tensors, always in the same order. Their numbers are those of the other calls.
+    /// The files with tensors, always in the same order. The other calls use their indices.
     fn files(&self) -> &[SourceFile];
 
-    /// Fills `out` with the bytes of a file from byte `at` on. What is asked for lies inside the file's length; for a source that
-    /// has yet to be fetched, this waits.
+    /// Fills `out` with the bytes of a file from byte `at` on. The range is always within the file's length. For a source that must
+    /// be fetched first, this waits.
     ///
     /// # Errors
     /// [`ConvertError::Io`]; [`ConvertError::SourceChanged`] for a file that has become shorter.
@@ -98,40 +98,41 @@ pub trait Source: fmt::Debug + Send + Sync {
     /// [`ConvertError::SourceChanged`].
     fn check_unchanged(&self) -> Result<(), ConvertError>;
 
-    /// A small file such as `config.json` or `tokenizer.json`, whole; `None` if there is none.
+    /// A whole small file such as `config.json` or `tokenizer.json`; `None` if there is none.
     ///
     /// # Errors
-    /// [`ConvertError::Io`], and [`ConvertError::Damaged`] for one that is too long.
+    /// [`ConvertError::Io`], and [`ConvertError::Damaged`] for a file that is too long.
     fn text_file(&self, name: &str) -> Result<Option<Vec<u8>>, ConvertError>;
 
-    /// Where a small file is, or what it is made of, for messages.
+    /// Where a small file is, or from what it is made, for messages.
     fn text_path(&self, name: &str) -> PathBuf {
         self.path().join(name)
     }
 
-    /// Whether files are fetched one after the other. Extents are then made in the order in which their files come, and a file is
-    /// released as soon as it can be.
+    /// Whether files are fetched one after the other. Extents are then made in the order in which their files arrive, and a file is
+    /// released as soon as possible.
     fn is_fetched(&self) -> bool;
 
-    /// Which files will be read from here on, and when. Called once, before the first extent is made; nothing is read meanwhile.
+    /// Says which files will be read from now on, and when. Called once, before the first extent is made; nothing is read during
+    /// the call.
     fn schedule(&self, uses: &[FileUse]);
 
-    /// Nothing will be read of a file any more: all extents that need it are on the drive, its digest is known, and the journal
-    /// says so. Only for a source that is fetched.
+    /// Says that a file will not be read again: all extents that need it are on the drive, its digest is known, and the journal
+    /// says so. Called only for a source that is fetched.
     fn release(&self, file: usize);
 
-    /// Whether stamps follow from the content alone, so that equal stamps need no proof by reading.
+    /// Whether stamps follow from the content alone, so that equal stamps need not be proved by reading.
     fn is_content_addressed(&self) -> bool {
         false
     }
 
-    /// The folder of this machine that holds the files, none of which a model file may replace.
+    /// The folder on this machine with the files. A model file must not replace any of them.
     fn folder(&self) -> Option<&Path> {
         None
     }
 }
 
-/// Opens what `path` names: a folder of safetensors files, or a GGUF file.
+/// Opens `path`: a folder of safetensors files, or a GGUF file.
 pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
     if recognise::is_gguf(path) {
         return gguf::open(path);
@@ -142,7 +143,7 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, ConvertError> {
     folder::open(path)
 }
 
-/// Opens a source by what its first file begins with.
+/// Opens a source whose kind is recognised by the first bytes of its first file.
 pub(crate) fn open_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertError> {
     if source.files().first().is_some_and(|first| first.len >= gguf::MAGIC.len() as u64) {
         let mut head = [0; gguf::MAGIC.len()];
@@ -156,9 +157,9 @@ pub(crate) fn open_source(source: Box<dyn Source>) -> Result<Checkpoint, Convert
     Checkpoint::of_safetensors(source, located)
 }
 
-/// Which files of a repository make its safetensors checkpoint, in the order of trust of transformers: `model.safetensors`,
-/// else what the index names, else shards that are complete by their names. `names` are all files of the repository, sorted;
-/// `index` is the content of [`INDEX`] where there is one; `path` is for messages.
+/// The files of a repository that form its safetensors checkpoint, in the order of precedence of transformers: `model.safetensors`,
+/// otherwise the files in the index, otherwise shards that are complete by their names. `names` are all files of the repository,
+/// sorted; `index` is the content of [`INDEX`] if there is one; `path` is for messages.
 ///
 /// # Errors
 /// [`ConvertError::NotACheckpoint`], [`ConvertError::Incomplete`] and [`ConvertError::Damaged`].

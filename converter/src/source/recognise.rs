@@ -1,4 +1,4 @@
-//! What files and folders are that are not what was asked for, and what to do about each.
+//! Recognises files and folders of other kinds than requested, and says what to do about each.
 
 use std::fs;
 use std::io::Read;
@@ -9,12 +9,12 @@ use sluice_format::{MAGIC, open_regular};
 use super::{CONFIG, INDEX, SINGLE};
 use crate::error::{ConvertError, OF_REPOSITORY, first_few, is_of_hub};
 
-/// Bytes that tell the kind of a file.
+/// Bytes that identify the kind of a file.
 const HEAD: u64 = 256;
-/// Entries of a folder that are looked at to say what it is.
+/// Entries of a folder that are inspected to recognise it.
 const MAX_ENTRIES: usize = 10_000;
 
-/// A file that is no part of a checkpoint, by its first bytes.
+/// A file that is not part of a checkpoint, recognised by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Foreign {
     LfsPointer,
@@ -25,7 +25,7 @@ pub(crate) enum Foreign {
 }
 
 impl Foreign {
-    /// By the first bytes of a file.
+    /// Recognises a file by its first bytes.
     pub(crate) fn of_bytes(bytes: &[u8]) -> Option<Self> {
         let text = bytes.trim_ascii_start();
         let page = [&b"<!doctype html"[..], b"<html"];
@@ -45,12 +45,12 @@ impl Foreign {
         }
     }
 
-    /// By the first bytes of the file at `path`; `None` also if it cannot be read.
+    /// Recognises the file at `path`; `None` also if it cannot be read.
     fn of_file(path: &Path) -> Option<Self> {
         Self::of_bytes(&head(path)?)
     }
 
-    /// The error that the file at `path` is this.
+    /// The error that the file at `path` is of this kind.
     pub(crate) fn error(self, path: &Path) -> ConvertError {
         let (what, advice) = match self {
             Foreign::LfsPointer => (
@@ -80,7 +80,7 @@ impl Foreign {
     }
 }
 
-/// Whether the file at `path` is a GGUF file by its first bytes.
+/// Whether the file at `path` is a GGUF file, by its first bytes.
 pub(crate) fn is_gguf(path: &Path) -> bool {
     path.is_file() && Foreign::of_file(path) == Some(Foreign::Gguf)
 }
@@ -91,7 +91,7 @@ fn head(path: &Path) -> Option<Vec<u8>> {
     Some(head)
 }
 
-/// Refuses files of the folder that are Git LFS pointers, and says how many they are.
+/// Refuses files of the folder that are Git LFS pointers, and counts them.
 pub(crate) fn refuse_pointers(dir: &Path, files: &[String]) -> Result<(), ConvertError> {
     let is_pointer = |name: &&String| Foreign::of_file(&dir.join(name)) == Some(Foreign::LfsPointer);
     let pointers: Vec<String> = files.iter().filter(is_pointer).cloned().collect();
@@ -107,7 +107,7 @@ pub(crate) fn refuse_pointers(dir: &Path, files: &[String]) -> Result<(), Conver
     }
 }
 
-/// The error that `path`, which is no folder, is no checkpoint: what it is instead.
+/// The error that `path`, which is not a folder, is not a checkpoint, and what it is instead.
 pub(crate) fn no_folder(path: &Path) -> ConvertError {
     let no_checkpoint = |problem: String| ConvertError::NotACheckpoint { path: path.to_owned(), problem };
     if !path.exists() {
@@ -135,7 +135,7 @@ pub fn no_model(path: &Path) -> Option<ConvertError> {
     Foreign::of_file(path).filter(|foreign| *foreign != Foreign::ModelFile).map(|foreign| foreign.error(path))
 }
 
-/// What to say of a path where nothing is.
+/// The message about a path that does not exist.
 pub(crate) fn nothing_there(path: &Path) -> String {
     if path.symlink_metadata().is_ok() {
         return "it is a link to something that is not there".to_owned();
@@ -144,12 +144,12 @@ pub(crate) fn nothing_there(path: &Path) -> String {
     on_hub(path, None).unwrap_or_else(|| format!("there is no such {what}"))
 }
 
-/// Whether the name says that it is a GGUF file.
+/// Whether the name is that of a GGUF file.
 fn is_named_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"))
 }
 
-/// What to say of a path that is a name on the hub: how to use it as that, or how to download one file of the model.
+/// The message about a path that is a name on the hub: how to use it as such, or how to download one file of the model.
 pub(crate) fn on_hub(path: &Path, file: Option<&str>) -> Option<String> {
     let name = hub_name(path)?;
     let folder = name.rsplit('/').next().unwrap_or(&name);
@@ -162,7 +162,7 @@ pub(crate) fn on_hub(path: &Path, file: Option<&str>) -> Option<String> {
     Some(format!("there is no such folder here, but it looks like a name on the Hugging Face Hub. {advice}"))
 }
 
-/// `path` as the name of a model on the hub, such as `deepseek-ai/DeepSeek-R1`, also out of an address.
+/// `path` as the name of a model on the hub, such as `deepseek-ai/DeepSeek-R1`, also taken from an address.
 fn hub_name(path: &Path) -> Option<String> {
     let text = path.to_str()?.trim_end_matches('/');
     let scheme =
@@ -170,7 +170,7 @@ fn hub_name(path: &Path) -> Option<String> {
     let hosted = scheme.unwrap_or(text);
     let on_hub = ["huggingface.co/", "hf.co/", "hf://"].iter().find_map(|host| hosted.strip_prefix(host));
     let name = match (on_hub, scheme) {
-        // Behind the name there may be `tree/main` and the like.
+        // The name may be followed by `tree/main` and the like.
         (Some(name), _) => name.splitn(3, '/').take(2).collect::<Vec<_>>().join("/"),
         (None, Some(_)) => return None,
         (None, None) => text.to_owned(),
@@ -185,7 +185,7 @@ fn hub_name(path: &Path) -> Option<String> {
     (plain(owner) && plain(model) && !local && !file).then_some(name)
 }
 
-/// Names in a folder, a bounded number of them, sorted.
+/// The first names in a folder, up to a limit, sorted.
 pub(crate) fn entries(dir: &Path) -> Vec<String> {
     let Ok(found) = fs::read_dir(dir) else { return Vec::new() };
     let names = found.take(MAX_ENTRIES).filter_map(|e| e.ok()?.file_name().into_string().ok());
@@ -207,7 +207,7 @@ pub(crate) fn no_config(dir: &Path) -> String {
     }
 }
 
-/// What a folder without safetensors files that make a model is.
+/// What a folder is whose safetensors files do not form a model.
 pub(crate) fn no_weights(dir: &Path, names: &[String]) -> String {
     let has = |test: &dyn Fn(&str) -> bool| names.iter().any(|n| test(n));
     let ends = |end: &'static str| move |n: &str| n.ends_with(end);
@@ -236,7 +236,7 @@ fn gguf_folder() -> String {
     "it holds GGUF files, as llama.cpp has them. Name one of them: of a model in several parts, any".to_owned()
 }
 
-/// What is left of downloads that have not ended, by `hf download` or other programs, as the end of a sentence.
+/// What unfinished downloads of `hf download` or other programs have left, as the end of a sentence.
 pub(crate) fn unfinished(dir: &Path) -> String {
     const ENDS: [&str; 4] = [".incomplete", ".part", ".aria2", ".crdownload"];
     const CACHE: &str = ".cache/huggingface/download";
@@ -266,7 +266,7 @@ mod tests {
         ] {
             assert_eq!(name(text).as_deref(), Some(found), "{text}");
         }
-        // The folder `src` is here.
+        // This is the folder `src`.
         for text in ["r1", "/data/r1", "./a/b", "../b", "a/b/c", "a/$b", "src/r1", "a/m.gguf", "https://a.b/c/d"] {
             assert_eq!(name(text), None, "{text}");
         }

@@ -1,14 +1,14 @@
-//! In which order a tensor's rows are stored.
+//! The order in which a tensor's rows are stored.
 
-/// In which order the rows of a tensor are stored, where that is not the order of the model.
+/// The order in which the rows of a tensor are stored, if it differs from that of the model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum RowOrder {
-    /// As the model has them.
+    /// That of the model.
     #[default]
     AsStored,
-    /// The two halves of each head alternate: row `h·head_rows + half·head_rows/2 + j` of the model is the stored row
-    /// `h·head_rows + 2j + half`. llama.cpp's converter stores queries and keys of some families so, because it turns
-    /// neighbouring elements together (`permute` in `convert_hf_to_gguf.py`).
+    /// The two halves of each head alternate: row `h·head_rows + half·head_rows/2 + j` of the model is the stored row `h·head_rows
+    /// + 2j + half`. llama.cpp's converter stores queries and keys of some families like this, because it rotates adjacent elements
+    /// together (`permute` in `convert_hf_to_gguf.py`).
     Interleaved {
         /// Rows of a head, an even number that divides the tensor's rows.
         head_rows: usize,
@@ -16,7 +16,7 @@ pub(crate) enum RowOrder {
 }
 
 impl RowOrder {
-    /// The number of the stored row that is the model's row `row`; rows of a stack are counted through.
+    /// The index of the stored row that is the model's row `row`; rows are numbered across a stack.
     pub(crate) fn stored(self, row: usize) -> usize {
         match self {
             RowOrder::AsStored => row,

@@ -1,4 +1,4 @@
-//! What tells that a file is not the one that was read before: its identity as the filesystem keeps it.
+//! The identity of a file in its filesystem, to notice that it is not the one that was read before.
 
 use std::fs::File;
 use std::io;
@@ -6,15 +6,15 @@ use std::os::unix::fs::MetadataExt;
 use std::thread::sleep;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Times of files advance in ticks of the kernel's clock, at most 10 ms apart. A file that was changed less than this long
-/// ago could be changed again without showing it.
+/// Times of files advance in ticks of the kernel's clock, at most 10 ms apart. If a file was changed less than this long ago,
+/// another change might not show.
 const SETTLED: Duration = Duration::from_millis(20);
-/// Attempts to find a file that is not being changed: after these, every change shows anyway, as each one was seen.
+/// Attempts to find a file that is not being changed. After these, every change shows anyway, because each one was seen.
 const ATTEMPTS: usize = 3;
 
-/// The identity of a file: number of its filesystem and its own, length, and when its content and its state last changed.
-/// Whatever is done to a file, its `ctime` cannot be set back by ordinary means, so that equal stamps mean equal bytes. Files
-/// that are not of this machine are known by the digest of their content.
+/// The identity of a file: its filesystem's number and its own, its length, and when its content and its state last changed.
+/// Ordinary means cannot set back a file's `ctime`, so equal stamps mean equal bytes. Files on other machines are identified by the
+/// digest of their content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp([i64; 7]);
 
@@ -22,7 +22,7 @@ impl Stamp {
     /// Bytes of a stamp in the journal.
     pub(crate) const LEN: usize = 7 * 8;
 
-    /// The stamp of an open file as it is now.
+    /// The current stamp of an open file.
     pub(crate) fn of(file: &File) -> io::Result<Self> {
         let m = file.metadata()?;
         let numbers = [m.dev() as i64, m.ino() as i64, m.len() as i64];
@@ -30,8 +30,8 @@ impl Stamp {
         Ok(Stamp([dev, ino, len, m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec()]))
     }
 
-    /// The stamp of an open file that differs from the stamp after any later change. Waits a moment if the file has only just
-    /// been written.
+    /// The stamp of an open file, such that the stamp after any later change differs. Waits a moment if the file has just been
+    /// written.
     pub(crate) fn settled(file: &File) -> io::Result<Self> {
         let mut stamp = Self::of(file)?;
         for _ in 0..ATTEMPTS {
@@ -42,16 +42,16 @@ impl Stamp {
         Ok(stamp)
     }
 
-    /// Time since the last change; `None` for a time to come, which only another machine's clock gives.
+    /// Time since the last change; `None` for a future time, which can only come from another machine's clock.
     fn age(&self) -> Option<Duration> {
         let (seconds, nanos) = (u64::try_from(self.0[5]).ok()?, u32::try_from(self.0[6]).ok()?);
         let changed = UNIX_EPOCH.checked_add(Duration::new(seconds, nanos))?;
         SystemTime::now().duration_since(changed).ok()
     }
 
-    /// The stamp of a file that is known by its length and a SHA-256 of all its bytes, or of what pins them.
+    /// The stamp of a file that is identified by its length and a SHA-256 of all its bytes, or of something that determines them.
     pub fn of_content(len: u64, sha256: &[u8; 32]) -> Self {
-        // No filesystem has a negative number of this size, so that this is no file of a folder.
+        // No filesystem has a negative number of this size, so this cannot be a file of a folder.
         let mut numbers = [i64::MIN, 0, 0, 0, 0, len as i64, 0];
         let words = sha256.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b));
         numbers[1..5].iter_mut().zip(words).for_each(|(slot, word)| *slot = word);
@@ -65,7 +65,7 @@ impl Stamp {
         bytes
     }
 
-    /// A stamp of the journal.
+    /// A stamp from the journal.
     pub(crate) fn from_bytes(bytes: &[u8; Self::LEN]) -> Self {
         let mut numbers = [0; 7];
         bytes.as_chunks::<8>().0.iter().zip(&mut numbers).for_each(|(b, n)| *n = i64::from_le_bytes(*b));

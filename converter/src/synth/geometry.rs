@@ -1,4 +1,4 @@
-//! What a model looks like without its weights.
+//! The shape of a model without its weights.
 
 use std::path::{Path, PathBuf};
 
@@ -76,13 +76,13 @@ static PRESETS: [Preset; 47] = presets![
 /// Numbers of weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Weights {
-    /// Of the whole model; a head that is the token embedding counts once.
+    /// In the whole model; a head that is the token embedding counts once.
     pub all: u64,
-    /// That every token is multiplied with: all but the routed experts and the embedding.
+    /// Multiplied for every token: all except the routed experts and the embedding.
     pub every_token: u64,
 }
 
-/// What a model looks like: its configuration, and what follows from it.
+/// The shape of a model: its configuration, and what follows from it.
 #[derive(Clone, Debug)]
 pub struct Geometry {
     name: String,
@@ -91,17 +91,17 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Names of the models that are known without a file.
+    /// Names of the models that need no file.
     pub fn presets() -> impl Iterator<Item = &'static str> {
         PRESETS.iter().map(|p| p.name)
     }
 
-    /// Loads a preset by its name, or a `config.json`, or the one in a folder. `layers` keeps only as many layers, the
-    /// first ones.
+    /// Loads a preset by its name, or a `config.json`, or the one in a folder. `layers` keeps only that many layers, the first
+    /// ones.
     ///
     /// # Errors
-    /// [`ConvertError::Options`] when `source` is neither, or has fewer layers; [`ConvertError::Config`] for a family that
-    /// is not supported, and everything else that a conversion would refuse in a configuration.
+    /// [`ConvertError::Options`] if `source` is neither, or has fewer layers; [`ConvertError::Config`] for a family that is not
+    /// supported, and everything else that a conversion would refuse in a configuration.
     pub fn load(source: &str, layers: Option<usize>) -> Result<Self, ConvertError> {
         match PRESETS.iter().find(|p| p.name == source) {
             Some(preset) => {
@@ -129,7 +129,7 @@ impl Geometry {
         Ok(Geometry { name: name.to_owned(), spec, config })
     }
 
-    /// The name or path that it was loaded from.
+    /// The name or path from which it was loaded.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -147,7 +147,7 @@ impl Geometry {
     /// How many weights it has, norms and biases included.
     ///
     /// # Panics
-    /// Never for a geometry that was loaded: its specification is one that a file can have.
+    /// Never for a loaded geometry, because its specification is one that a file can have.
     pub fn weights(&self) -> Weights {
         let types = WeightTypes { experts: WeightType::Bf16, dense: WeightType::Bf16 };
         let layout = Layout::new(&self.spec, types, PAGE_SIZES[0]).expect("it was parsed before");
@@ -166,7 +166,7 @@ impl Geometry {
         said(&config).or_else(|| said(config.get("text_config")?)).unwrap_or(false)
     }
 
-    /// The types of the model's own release, which a conversion keeps; `None` for what was never released.
+    /// The types of the model's own release, which a conversion keeps; `None` if it was never released.
     pub fn release(&self) -> Option<Release> {
         let config = sluice_format::json::from_slice(&self.config).expect("it was parsed before");
         let release = release::read(&config);
@@ -174,7 +174,7 @@ impl Geometry {
         (!made_up).then_some(release)
     }
 
-    /// The type of routed experts when none is asked for: four bits, as the family's own releases have them.
+    /// The default type of routed experts: four bits, as in the family's own releases.
     pub fn usual_expert_type(&self) -> WeightType {
         if self.spec.family == "gpt_oss" { WeightType::Mxfp4 } else { WeightType::Int4 }
     }
@@ -206,8 +206,8 @@ fn read_spec(path: &Path, bytes: &[u8]) -> Result<ModelSpec, ConvertError> {
     family::spec(family, text.as_ref().unwrap_or(&config))
 }
 
-/// The configuration of a model that is cut to its first `layers` of `all` layers: their number, and the lists that have one
-/// entry per layer or name some of them, here and in sections.
+/// The configuration of a model that is cut to its first `layers` of `all` layers: their number, and the lists with one entry per
+/// layer or with numbers of layers, here and in sections.
 fn with_layers(config: &[u8], all: usize, layers: usize) -> Vec<u8> {
     fn cut(value: &mut Value, all: usize, layers: usize) {
         let Value::Object(keys) = value else { return };
@@ -224,7 +224,7 @@ fn with_layers(config: &[u8], all: usize, layers: usize) -> Vec<u8> {
         }
     }
     let mut value: Value = sluice_format::json::from_slice(config).expect("it was parsed before");
-    // Without the key, the family's default number of layers would come back.
+    // Without the key, the family's default number of layers would apply.
     if value.get("text_config").is_none() {
         value["num_hidden_layers"] = layers.into();
     }
@@ -236,7 +236,7 @@ fn with_layers(config: &[u8], all: usize, layers: usize) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// Millions of weights in all routed experts, and of one: layers × experts × 3 × hidden size × width as published.
+    /// Millions of weights in all routed experts and in one: layers × experts × 3 × hidden size × width as published.
     #[test]
     fn presets_are_the_models_that_they_name() {
         for (name, experts, one) in [
@@ -261,8 +261,8 @@ mod tests {
         }
     }
 
-    /// Billions of weights, as their authors or the sums of their published tensors say: of all but what predicts further tokens and reads
-    /// images.
+    /// Billions of weights, according to the authors or to the sums of the published tensors, without prediction layers and image
+    /// encoders.
     #[test]
     fn presets_have_as_many_weights_as_the_models() {
         let published = [

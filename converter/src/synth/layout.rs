@@ -1,4 +1,4 @@
-//! Places and sizes of everything in a model file, from the spec and the types alone.
+//! Places and sizes of everything in a model file, computed from the spec and the types alone.
 
 use std::ops::Range;
 
@@ -11,20 +11,20 @@ use super::values::TYPES;
 use crate::error::ConvertError;
 use crate::plan::build::{embedding_part_rows, head_part_rows};
 
-/// Bytes of the rows of a part of a table, about those of a release.
+/// Bytes of the rows in a part of a table, about as in a release.
 const TABLE_PART: u64 = 192 << 20;
 
 /// Types of the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WeightTypes {
-    /// Of the routed experts.
+    /// For the routed experts.
     pub experts: WeightType,
-    /// Of everything else that is a matrix. Router and embedding are bf16, or f32 if this is; norms and biases are f32.
+    /// For all other matrices. Router and embedding are bf16, or f32 if this is; norms and biases are f32.
     pub dense: WeightType,
 }
 
 impl WeightTypes {
-    /// What can be asked for, by name.
+    /// The type with this name, if it can be requested.
     pub fn parse(name: &str) -> Result<WeightType, String> {
         TYPES.into_iter().find(|t| t.name() == name).ok_or_else(|| {
             let names: Vec<_> = TYPES.iter().map(|t| t.name()).collect();
@@ -32,23 +32,23 @@ impl WeightTypes {
         })
     }
 
-    /// The same, by what they hold.
+    /// The same by kind of contents.
     pub fn by_kind(self) -> KindTypes {
         let plain = if self.dense == WeightType::F32 { WeightType::F32 } else { WeightType::Bf16 };
         KindTypes { experts: self.experts, dense: self.dense, head: self.dense, plain }
     }
 }
 
-/// Types by what they hold, as a conversion may carry them from a release.
+/// Types by kind of contents, as a conversion may carry them from a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KindTypes {
-    /// Of the routed experts.
+    /// For the routed experts.
     pub experts: WeightType,
-    /// Of attention, shared experts and dense feed-forward networks.
+    /// For attention, shared experts and dense feed-forward networks.
     pub dense: WeightType,
-    /// Of the output head.
+    /// For the output head.
     pub head: WeightType,
-    /// Of routers and the embedding: f32, f16 or bf16.
+    /// For routers and the embedding: f32, f16 or bf16.
     pub plain: WeightType,
 }
 
@@ -63,12 +63,12 @@ impl KindTypes {
     }
 }
 
-/// The extents of a file and what they hold: as a conversion to these types would place them.
+/// The extents of a file and their contents, placed as in a conversion to these types.
 #[derive(Clone, Debug)]
 pub struct Layout {
     pub(super) file: FileLayout,
     pub(super) records: Vec<TensorRecord>,
-    /// For each extent, its records.
+    /// The records of each extent.
     pub(super) tensors: Vec<Range<usize>>,
 }
 
@@ -76,8 +76,8 @@ impl Layout {
     /// Lays out a file.
     ///
     /// # Errors
-    /// [`ConvertError::Options`] for a type that weights cannot be made in; [`ConvertError::Format`] for a page size that
-    /// the format does not allow, or a model that it cannot hold.
+    /// [`ConvertError::Options`] for a type in which weights cannot be made; [`ConvertError::Format`] for a page size that the
+    /// format does not allow, or a model that it cannot hold.
     pub fn new(spec: &ModelSpec, types: WeightTypes, page_size: u32) -> Result<Self, ConvertError> {
         for ty in [types.experts, types.dense] {
             WeightTypes::parse(ty.name()).map_err(ConvertError::Options)?;
@@ -85,7 +85,7 @@ impl Layout {
         Self::by_kind(spec, types.by_kind(), page_size)
     }
 
-    /// Lays out a file with types that weights may not be made in, but carried.
+    /// Lays out a file with types in which weights can be carried, even if they cannot be made.
     ///
     /// # Errors
     /// [`ConvertError::Format`] as [`Layout::new`].
@@ -115,7 +115,7 @@ impl Layout {
         self.file.extents()
     }
 
-    /// Numbers in the tensors of all extents of these kinds.
+    /// Number of elements in the tensors of all extents of these kinds.
     pub(super) fn weights(&self, wanted: &dyn Fn(ExtentKind) -> bool) -> u64 {
         let extents = self.extents().iter().zip(&self.tensors).filter(|(extent, _)| wanted(extent.kind));
         extents.flat_map(|(_, tensors)| &self.records[tensors.clone()]).map(TensorRecord::weights).sum()
@@ -157,7 +157,7 @@ impl Builder<'_> {
         }
     }
 
-    /// All extents of a kind in a layer, which hold equal tensors.
+    /// All extents of a kind in a layer, with equal tensors.
     fn extents(&mut self, kind: ExtentKind, layer: u32, spec_layer: usize) -> Result<(), ConvertError> {
         let count = self.spec.extent_count(kind, spec_layer);
         if count == 0 {

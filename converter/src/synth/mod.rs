@@ -1,8 +1,8 @@
-//! Model files with random weights in the geometry of real models: to measure a machine before the download of a real one.
+//! Model files with random weights in the geometry of real models, to measure a machine before the download of a real one.
 //!
-//! [`Geometry`] says what a model looks like, [`Layout`] how large everything in its file is, and [`synth()`] writes the
-//! file. What is random depends on the seed alone, not on the number of threads. Routing is like that of a real model when
-//! the tokens come from [`token_stream`].
+//! [`Geometry`] is the shape of a model, [`Layout`] the sizes of everything in its file, and [`synth()`] writes the file. The
+//! random numbers depend only on the seed, not on the number of threads. If the tokens come from [`token_stream`], routing is like
+//! that of a real model.
 
 mod geometry;
 mod layout;

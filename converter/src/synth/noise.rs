@@ -1,4 +1,4 @@
-//! An expert that is only noise: what a simulated drive has in place of a model's own.
+//! An expert of pure noise, which a simulated drive has in place of a model's own.
 
 use sluice_format::{ExtentKind, Layout, ModelFile, PROVENANCE_BLOB, ROW_GROUP, TensorRecord};
 
@@ -6,15 +6,15 @@ use super::random::Random;
 use super::write::{DOWN, NO_EXPERTS, matrix, usual_deviation, vector};
 use crate::error::ConvertError;
 
-/// Row groups of a matrix that tell how large its weights are.
+/// Row groups of a matrix that are sampled to find the magnitude of its weights.
 const SAMPLE_GROUPS: usize = 64;
-/// Marks the random bits of noise, beside the codes of extents.
+/// Marks the random bits of noise, in addition to the codes of extents.
 const NOISE_BITS: u32 = u32::MAX - 2;
 
-/// The bytes of an expert with random weights that can stand for every expert of the file. Its matrices have the root mean square
-/// of those of the file's first expert, or of what [`super::synth`] would write where that one is missing or zero, so that what a
-/// layer adds to the residual stream is as large as in the model. The last matrix is smaller by √k for k experts per token: where
-/// all of them are the same one, their outputs do not cancel as those of different ones do.
+/// The bytes of an expert with random weights that can replace every expert of the file. Its matrices have the root mean square of
+/// those of the file's first expert, or of what [`super::synth`] would write if that one is missing or zero. So what a layer adds
+/// to the residual stream is as large as in the model. The last matrix is smaller by √k for k experts per token: if all of them are
+/// the same one, their outputs do not cancel as those of different experts do.
 ///
 /// # Errors
 /// [`ConvertError::Options`] for a file without experts or whose experts differ in length, types or shapes;
@@ -57,7 +57,7 @@ pub fn expert_noise(file: &ModelFile) -> Result<Vec<u8>, ConvertError> {
     Ok(noise)
 }
 
-/// What the experts of a layer consist of.
+/// The tensors of a layer's experts.
 fn tensors(file: &ModelFile, layer: u32) -> impl Iterator<Item = impl PartialEq> {
     let shape = |t: &TensorRecord| (t.weight_type, t.layout, t.shape, t.offset, t.name.clone());
     file.tensors_in(ExtentKind::Expert, layer, 0).map(shape)
@@ -73,7 +73,7 @@ fn own_bytes(file: &ModelFile, layer: u32) -> Result<Option<Vec<u8>>, ConvertErr
     Ok(Some(bytes))
 }
 
-/// Of the weights in the first row groups of a matrix; `None` where they are no numbers.
+/// The root mean square of the weights in the first row groups of a matrix; `None` if it is not finite.
 fn root_mean_square(tensor: &TensorRecord, expert: &[u8]) -> Option<f32> {
     let [_, rows, cols] = tensor.shape.map(|d| d as usize);
     let twins = if tensor.layout == Layout::TiledPair { 2 } else { 1 };

@@ -1,16 +1,16 @@
-//! Random bits that depend on a seed and a place, not on who asks first.
+//! Random bits that depend on a seed and a place, not on the order of requests.
 
 use sluice_checksum::xxh3_64_with_seed;
 
-/// SplitMix64 (<https://prng.di.unimi.it/splitmix64.c>): a counter through a mixer, so a loop over it keeps the whole core
-/// busy.
+/// SplitMix64 (<https://prng.di.unimi.it/splitmix64.c>): a counter through a mixer, so iterations of a loop are independent and
+/// keep the whole core busy.
 #[derive(Clone, Debug)]
 pub(super) struct Random {
     state: u64,
 }
 
 impl Random {
-    /// The bits of `place`, such as kind, layer and index of an extent.
+    /// Starts at `place`, such as kind, layer and index of an extent.
     pub(super) fn new(seed: u64, place: [u32; 3]) -> Self {
         let mut bytes = [0; 12];
         for (bytes, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(place) {
@@ -28,12 +28,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// A number below `bound`, which is at least 1. The bias of 2^-32 · bound is of no concern here.
+    /// A number below `bound`, which is at least 1. The bias of 2^-32 · bound does not matter here.
     pub(super) fn below(&mut self, bound: usize) -> usize {
         (((self.bits() >> 32) * bound as u64) >> 32) as usize
     }
 
-    /// Fills `out` with words of eight bytes that `map` makes of random ones; the last may be cut.
+    /// Fills `out` with words of eight bytes that `map` makes from random ones; the last may be truncated.
     #[inline]
     pub(super) fn fill(&mut self, out: &mut [u8], map: impl Fn(u64) -> u64) {
         let (words, rest) = out.as_chunks_mut::<8>();

@@ -1,18 +1,18 @@
-//! The types that a model's own release has, and so those that a conversion keeps, as far as `config.json` says.
+//! The types of a model's own release, which a conversion keeps, as far as `config.json` shows them.
 
 use serde_json::Value;
 use sluice_format::WeightType;
 
 use super::layout::KindTypes;
 
-/// What a conversion that keeps everything writes.
+/// The result of a conversion that keeps everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Release {
-    /// Types by what they hold.
+    /// Types by kind of contents.
     pub types: KindTypes,
-    /// The form that the types follow from, for people.
+    /// The form from which the types follow, for people.
     pub form: &'static str,
-    /// Whether the configuration names the form, or it is assumed.
+    /// Whether the configuration names the form; otherwise it is assumed.
     pub said: bool,
 }
 
@@ -23,11 +23,11 @@ struct Form {
     dense: Dense,
 }
 
-/// What a form applies to beside routed experts.
+/// Which tensors have a form in addition to routed experts.
 enum Dense {
     /// Attention and feed-forward networks, not the head.
     Most,
-    /// As `Most`, in another type.
+    /// Like `Most`, in another type.
     Of(WeightType),
     /// The head and the embedding too.
     All,
@@ -35,11 +35,11 @@ enum Dense {
     None,
 }
 
-/// Reads `config.json`, which has been parsed before.
+/// Reads a `config.json` that has been validated.
 pub(super) fn read(config: &Value) -> Release {
     let text = config.get("text_config").unwrap_or(&Value::Null);
     let find = |key: &str| [text, config].into_iter().find_map(|c| c.get(key).filter(|v| !v.is_null()));
-    // transformers 5 says `dtype`.
+    // The key of transformers 5 is `dtype`.
     let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| find(key)?.as_str());
     let (plain, name) = match dtype {
         Some("float32") => (WeightType::F32, "f32"),
@@ -48,7 +48,7 @@ pub(super) fn read(config: &Value) -> Release {
     };
     let mlx = find("quantization").filter(|q| q.get("group_size").is_some());
     let quantised = mlx.map(mlx_form).or_else(|| find("quantization_config").and_then(form));
-    // DeepSeek-V4: experts in another form than the rest.
+    // DeepSeek-V4: experts have another form than the rest.
     let fp4 = find("expert_dtype").and_then(Value::as_str) == Some("fp4");
     let quantised = quantised.map(|form| match fp4 {
         true => Form { name: "fp8 with fp4 experts", experts: WeightType::Mxfp4, dense: Dense::Of(form.experts) },

@@ -1,10 +1,9 @@
-//! Embeddings and token streams that make random routers route like real ones.
+//! Embeddings and token streams with which random routers route like real ones.
 //!
-//! A router that is random sees a hidden state that is, early in the model, the token's embedding. So routing has the
-//! structure that embeddings and the order of tokens have. An embedding here is the sum of three random vectors: one that
-//! all tokens share, which makes some experts popular; one of the token's **topic**, which makes consecutive tokens use
-//! the same experts; and the token's own. Text stays with a topic for a few tokens, then goes on to another, and within a
-//! topic uses the first words most.
+//! Early in the model, a random router sees a hidden state that is nearly the token's embedding. So routing has the structure of
+//! the embeddings and of the order of tokens. An embedding here is the sum of three random vectors: one that all tokens share,
+//! which makes some experts popular; one of the token's **topic**, which makes consecutive tokens use the same experts; and the
+//! token's own. A text stays with a topic for a few tokens, then moves to another, and within a topic uses the first words most.
 
 use super::random::Random;
 
@@ -14,11 +13,11 @@ const TOPICS: usize = 128;
 const TOPIC_TOKENS: usize = 8;
 /// Mean length of a run of tokens of one topic.
 const RUN: usize = 4;
-/// Variances of the shared part and of the topic's part, in units of the token's own, at skew 1: with them, a model of 128
-/// experts of which 8 are used routes like Qwen3-30B (`docs/USAGE.md` has the figures).
+/// Variances of the shared part and of the topic's part at skew 1, relative to the token's own: with them, a model that uses 8 of
+/// 128 experts routes like Qwen3-30B (`docs/USAGE.md` has the figures).
 const SHARED_VARIANCE: f32 = 0.2;
 const TOPIC_VARIANCE: f32 = 2.0;
-/// Marks the random bits of topics and streams, beside the codes of extents.
+/// Marks the random bits of topics and streams, in addition to the codes of extents.
 const TOPIC_BITS: u32 = u32::MAX;
 const STREAM_BITS: u32 = u32::MAX - 1;
 
@@ -26,15 +25,14 @@ fn topics(vocab: usize) -> usize {
     (vocab / TOPIC_TOKENS).clamp(1, TOPICS)
 }
 
-/// The topic of a token: topics take turns, as frequent words of all topics come first in real vocabularies too.
+/// The topic of a token: topics alternate, because in real vocabularies too, frequent words of all topics come first.
 fn topic_of(token: usize, vocab: usize) -> usize {
     token % topics(vocab)
 }
 
-/// A stream of `n` token ids below `vocab` with the statistics of text: runs of one topic, and in each topic a few words
-/// that are frequent (about Zipf's law). On a file that [`super::synth`] made it routes like a real model on real text;
-/// greedy decoding of random weights would soon go in circles. The same seed gives the same stream, of which a longer one
-/// is a continuation.
+/// A stream of `n` token ids below `vocab` with the statistics of text: runs of one topic, and in each topic a few frequent words
+/// (roughly Zipf's law). On a file from [`super::synth`], it routes like a real model on real text; greedy decoding with random
+/// weights would soon go in circles. The same seed gives the same stream, and a longer stream continues a shorter one.
 ///
 /// # Panics
 /// If the vocabulary is empty.
@@ -69,7 +67,7 @@ pub(super) struct Embeddings {
 }
 
 impl Embeddings {
-    /// Rows have a mean square of 1. `skew` scales what tokens share: at 0 each is on its own.
+    /// Rows have a mean square of 1. `skew` scales what tokens share: at 0 they share nothing.
     pub(super) fn new(seed: u64, vocab: usize, hidden: usize, skew: f32) -> Self {
         let own = (1.0 + skew * skew * (SHARED_VARIANCE + TOPIC_VARIANCE)).sqrt().recip() * 3f32.sqrt();
         let (shared, topic) = (own * skew * SHARED_VARIANCE.sqrt(), own * skew * TOPIC_VARIANCE.sqrt());

@@ -1,8 +1,8 @@
-//! Random weights, written straight into the packed layout of `docs/LAYOUT.md`.
+//! Random weights, written directly into the packed layout of `docs/LAYOUT.md`.
 //!
-//! Values are uniform over what their type can say, symmetric about zero, and never NaN or infinite; one scale for all of
-//! a matrix gives them the standard deviation that was asked for. The mean must be zero: products of matrices with any
-//! other would soon all point the same way.
+//! Values are uniform over what their type can represent, symmetric about zero, and never NaN or infinite; one scale for the whole
+//! matrix gives them the requested standard deviation. The mean must be zero: products of matrices with any other mean would soon
+//! all point the same way.
 
 use sluice_format::{BLOCK, ROW_GROUP, WeightType};
 
@@ -11,7 +11,7 @@ use super::random::Random;
 /// Bytes of the row scales of `q4`, `q3` and `q2`.
 const ROW_SCALES: usize = 4 * ROW_GROUP;
 
-/// Types that weights can be made in, in the order of help texts.
+/// Types in which weights can be made, in the order of help texts.
 pub const TYPES: [WeightType; 9] = [
     WeightType::Q2,
     WeightType::Q3,
@@ -45,16 +45,16 @@ const Q3_MEAN_SQUARE: f32 = 1621.5;
 const Q2_MEAN_SQUARE: f32 = 1123.25;
 const UNIFORM_MEAN_SQUARE: f32 = 1.0 / 3.0;
 
-/// Why a published form cannot be asked for.
+/// Why a published form cannot be requested.
 const NOT_MADE: &str = "only the types of `TYPES` are made";
 
 impl Filler {
-    /// For matrices of `cols` columns; `ty` is one of [`TYPES`].
+    /// Prepares matrices of `cols` columns; `ty` is one of [`TYPES`].
     pub(super) fn new(ty: WeightType, cols: usize, deviation: f32) -> Self {
         Filler { ty, cols, deviation }
     }
 
-    /// Fills one row group, of whose rows the first `rows` exist. `out` has the length of a row group.
+    /// Fills one row group, in which the first `rows` rows exist. `out` has the length of a row group.
     pub(super) fn row_group(&self, random: &mut Random, rows: usize, out: &mut [u8]) {
         let planes = self.ty.planes(self.cols).expect("the layout has computed its length");
         let (scales, values) = out.split_at_mut(planes.scales_padded);
@@ -101,7 +101,7 @@ impl Filler {
         }
     }
 
-    /// Of `q4`, `q3` and `q2`: one scale for each row; for each block always the same scale and a random shift of its levels.
+    /// Scales of `q4`, `q3` and `q2`: one for each row; all blocks have the same scale, and a random shift of their levels.
     fn shifted_scales(&self, random: &mut Random, rows: usize, block: usize, mean_square: f32, out: &mut [u8]) {
         /// A scale of 12: of the five lower bits, e = 1 and m = 4.
         const CODE: (u8, f32) = (12, 12.0);
@@ -156,7 +156,7 @@ impl Filler {
         for k in 0..stored_cols {
             let first = if k < self.cols { rows } else { 0 };
             (first..ROW_GROUP).for_each(|r| self.clear(values, r, k));
-            // A whole group without padding columns has nothing to clear: the loop would only cost time.
+            // A whole group without padding columns has nothing to clear, and the loop would only cost time.
             if rows == ROW_GROUP && k < self.cols && stored_cols == self.cols {
                 return;
             }
@@ -175,7 +175,7 @@ impl Filler {
                 let nibble: u8 = if q < 4 { 0x0f } else { 0xf0 };
                 let at = |vector: usize| g * 96 + vector * 32 + r * 4 + i;
                 match q % 4 {
-                    // Its bits are the top bits of the other three vectors' nibbles.
+                    // Its bits are the top bits of the nibbles of the three other vectors.
                     3 => (0..3).for_each(|vector| values[at(vector)] &= !(nibble & 0x88)),
                     vector => values[at(vector)] &= !(nibble & 0x77),
                 }
@@ -194,13 +194,13 @@ impl Filler {
     }
 }
 
-/// The bits of the bf16 next to `value` towards zero: without a preference for either sign, and a shift.
+/// The bits of the bf16 next to `value` towards zero, so that neither sign is preferred; and a shift.
 #[inline]
 pub(super) fn truncate_to_bf16(value: f32) -> u16 {
     (value.to_bits() >> 16) as u16
 }
 
-/// Nibble 0 means −8, which has no counterpart; it becomes 8, which means 0.
+/// Nibble 0 is −8, which has no counterpart; it becomes 8, which is 0.
 #[inline]
 fn without_zero_nibbles(bits: u64) -> u64 {
     const ONES: u64 = 0x1111_1111_1111_1111;
@@ -225,8 +225,8 @@ fn small_exponents(bits: u64) -> u64 {
     bits & 0x9f9f_9f9f_9f9f_9f9f | 0x2020_2020_2020_2020
 }
 
-/// The e8m0 code of the largest power of two whose square is at most `square`, and in how many of 256 cases the next one
-/// must stand instead for the mean square to be `square`.
+/// The e8m0 code of the largest power of two whose square is at most `square`, and in how many of 256 cases the next power must be
+/// used so that the mean square is `square`.
 fn powers_of_two(square: f32) -> (u8, u16) {
     let exponent = (square.log2() / 2.0).floor().clamp(-126.0, 126.0);
     let low = exponent.exp2().powi(2);
@@ -308,7 +308,7 @@ mod tests {
                         assert_eq!(ours, 0, "{ty} {rows}x{cols} byte {at}");
                     }
                 }
-                // Columns that do not exist have the first level, whatever that is in their block.
+                // Columns that do not exist have the first level, whatever its value in their block.
                 if matches!(ty, WeightType::Q3 | WeightType::Q4) {
                     let stored = blocks * BLOCK;
                     let all = unpack(Matrix::new(ty, 8, stored, &ours).unwrap());

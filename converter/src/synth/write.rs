@@ -1,4 +1,4 @@
-//! Writing the file: extents over the threads of the current rayon pool, then tables and superblock.
+//! Writes the file: extents on the threads of the current rayon pool, then tables and superblock.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -28,20 +28,20 @@ use crate::plan::{CONVERTER, KindSize, kind_sizes};
 
 /// Bytes that are made before they are written.
 const BATCH: usize = 1 << 20;
-/// Standard deviation of what a layer's parts add to the residual stream, whose embedding has 1: the stream changes from
-/// layer to layer, but slowly, as in real models, where a router applied one layer early names most of the right experts.
+/// Standard deviation of what a layer's parts add to the residual stream, whose embedding has 1. So the stream changes from layer
+/// to layer, but slowly, as in real models, where a router applied one layer early names most of the right experts.
 const RESIDUAL: f32 = 0.25;
 
-/// Key of the provenance that says of a file that its experts are missing.
+/// Key in the provenance of a file whose experts are missing.
 pub(super) const NO_EXPERTS: &str = "no_experts";
 
 /// Name of an expert's last matrix.
 pub(super) const DOWN: &str = "down";
 
-/// The checksum of experts that are missing. That of zeros is another, whatever their number.
+/// The checksum of missing experts. The checksum of zeros is different, whatever their number.
 const MISSING_CHECKSUM: u64 = 0;
 
-/// What the caller may choose.
+/// The caller's options.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SynthOptions {
     /// Types of the weights.
@@ -50,7 +50,7 @@ pub struct SynthOptions {
     pub skew: f32,
     /// Where the random numbers start.
     pub seed: u64,
-    /// Holes instead of weights: a file of any size that takes almost no space, all of whose weights are zero.
+    /// Holes instead of weights: a file of any size takes almost no space, and all its weights are zero.
     pub sparse: bool,
     /// Holes instead of experts, which are refused as damaged: for measurements on a simulated drive, which has its own.
     pub no_experts: bool,
@@ -68,7 +68,7 @@ impl SynthOptions {
     }
 }
 
-/// What was written.
+/// A description of the written file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SynthSummary {
     /// The name or path of the geometry.
@@ -79,20 +79,19 @@ pub struct SynthSummary {
     pub model_id: String,
     /// Its length.
     pub file_bytes: u64,
-    /// Of which holes.
+    /// Bytes of that in holes.
     pub hole_bytes: u64,
     /// Extents and bytes by kind.
     pub sizes: Vec<KindSize>,
 }
 
-/// Writes a model file with random weights to `dst`. It is written as `dst.partial` first; what an earlier run left there
-/// is thrown away.
+/// Writes a model file with random weights to `dst`. Its name is `dst.partial` until it is complete; remains of an earlier run are
+/// removed.
 ///
 /// # Errors
-/// [`ConvertError::Options`] for a skew that is no number from 0 to 100 or a type that cannot be made, [`ConvertError::Exists`],
-/// [`ConvertError::NotReplaced`],
-/// [`ConvertError::Locked`], [`ConvertError::NoSpace`], [`ConvertError::Io`], [`ConvertError::Format`]. `dst` is then what it
-/// was.
+/// [`ConvertError::Options`] for a skew that is not a number from 0 to 100 or a type that cannot be made, [`ConvertError::Exists`],
+/// [`ConvertError::NotReplaced`], [`ConvertError::Locked`], [`ConvertError::NoSpace`], [`ConvertError::Io`],
+/// [`ConvertError::Format`]. `dst` is then unchanged.
 pub fn synth(
     geometry: &Geometry,
     dst: &Path,
@@ -127,7 +126,7 @@ pub fn synth(
         refuse_existing(dst, options.overwrite, None)?;
         Ok(id)
     });
-    // Nothing in it is worth keeping: it can be made again at any time.
+    // Nothing in it is worth keeping, because it can be made again at any time.
     let model_id = written.inspect_err(|_| drop(fs::remove_file(&path)))?;
     let file_bytes = lock.metadata().map_err(ConvertError::io(&path, "read its length"))?.len();
     publish(&lock, &path, dst)?;
@@ -153,7 +152,7 @@ fn hole_bytes(layout: &Layout, options: &SynthOptions) -> u64 {
     }
 }
 
-/// Gives the file its length, and unless it is to be sparse, its space.
+/// Sets the file's length, and unless it is sparse, allocates its space.
 fn prepare(
     path: &Path,
     file: &File,
@@ -175,7 +174,7 @@ fn metadata(geometry: &Geometry, options: &SynthOptions) -> Metadata {
         "geometry": geometry.spec().family,
         "expert_type": options.types.experts.name(),
         "dense_type": options.types.dense.name(),
-        // As it was given: 0.7, and not the nearest number of single precision with all its digits.
+        // As given: 0.7, and not the nearest number of single precision with all its digits.
         "skew": options.skew.to_string().parse::<f64>().unwrap_or_default(),
         "seed": options.seed,
         "sparse": options.sparse,
@@ -188,7 +187,7 @@ fn metadata(geometry: &Geometry, options: &SynthOptions) -> Metadata {
     metadata
 }
 
-/// Checksums of extents that are nothing but zeros: one computation per length.
+/// Checksums of extents that contain only zeros: computed once per length.
 fn holes(layout: &Layout, progress: &dyn Progress) -> Vec<u64> {
     let mut known: HashMap<u64, u64> = HashMap::new();
     let checksum = |e: &ExtentRecord| {
@@ -312,12 +311,12 @@ impl<'a> Synthesis<'a> {
     }
 }
 
-/// Norms are 1, taps of convolutions random; tables give the tokens experts in turn; everything else that is a vector is a bias, or the
-/// like, and 0. `extent`: all tensors beside it.
+/// Norms are 1, and taps of convolutions random; tables assign the experts to the tokens in turn; all other vectors are biases or
+/// the like, and 0. `extent`: all tensors of the extent.
 pub(super) fn vector(tensor: &TensorRecord, extent: &[TensorRecord], random: &mut Random, batch: &mut Vec<u8>) {
     if tensor.name == "token_experts" {
         let experts = extent.iter().find(|t| t.name == "router").map_or(1, |router| router.shape[1].max(1));
-        // A token's experts follow each other, so none of them is there twice.
+        // A token's experts are consecutive, so none occurs twice.
         return (0..tensor.shape[2]).for_each(|i| batch.extend(((i % experts) as f32).to_le_bytes()));
     }
     let value: f32 = if tensor.name.ends_with("norm") { 1.0 } else { 0.0 };
@@ -345,7 +344,7 @@ fn table(
         let len = sectors.rows.min(rows - first) * cols;
         while numbers.len() < len * element {
             for v in random.uniform() {
-                // Uniform from -1 to 1: a third is its variance.
+                // The variance of a uniform number from −1 to 1 is a third.
                 let v = v * 3f32.sqrt();
                 match tensor.weight_type {
                     WeightType::F32 => numbers.extend(v.to_le_bytes()),
@@ -366,7 +365,7 @@ fn table(
     Ok(())
 }
 
-/// A matrix, a pair, or a batch: all of them are row groups one after the other. Weights have this standard deviation.
+/// A matrix, a pair, or a batch: row groups one after the other. Weights have this standard deviation.
 pub(super) fn matrix(
     tensor: &TensorRecord,
     deviation: f32,
@@ -393,11 +392,11 @@ pub(super) fn matrix(
     Ok(())
 }
 
-/// A product with a unit-variance vector has unit variance, but for what is added to the residual stream.
+/// A product with a vector of unit variance has unit variance, except for what is added to the residual stream.
 pub(super) fn usual_deviation(tensor: &TensorRecord) -> f32 {
     let [_, rows, cols] = tensor.shape;
     match tensor.name.as_str() {
-        // Stored transposed: the key is the product with the rows.
+        // It is stored transposed: the key is the product with the rows.
         "k_b" => (rows as f32).sqrt().recip(),
         "o" | DOWN => RESIDUAL / (cols as f32).sqrt(),
         _ => (cols as f32).sqrt().recip(),

@@ -1,4 +1,4 @@
-//! GGUF files: reads their heads, and writes files as llama.cpp's converter writes them of checkpoints.
+//! GGUF files: reads their heads, and writes files as llama.cpp's converter makes them from checkpoints.
 
 use std::collections::BTreeMap;
 
@@ -58,7 +58,7 @@ fn string(out: &mut Vec<u8>, text: &str) {
     out.extend(text.as_bytes());
 }
 
-/// Name, number of the type, shape with the slowest dimension first, and data of a tensor to be written.
+/// Name, type number, shape with the slowest dimension first, and data of a tensor to be written.
 pub type Written = (String, u32, Vec<usize>, Vec<u8>);
 
 /// The bytes of a file.
@@ -106,7 +106,7 @@ fn with_keys(count: usize, keys: &[u8], tensors: &[Written]) -> Vec<u8> {
     out
 }
 
-/// What a head says of a tensor.
+/// A head's description of a tensor.
 #[derive(Clone, Debug)]
 pub struct Described {
     pub name: String,
@@ -115,7 +115,7 @@ pub struct Described {
     pub offset: usize,
 }
 
-/// The tensors of a head, and where the data begin.
+/// The tensors of a head, and the start of the data.
 pub fn read_head(head: &[u8]) -> (Vec<Described>, usize) {
     let mut at = 8;
     let tensors = number(head, &mut at, 8);
@@ -164,18 +164,18 @@ pub struct Origin<'a> {
     pub tensors: &'a Tensors,
     /// `config.json` of the text model.
     pub config: &'a serde_json::Value,
-    /// What stands before `layers`.
+    /// The prefix before `layers`.
     pub prefix: &'static str,
 }
 
-/// Rows of queries or keys as llama.cpp turns them: the halves of each head alternate.
+/// Rows of queries or keys in llama.cpp's order: the halves of each head alternate.
 pub fn alternate(all: &[f32], rows: usize, heads: usize) -> Vec<f32> {
     let (cols, half) = (all.len() / rows, rows / heads / 2);
     let source = |row: usize| row / (2 * half) * 2 * half + row % 2 * half + row % (2 * half) / 2;
     (0..rows).flat_map(|row| all[source(row) * cols..][..cols].to_vec()).collect()
 }
 
-/// Rows of so many columns.
+/// Rows with this many columns.
 type Matrix = (Vec<f32>, usize);
 
 impl Origin<'_> {
@@ -187,7 +187,7 @@ impl Origin<'_> {
         values(self.tensors, name)
     }
 
-    /// The first of these that there is.
+    /// The first of these that exists.
     fn of_any<const N: usize>(&self, names: [impl AsRef<str>; N]) -> Vec<f32> {
         let found = names.iter().map(AsRef::as_ref).find(|name| self.has(name));
         self.of(found.unwrap_or_else(|| panic!("none of {:?}", names.each_ref().map(AsRef::as_ref))))
@@ -197,7 +197,7 @@ impl Origin<'_> {
         self.tensors.contains_key(name)
     }
 
-    /// The data of a tensor as the converter writes it, `ty` being F32; `None` for one whose data the fixture has.
+    /// The data of a tensor as the converter writes it, with type F32; `None` for one whose data the fixture has.
     pub fn data(&self, name: &str) -> Vec<f32> {
         match name {
             "token_embd.weight" => return self.of(&format!("{}embed_tokens.weight", self.prefix)),
@@ -209,7 +209,7 @@ impl Origin<'_> {
         self.of_layer(&format!("{}layers.{layer}.", self.prefix), rest)
     }
 
-    /// A norm, to which the converter adds one where the family stores one less.
+    /// A norm; the converter adds one if the family stores one less.
     fn norm(&self, name: &str) -> Vec<f32> {
         let add = if self.is_hybrid() { 1.0 } else { 0.0 };
         self.of(name).into_iter().map(|n| n + add).collect()
@@ -274,7 +274,7 @@ impl Origin<'_> {
         alternate(&all, rows, heads)
     }
 
-    /// Head by head, the rows that make keys, transposed, or those that make values.
+    /// Head by head, the rows of the keys, transposed, or those of the values.
     fn latent_half(&self, name: &str, keys: bool) -> Vec<f32> {
         let (nope, v, rank) = (self.count("qk_nope_head_dim"), self.count("v_head_dim"), self.count("kv_lora_rank"));
         let all = self.of(name);
@@ -347,7 +347,7 @@ impl Origin<'_> {
         (0..).map_while(name).flat_map(|name| self.of(&name)).collect()
     }
 
-    /// Llama 4: transposed, gate before up.
+    /// Llama 4: transposed, with gate before up.
     fn transposed(&self, moe: &str, part: &str) -> Vec<f32> {
         let name = format!("{moe}.experts.{}", if part == "down" { "down_proj" } else { "gate_up_proj" });
         let [experts, inputs, outputs] = self.tensors[&name].shape[..] else { panic!("{name}") };
@@ -386,7 +386,8 @@ impl Origin<'_> {
         (0..experts * picked * inputs).map(element).collect()
     }
 
-    /// Linear attention: projections apart and, for Qwen3.5, value heads of the same number for all key heads together.
+    /// Linear attention: projections are separate, and for Qwen3.5, value heads with the same number are together for all key
+    /// heads.
     fn linear(&self, layer: &str, module: &str, end: &str) -> Vec<f32> {
         let at = |name: &str| format!("{layer}linear_attn.{name}");
         let (keys, heads) = (self.count("linear_num_key_heads"), self.count("linear_num_value_heads"));
@@ -430,7 +431,7 @@ impl Origin<'_> {
         }
     }
 
-    /// Rows that are grouped by key head, ordered by what they are: so many of each kind from row `first` of a group on.
+    /// Rows that are grouped by key head, sorted by kind: this many of each kind from row `first` of a group on.
     fn by_kind(&self, name: &str, kinds: [usize; 3], first: usize) -> Vec<f32> {
         let (all, hidden): Matrix = (self.of(name), self.count("hidden_size"));
         let groups: Vec<&[f32]> = all.chunks(all.len() / self.count("linear_num_key_heads")).collect();

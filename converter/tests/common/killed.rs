@@ -1,4 +1,4 @@
-//! A conversion in a process of its own that is killed.
+//! A conversion in a separate process that is killed.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,9 +12,9 @@ use sluice_converter::{Options, Progress, convert};
 /// When a conversion is killed.
 #[derive(Clone, Copy)]
 pub struct KillAt {
-    /// After so many bytes.
+    /// After this many bytes.
     pub bytes: u64,
-    /// And not before its journal says that something is done. The conversion must have more extents than make a batch.
+    /// But not before its journal says that something is done. The conversion must have more extents than a batch.
     pub journaled: bool,
 }
 
@@ -53,7 +53,7 @@ impl Progress for Killer {
         if self.total.load(Ordering::Relaxed) - left < self.at.bytes && left > 0 {
             return;
         }
-        // The other thread may still wait for the drive with a full batch. This one goes on as long as there is more to do.
+        // The other thread may still wait for the drive with a full batch. This one continues while there is more to do.
         let since = Instant::now();
         while self.at.journaled && self.journal_len() == empty {
             if left > 0 {
@@ -68,7 +68,8 @@ impl Progress for Killer {
     }
 }
 
-/// Starts the test `child` of this program (its whole name, with modules), which must call [`child`], as a process that is killed at `at`. `also` is for it.
+/// Starts the test `child` of this program (its whole name, with modules), which must call [`child`], as a process that is killed
+/// at `at`. It gets `also`.
 pub fn spawn(child: &str, src: &Path, dst: &Path, at: KillAt, also: &str) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", child, "--test-threads", "1"])
@@ -83,8 +84,8 @@ pub fn spawn(child: &str, src: &Path, dst: &Path, at: KillAt, also: &str) -> Chi
         .unwrap()
 }
 
-/// The process that [`spawn`] starts: a conversion with the options that `options` makes of what is for it. Where nobody
-/// spawned this process, it does nothing.
+/// The process that [`spawn`] starts: a conversion with the options that `options` makes from the passed text. In any other
+/// process, it does nothing.
 pub fn child(options: impl FnOnce(&str) -> Options) {
     let Ok(src) = std::env::var("SLUICE_TEST_SRC") else { return };
     let variable = |name: &str| std::env::var(name).unwrap();

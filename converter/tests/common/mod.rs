@@ -1,4 +1,4 @@
-//! What the tests share: synthetic checkpoints, and converted files as numbers.
+//! Helpers for the tests: synthetic checkpoints, and converted files as numbers.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "every test program uses another part of it")]
 
 pub mod gguf;
@@ -104,7 +104,7 @@ impl Synthetic {
                 let count = scales[0] * scales[1];
                 let scales = Tensor::f32(&scales, (0..count).map(|_| noise.value().abs() * 0.01 + 1e-4));
                 out.insert(format!("{name}_scale_inv"), scales);
-                // Any code but the two NaNs.
+                // Any code except the two NaNs.
                 let code = |b: u64| if b as u8 & 0x7f == 0x7f { 0 } else { b as u8 };
                 let bytes = (0..n).map(|_| code(noise.bits() >> 33)).collect();
                 Tensor { dtype: "F8_E4M3".into(), shape: shape.to_vec(), bytes }
@@ -165,7 +165,7 @@ impl Synthetic {
     }
 }
 
-/// The matrices of one stored tensor, row-major; gate and up of a pair apart.
+/// The matrices of one stored tensor, row-major; gate and up of a pair separately.
 pub fn unpack(t: &TensorRecord, extent: &[u8]) -> Vec<Vec<f32>> {
     let [batch, rows, cols] = t.shape.map(|d| d as usize);
     let bytes = &extent[t.offset as usize..(t.offset + t.len) as usize];
@@ -206,8 +206,8 @@ pub fn unpack(t: &TensorRecord, extent: &[u8]) -> Vec<Vec<f32>> {
     }
 }
 
-/// Every tensor of a converted file: `(kind, layer, index, name)` → type and numbers, matrices of a batch one after the
-/// other, gate before up.
+/// Every tensor of a converted file: `(kind, layer, index, name)` → type and numbers, matrices of a batch one after the other, gate
+/// before up.
 pub type Content = BTreeMap<(ExtentKind, u32, u32, String), (WeightType, Vec<f32>)>;
 
 pub fn content(path: &Path) -> Content {
@@ -224,7 +224,7 @@ pub fn content(path: &Path) -> Content {
     out
 }
 
-/// Embedding or head of a content, whole.
+/// The whole embedding or head of a file.
 pub fn joined(content: &Content, kind: ExtentKind) -> Vec<f32> {
     content.iter().filter(|(k, _)| k.0 == kind).flat_map(|(_, v)| v.1.clone()).collect()
 }

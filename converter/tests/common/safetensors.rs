@@ -1,4 +1,4 @@
-//! A second, naive reader and writer of safetensors, for tests only: it shares no code with the converter.
+//! A second, naive reader and writer of safetensors, only for tests: it shares no code with the converter.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -50,7 +50,7 @@ impl Tensor {
     }
 }
 
-/// The numbers that a tensor stands for, block scales applied.
+/// The numbers that a tensor represents, with block scales applied.
 pub fn values(tensors: &Tensors, name: &str) -> Vec<f32> {
     let t = tensors.get(name).unwrap_or_else(|| panic!("no {name}"));
     let mut values = t.values();
@@ -78,7 +78,7 @@ pub fn read_file(path: &Path, out: &mut Tensors) {
     }
 }
 
-/// Every tensor of all safetensors files of a folder.
+/// Every tensor in all safetensors files of a folder.
 pub fn read_dir(dir: &Path) -> Tensors {
     let mut out = Tensors::new();
     for entry in std::fs::read_dir(dir).unwrap() {
@@ -109,7 +109,7 @@ pub fn encode<'a>(tensors: impl Iterator<Item = (&'a String, &'a Tensor)>) -> Ve
     out
 }
 
-/// Writes a checkpoint: one file, or shards with an index. Tensors go to the shards in turn, so that neighbours part.
+/// Writes a checkpoint: one file, or shards with an index. Consecutive tensors go to different shards.
 pub fn write_dir(dir: &Path, config: &Value, tensors: &Tensors, shards: usize) {
     std::fs::write(dir.join("config.json"), serde_json::to_vec_pretty(config).unwrap()).unwrap();
     if shards == 1 {

@@ -1,4 +1,4 @@
-//! GGUF files that a test writes of a golden checkpoint, as llama.cpp's converter would, against that checkpoint.
+//! Compares GGUF files that a test writes from a golden checkpoint, as llama.cpp's converter would, with that checkpoint.
 
 use std::fs;
 
@@ -10,7 +10,7 @@ use super::gguf::{Value, Written, file};
 use super::safetensors::{Tensors, read_dir, values, write_dir};
 use super::{Content, content, fixture, joined};
 
-/// The number of the type.
+/// The type number.
 pub const F32: u32 = 0;
 
 pub fn floats(numbers: &[f32]) -> Vec<u8> {
@@ -20,12 +20,12 @@ pub fn floats(numbers: &[f32]) -> Vec<u8> {
 /// `config.json` and tensors of a golden checkpoint.
 pub fn golden(family: &str) -> (Json, Tensors) {
     let folder = fixture(&format!("golden/{family}"));
-    // Some writers put `Infinity` for no bound, which is no number of JSON.
+    // Some writers use `Infinity` for no bound, which is not valid JSON.
     let config = fs::read_to_string(folder.join("config.json")).unwrap().replace("Infinity", "1e9");
     (serde_json::from_str(&config).unwrap(), read_dir(&folder))
 }
 
-/// Metadata with the architecture before each key, counts under the names that they have in `config`.
+/// Metadata with the architecture before each key; the values of counts come from the named keys of `config`.
 pub fn metadata(
     arch: &'static str,
     config: &Json,
@@ -46,22 +46,22 @@ pub fn float(config: &Json, key: &str) -> Value {
     Value::F32(config[key].as_f64().unwrap() as f32)
 }
 
-/// Which tensors of a checkpoint a file has, and as what.
+/// Which tensors of a checkpoint a file has, and under which names.
 pub struct Renaming<'a> {
     pub tensors: &'a Tensors,
-    /// What stands before `layers` on the hub.
+    /// The prefix before `layers` on the hub.
     pub prefix: &'static str,
     /// Names in the file and on the hub, outside of layers.
     pub outside: &'a [(&'a str, &'a str)],
     /// Names in the file and on the hub, in a layer.
     pub in_layers: &'a [(&'a str, &'a str)],
-    /// Names in the file, and on the hub those of an expert with `{}` for its number.
+    /// Names in the file, and those of an expert on the hub with `{}` for its number.
     pub experts: &'a [(&'a str, &'a str)],
     pub layers: usize,
 }
 
 impl Renaming<'_> {
-    /// The tensors as they are written, each after `edit` has changed its numbers and its shape by its name in the file.
+    /// The tensors as written; for each, `edit` changes its numbers and its shape by its name in the file.
     pub fn written(&self, edit: impl Fn(&str, &mut Vec<f32>, &mut Vec<usize>)) -> Vec<Written> {
         let mut all = Vec::new();
         let mut add = |name: String, mut numbers: Vec<f32>, mut shape: Vec<usize>| {
@@ -94,12 +94,12 @@ impl Renaming<'_> {
     }
 }
 
-/// What the converter adds where norms are stored around zero.
+/// What the converter adds if norms are stored around zero.
 pub fn add_one(numbers: &mut [f32]) {
     numbers.iter_mut().for_each(|n| *n += 1.0);
 }
 
-/// Value heads of linear attention stand in another order in a file of llama.cpp's.
+/// In a file of llama.cpp, value heads of linear attention have another order.
 fn in_order_of_the_hub(mut spec: ModelSpec) -> ModelSpec {
     for layer in &mut spec.layers {
         if let AttentionSpec::Delta(delta) = &mut layer.attention {
@@ -137,7 +137,7 @@ pub fn check(family: &str, config: &Json, tensors: &Tensors, metadata: &[(String
     assert_eq!(numbers.len(), expected.len(), "{family}");
     for ((key, ours), (expected_key, theirs)) in numbers.iter().zip(&expected) {
         assert_eq!((key, ours.len()), (expected_key, theirs.len()), "{family}");
-        // The logarithm of an exponential is the number but for rounding.
+        // The logarithm of an exponential is the number, except for rounding.
         let tolerance = if key.3 == "a_log" { 1e-6 } else { 0.0 };
         let (mut ours, mut theirs) = (ours.clone(), theirs.clone());
         if tiled && key.0 == ExtentKind::Attention {

@@ -174,7 +174,7 @@ impl Table<'_> {
     }
 }
 
-/// Gives a tensor numbers that are in no file.
+/// Gives a tensor numbers that are not in any file.
 fn derive(entry: &mut SourceTensor, numbers: Vec<f32>) {
     let bytes: Arc<[u8]> = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
     entry.dtype = Dtype::F32;
@@ -184,7 +184,7 @@ fn derive(entry: &mut SourceTensor, numbers: Vec<f32>) {
     entry.derived = Some(bytes);
 }
 
-/// Refuses two tensors that are the same one of the checkpoint. They are in the order of their names.
+/// Refuses two tensors that become the same one of the checkpoint. They are sorted by name.
 pub(super) fn check_doubles(tensors: &[SourceTensor]) -> Result<(), Problem> {
     match tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
         None => Ok(()),

@@ -1,4 +1,4 @@
-//! Byte-pair encoding with merges in the file: GPT-2's with characters for bytes (`gpt2`), and Gemma 4's over plain text.
+//! Byte-pair encoding with merges in the file: GPT-2's with characters for bytes (`gpt2`), and Gemma 4's on plain text.
 
 use super::super::metadata::{Metadata, Problem};
 use super::json::{Model, Tokenizer};
@@ -44,10 +44,10 @@ pub(super) fn file(
     Ok(("tokenizer.json", tokenizer.to_bytes()))
 }
 
-/// Pairs of tokens, and the id above the highest that they need.
+/// Pairs of tokens, and one more than the highest id that they need.
 type Pairs<'m> = (Vec<(&'m str, &'m str)>, u32);
 
-/// The merges of the file: two tokens with a space between, which make a third.
+/// The merges of the file: two tokens, separated by a space, that make a third.
 fn merges<'m>(metadata: &'m Metadata, vocabulary: &Vocabulary) -> Result<Pairs<'m>, Problem> {
     let Some(lines) = metadata.strings(MERGES)? else {
         return Err(Problem::new(MERGES, "is missing: without it the file does not say how words become tokens"));

@@ -17,7 +17,7 @@ const TEMPLATES: &str = "tokenizer.chat_templates";
 pub(super) fn tokenizer_config(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Vec<u8>, Problem> {
     let mut config = Map::new();
     let text = |id: u32| Value::from(vocabulary.token(id).text.as_str());
-    // Not the class that the checkpoint had: that would add rules of its own to what is said in so many words.
+    // Not the class of the checkpoint, which would add rules of its own to the explicit ones.
     config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
     config.insert("clean_up_tokenization_spaces".into(), false.into());
     config.insert("add_bos_token".into(), vocabulary.add_bos.into());
@@ -53,14 +53,14 @@ pub(super) fn tokenizer_config(metadata: &Metadata, vocabulary: &Vocabulary) -> 
     Ok(Value::Object(config).to_string().into_bytes())
 }
 
-/// The added tokens by their ids, for files beside which no tokenizer.json lists them.
+/// The added tokens by their ids, if no tokenizer.json beside the file lists them.
 fn listed(vocabulary: &Vocabulary) -> Value {
     let added = vocabulary.iter().filter(|(id, token)| token.kind.is_added() && !vocabulary.is_padding(*id));
     let entry = |kind: Kind, text: &str| added_token(text, kind != Kind::UserDefined);
     added.map(|(id, token)| (id.to_string(), entry(token.kind, &token.text))).collect::<Map<_, _>>().into()
 }
 
-/// The chat template, or a list of them by name where there are several.
+/// The chat template, or a list of named ones if there are several.
 fn templates(metadata: &Metadata) -> Result<Option<Value>, Problem> {
     let default = metadata.text(TEMPLATE)?;
     let mut list: Vec<Value> =
@@ -78,8 +78,8 @@ fn templates(metadata: &Metadata) -> Result<Option<Value>, Problem> {
     })
 }
 
-/// Spellings of tokens that end a turn, where a file does not say which do. llama.cpp's list, without those that this program's
-/// models do not write.
+/// Spellings of tokens that end a turn, if a file does not say which do. This is llama.cpp's list without tokens that this
+/// program's models never write.
 const ENDS: [&str; 16] = [
     "<|eot_id|>",
     "<|im_end|>",
@@ -99,7 +99,7 @@ const ENDS: [&str; 16] = [
     "[e~[",
 ];
 
-/// generation_config.json: the tokens that end a generation, and what the authors recommend for sampling.
+/// generation_config.json: the tokens that end a generation, and the authors' recommended sampling.
 pub(super) fn generation_config(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Vec<u8>, Problem> {
     let mut config = Map::new();
     if let Some(bos) = vocabulary.bos {
@@ -116,7 +116,7 @@ pub(super) fn generation_config(metadata: &Metadata, vocabulary: &Vocabulary) ->
         ("repetition_penalty", "general.sampling.penalty_repeat"),
     ] {
         if let Some(value) = metadata.float(key)? {
-            // Written as f32, whose shortest spelling is what the authors wrote.
+            // The file has an f32; its shortest spelling is what the authors wrote.
             let value: Option<f64> = (value as f32).to_string().parse().ok();
             config.insert(name.into(), value.into());
         }
@@ -134,7 +134,7 @@ fn ends(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<BTreeSet<u32>, P
     }
     let control = |text: &&str| vocabulary.id(text).filter(|&id| vocabulary.token(id).kind == Kind::Control);
     ends.extend(ENDS.iter().filter_map(control));
-    // In OpenAI's harmony format, and in others with calls of their own, `<|end|>` is the end of a message among several.
+    // In OpenAI's harmony format, and in others with special calls, `<|end|>` ends one of several messages.
     let has = |text: &str| control(&text).is_some();
     let among_several = (has("<|return|>") && has("<|call|>")) || (has("<|flush|>") && has("<|calls|>"));
     if among_several && let Some(end) = vocabulary.id("<|end|>").filter(|&id| Some(id) != vocabulary.eos) {

@@ -1,4 +1,4 @@
-//! tokenizer.json, as it is written.
+//! The structure of tokenizer.json.
 
 use serde::ser::{SerializeMap, SerializeSeq};
 use serde::{Serialize, Serializer};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::vocabulary::{Kind, Vocabulary};
 
-/// All of the file.
+/// The whole file.
 #[derive(Serialize)]
 pub(super) struct Tokenizer<'v> {
     pub(super) version: &'static str,
@@ -37,7 +37,7 @@ pub(super) struct Model<'v> {
 }
 
 impl<'v> Model<'v> {
-    /// A model without an unknown token, of the first tokens of a vocabulary.
+    /// A model without an unknown token, with the first tokens of a vocabulary.
     pub(super) fn new(vocabulary: &'v Vocabulary, count: u32, merges: Vec<(&'v str, &'v str)>) -> Self {
         Model {
             kind: "BPE",
@@ -70,7 +70,7 @@ impl Serialize for Vocab<'_> {
     }
 }
 
-/// Pairs of tokens that become one, the first to be joined first.
+/// Pairs of tokens that become one, in order of priority.
 pub(super) struct Merges<'v>(Vec<(&'v str, &'v str)>);
 
 impl Serialize for Merges<'_> {
@@ -84,7 +84,7 @@ impl Serialize for Merges<'_> {
 }
 
 impl<'v> Tokenizer<'v> {
-    /// A tokenizer with the added tokens and the tokens around texts that the vocabulary says.
+    /// A tokenizer with the vocabulary's added tokens and the tokens that it puts around texts.
     pub(super) fn new(vocabulary: &Vocabulary, model: Model<'v>) -> Self {
         Tokenizer {
             version: "1.0",
@@ -105,7 +105,7 @@ impl<'v> Tokenizer<'v> {
     }
 }
 
-/// An added token without properties but whether it is special, without its id.
+/// An added token without its id; its only property is whether it is special.
 pub(super) fn added_token(content: &str, special: bool) -> Value {
     json!({"content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
         "special": special})

@@ -1,15 +1,15 @@
-//! The tokenizer of a GGUF file, as the files that Hugging Face's transformers would have made it of.
+//! The tokenizer of a GGUF file, as the files of Hugging Face's transformers from which it was made.
 //!
-//! llama.cpp's converter (`conversion/base.py`, `gguf-py/gguf/vocab.py`) writes down of a tokenizer its tokens, their types,
-//! and its merges or scores. The steps before and after it leaves out, and writes a name for the pre-tokenizer
-//! (`tokenizer.ggml.pre`) that llama.cpp (`src/llama-vocab.cpp`) knows. What is made here is the tokenizer.json that the file
-//! was converted from, as far as that can be known: not what llama.cpp computes, which is the same for most texts.
+//! llama.cpp's converter (`conversion/base.py`, `gguf-py/gguf/vocab.py`) stores a tokenizer's tokens, their types, and its merges
+//! or scores. It leaves out the steps before and after these, and writes a name for the pre-tokenizer (`tokenizer.ggml.pre`) that
+//! llama.cpp (`src/llama-vocab.cpp`) knows. The result here is the tokenizer.json from which the file was converted, as far as that
+//! can be known. It is not what llama.cpp computes, although that is the same for most texts.
 //!
-//! What a GGUF file does not say, and what is taken instead:
+//! What a GGUF file does not say, and what is assumed instead:
 //!
-//! * Whether a token eats the white space beside it: it does not.
-//! * Whether SentencePiece's space is put before each piece of text between special tokens, or before the first: each.
-//! * Unicode normalisation: what the published tokenizers of that name do.
+//! * Whether a token removes the white space beside it: it does not.
+//! * Whether SentencePiece's space comes before each piece of text between special tokens, or before the first: before each.
+//! * Unicode normalisation: that of the published tokenizers with the same name.
 
 mod bpe;
 mod config;
@@ -24,17 +24,17 @@ mod vocabulary;
 use super::metadata::{Metadata, Problem};
 use vocabulary::Vocabulary;
 
-/// Which algorithm the tokens are for.
+/// The algorithm of the tokens.
 pub(super) const MODEL: &str = "tokenizer.ggml.model";
 
-/// Files of a checkpoint, by their names.
+/// Files of a checkpoint, with their names.
 pub(crate) type TextFiles = Vec<(&'static str, Vec<u8>)>;
 
 /// The tokenizer's files (`tokenizer.json`, or for Kimi `tiktoken.model`; `tokenizer_config.json` with the chat templates) and
-/// `generation_config.json`. None at all if the file says that it has no tokenizer.
+/// `generation_config.json`. Empty if the file says that it has no tokenizer.
 ///
 /// # Errors
-/// When the metadata is damaged or contradicts itself, or the tokenizer is of a kind that is not supported.
+/// If the metadata is damaged or contradicts itself, or the kind of tokenizer is not supported.
 pub(crate) fn text_files(metadata: &Metadata) -> Result<TextFiles, Problem> {
     let model = match metadata.text(MODEL)? {
         None | Some("no_vocab" | "none") => return Ok(Vec::new()),

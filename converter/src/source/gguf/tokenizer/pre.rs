@@ -1,8 +1,8 @@
-//! Pre-tokenizers by the names that llama.cpp gives them (`tokenizer.ggml.pre`).
+//! Pre-tokenizers by llama.cpp's names (`tokenizer.ggml.pre`).
 //!
-//! The patterns are those of the published tokenizer.json files where they are known: from the files themselves, or from the
-//! comments in llama.cpp's `src/llama-vocab.cpp`, whose own patterns are rewritten for its search. The others are llama.cpp's.
-//! Names of tokenizers that no language model has (`jina-v2-de`, `roberta-bpe` and so on) are missing.
+//! Where they are known, the patterns are those of the published tokenizer.json files, from the files themselves or from comments
+//! in llama.cpp's `src/llama-vocab.cpp`, whose own patterns are rewritten for its search. The others are llama.cpp's. Names of
+//! tokenizers that no language model has (`jina-v2-de`, `roberta-bpe` and so on) are missing.
 
 use serde_json::{Value, json};
 
@@ -14,19 +14,19 @@ pub(super) const PRE: &str = "tokenizer.ggml.pre";
 /// What is done to a text before its words become tokens.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pre {
-    /// Whether texts are brought into Unicode's composed form first.
+    /// Whether texts are first converted to Unicode's composed form.
     nfc: bool,
     steps: &'static [Step],
     /// Whether a word that is a token becomes that token, whatever the merges say.
     pub(super) ignore_merges: bool,
-    /// Whether a begin-of-sequence token is put before texts if the file does not say.
+    /// Whether a begin-of-sequence token comes before texts if the file does not say.
     bos: bool,
 }
 
 /// A step of splitting.
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    /// What the pattern finds, and what is between, become words.
+    /// The matches of the pattern, and the text between them, become words.
     Split(&'static str),
     /// Every digit becomes a word.
     Digits,
@@ -89,7 +89,7 @@ const DEEPSEEK_V3: &str = concat!(
     "\r\n",
     r"]+|\s+(?!\S)|\s+",
 );
-/// Letters of scripts with cases, as deepseek-llm lists them.
+/// Letters of scripts with cases, in deepseek-llm's list.
 const DEEPSEEK_LETTERS: &str = concat!(
     "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u{1f7d}",
     "ᾀ-ᾴᾶ-ᾼ\u{1fbe}ῂ-ῄῆ-ῌῐ-\u{1fd3}ῖ-\u{1fdb}ῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u{2126}ℨ\u{212a}-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-",
@@ -98,30 +98,30 @@ const DEEPSEEK_LETTERS: &str = concat!(
 const DEEPSEEK_PUNCTUATION: &str = "\\s?[!-/:-~！-／：-～‘-‟\u{3000}-。]+";
 const DEEPSEEK_CJK: &str = "[一-龥ࠀ-一가-\u{d7ff}]+";
 
-/// A pre-tokenizer of these steps, and nothing else.
+/// A pre-tokenizer with only these steps.
 const fn plain(steps: &'static [Step]) -> Pre {
     Pre { nfc: false, steps, ignore_merges: false, bos: false }
 }
 
-/// After bringing texts into the composed form.
+/// The same, after converting texts to the composed form.
 const fn composed(steps: &'static [Step]) -> Pre {
     Pre { nfc: true, ..plain(steps) }
 }
 
-/// Of vocabularies that come from tiktoken.
+/// For vocabularies from tiktoken.
 const fn ranked(steps: &'static [Step]) -> Pre {
     Pre { ignore_merges: true, ..plain(steps) }
 }
 
-/// As [`ranked`], with a begin-of-sequence token unless the file says otherwise.
+/// Like [`ranked`], with a begin-of-sequence token unless the file says otherwise.
 const fn ranked_with_bos(steps: &'static [Step]) -> Pre {
     Pre { bos: true, ..ranked(steps) }
 }
 
-/// The pre-tokenizer of a name; `None` if there is none of that name.
+/// The pre-tokenizer with this name; `None` if there is none.
 fn named(name: &str) -> Option<Pre> {
     Some(match name {
-        // What llama.cpp does with a file that does not say, or whose converter did not know.
+        // llama.cpp's behaviour for a file that does not say, or whose converter did not know.
         "default" => plain(&[Split(r"[\p{P}\$\+<=>\^~\|]+"), Split(GPT2), Split(r"\p{N}+"), Split("[0-9][0-9][0-9]")]),
         "llama3" | "llama-v3" | "llama-bpe" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
             ranked_with_bos(&[Split(LLAMA3)])
@@ -170,7 +170,7 @@ fn named(name: &str) -> Option<Pre> {
     })
 }
 
-/// Whether a begin-of-sequence token is put before texts if the file does not say.
+/// Whether a begin-of-sequence token comes before texts if the file does not say.
 pub(super) fn puts_bos(name: &str) -> bool {
     named(name).is_some_and(|pre| pre.bos)
 }
@@ -197,7 +197,7 @@ impl Pre {
         if self.nfc { json!({"type": "NFC"}) } else { Value::Null }
     }
 
-    /// The `pre_tokenizer` of tokenizer.json. Its last result is in GPT-2's characters for bytes.
+    /// The `pre_tokenizer` of tokenizer.json. Its result is in GPT-2's characters for bytes.
     pub(super) fn pre_tokenizer(&self) -> Value {
         let byte_level = |use_regex: bool| byte_level(use_regex);
         let step = |step: &Step| match step {
@@ -216,7 +216,7 @@ impl Pre {
     }
 }
 
-/// GPT-2's characters for bytes, as step and as decoder.
+/// GPT-2's characters for bytes, as a step and as a decoder.
 pub(super) fn byte_level(use_regex: bool) -> Value {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex})
 }

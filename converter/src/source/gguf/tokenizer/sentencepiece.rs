@@ -1,4 +1,4 @@
-//! SentencePiece's byte-pair encoding (`llama`), whose merges follow from the scores of its tokens.
+//! SentencePiece's byte-pair encoding (`llama`), whose merges are derived from the scores of its tokens.
 
 use serde_json::{Value, json};
 
@@ -9,12 +9,12 @@ use super::vocabulary::{Kind, TOKENS, Vocabulary};
 const SCORES: &str = "tokenizer.ggml.scores";
 const SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
 
-/// Most work for finding merges, and most bytes in them: the squares of the tokens' lengths in bytes, together. The largest
-/// published vocabulary, with 262 144 tokens, takes a tenth.
+/// Most work for finding merges, and most bytes in them: the sum of the squares of the tokens' lengths in bytes. The largest
+/// published vocabulary, with 262 144 tokens, takes a tenth of that.
 const MOST_WORK: u64 = 1 << 28;
 
-/// tokenizer.json as transformers' `LlamaConverter` writes it: a space becomes `▁`, one is put before the text, pairs are
-/// merged by the score of what they make, and characters without a token become tokens of bytes.
+/// tokenizer.json in the form of transformers' `LlamaConverter`: a space becomes `▁`, one is put before the text, pairs are merged
+/// by the score of the result, and characters without a token become byte tokens.
 pub(super) fn tokenizer_json(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Vec<u8>, Problem> {
     let prefix = metadata.bool(SPACE_PREFIX)?.unwrap_or(true);
     let merges = merges(metadata, vocabulary)?;
@@ -30,12 +30,12 @@ pub(super) fn tokenizer_json(metadata: &Metadata, vocabulary: &Vocabulary) -> Re
     Ok(tokenizer.to_bytes())
 }
 
-/// Whether tokens of this kind come from merging.
+/// Whether tokens of this kind are results of merging.
 fn makes_text(kind: Kind) -> bool {
     matches!(kind, Kind::Normal | Kind::UserDefined | Kind::Unused)
 }
 
-/// What characters become that have no token.
+/// The token for characters that have none.
 pub(super) fn unknown(vocabulary: &Vocabulary) -> Option<&str> {
     vocabulary.unknown.map(|id| vocabulary.token(id).text.as_str())
 }
@@ -54,7 +54,7 @@ pub(super) fn normalizer(prefix: bool) -> Value {
     }
 }
 
-/// The way back.
+/// The opposite of the normalizer.
 pub(super) fn decoder(prefix: bool) -> Value {
     let mut steps = vec![
         json!({"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "}),
@@ -67,18 +67,18 @@ pub(super) fn decoder(prefix: bool) -> Value {
     json!({"type": "Sequence", "decoders": steps})
 }
 
-/// A merge, ordered as it is applied.
+/// A merge, ordered by priority.
 struct Merge<'v> {
-    /// Of what is made; the highest comes first.
+    /// Score of the result; the highest comes first.
     score: f64,
-    /// What is made.
+    /// The result.
     id: u32,
     left: (u32, &'v str),
     right: (u32, &'v str),
 }
 
-/// All ways to put a token together from two others, by the score of what they make. Where scores are the same, as in files
-/// whose converter did not know them, the lower id comes first: SentencePiece numbers tokens by their scores.
+/// All ways to combine a token from two others, by the score of the result. If scores are equal, as in files whose converter did
+/// not know them, the lower id comes first, because SentencePiece numbers tokens by score.
 fn merges<'v>(metadata: &Metadata, vocabulary: &'v Vocabulary) -> Result<Vec<(&'v str, &'v str)>, Problem> {
     let count = vocabulary.tokens.len();
     let scores = metadata.floats(SCORES)?.unwrap_or_default();
@@ -93,7 +93,7 @@ fn merges<'v>(metadata: &Metadata, vocabulary: &'v Vocabulary) -> Result<Vec<(&'
     let mut merges = Vec::new();
     for (id, token) in made() {
         let score = match token.kind {
-            // SentencePiece looks for these before it merges anything, and the converter writes any score for them.
+            // SentencePiece searches for these before it merges anything, and the converter writes arbitrary scores for them.
             Kind::UserDefined => f64::INFINITY,
             _ => scores.get(id as usize).copied().filter(|score| !score.is_nan()).unwrap_or(0.0),
         };

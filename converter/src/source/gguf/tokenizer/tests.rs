@@ -1,7 +1,7 @@
-//! Tokenizers out of metadata as llama.cpp's converter writes it, against the tokenizers that it was written of.
+//! Compares tokenizers made from metadata, as llama.cpp's converter writes it, with the original tokenizers.
 //!
-//! `tests/fixtures/gguf_tokenizers/make_metadata.py` makes both: small ones that are beside it, and folders of published ones, which
-//! [`tokenizers_give_the_ids_that_are_stored_with_them`] compares where `SLUICE_TOKENIZERS` says that they are.
+//! `tests/fixtures/gguf_tokenizers/make_metadata.py` makes both: small ones, which are stored beside it, and folders of published
+//! ones, which [`tokenizers_give_the_ids_that_are_stored_with_them`] compares if `SLUICE_TOKENIZERS` names them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -50,7 +50,7 @@ fn tokenizer(files: &TextFiles) -> Tokenizer {
     Tokenizer::find(|name| file(files, name)).unwrap().unwrap()
 }
 
-/// Texts, and the ids that they should have.
+/// Texts and their expected ids.
 type Expected = Vec<(String, Vec<u32>)>;
 
 fn ids(json: &Json) -> Vec<u32> {
@@ -63,7 +63,7 @@ fn expected(texts: &Json, all: &Json) -> Expected {
     texts.iter().map(|text| text.as_str().unwrap().to_owned()).zip(all.iter().map(ids)).collect()
 }
 
-/// Compares the tokenizer of some metadata: texts alone, or with what is put around them. Returns the texts that get other ids.
+/// Compares the tokenizer of some metadata, on texts alone or with the tokens around them. Returns the texts with other ids.
 fn others(tokenizer: &Tokenizer, expected: &Expected, around: bool) -> Vec<String> {
     let got = |text: &str| tokenizer.encode(text, around).unwrap();
     let wrong = expected.iter().filter(|(text, want)| got(text) != *want);
@@ -74,8 +74,8 @@ fn stored(name: &str) -> Json {
     serde_json::from_slice(&fs::read(fixtures().join(format!("{name}.json"))).unwrap()).unwrap()
 }
 
-/// The tokenizers of `tests/fixtures/tokenizers`, by what llama.cpp's converter writes of them, give the ids that transformers
-/// gives with the files themselves.
+/// The tokenizers of `tests/fixtures/tokenizers`, after llama.cpp's converter, give the ids that transformers gives for the files
+/// themselves.
 #[test]
 fn small_tokenizers_give_the_same_ids() {
     let goldens = fs::read(fixtures().join("../tokenizers/goldens.json")).unwrap();
@@ -86,7 +86,7 @@ fn small_tokenizers_give_the_same_ids() {
         tokenizer.check().unwrap();
         let mut expected = expected(&goldens["texts"], &goldens["kinds"][kind]["4"]);
         if kind == "deepseek" {
-            // Its post-processor does nothing, and the converter believes it rather than `add_bos_token`.
+            // Its post-processor does nothing, and for the converter that takes precedence over `add_bos_token`.
             assert_eq!(metadata.bool("tokenizer.ggml.add_bos_token"), Ok(Some(false)));
             for (_, ids) in &mut expected {
                 ids.remove(0);
@@ -97,8 +97,8 @@ fn small_tokenizers_give_the_same_ids() {
     }
 }
 
-/// Files with texts and ids: a SentencePiece model, whose merges are made of its scores, and those of published tokenizers in the
-/// folder that `SLUICE_TOKENIZERS` names, if it does.
+/// Files with texts and ids: a SentencePiece model, whose merges are derived from its scores, and those of published tokenizers in
+/// the folder `SLUICE_TOKENIZERS`, if it is set.
 #[test]
 fn tokenizers_give_the_ids_that_are_stored_with_them() {
     let folder = std::env::var_os("SLUICE_TOKENIZERS").map(|folder| fs::read_dir(folder).unwrap());
@@ -135,7 +135,7 @@ fn sentencepiece_s_spaces_come_back() {
     assert_eq!(tokenizer.decode(&tokenizer.encode(text, true).unwrap(), true).unwrap(), text);
 }
 
-/// The message of the error that the stored metadata of `kind` gives after a change.
+/// The error message for the stored metadata of `kind` after a change.
 fn refused(kind: &str, change: impl FnOnce(&mut Json)) -> Problem {
     let mut stored = stored(kind);
     change(&mut stored["metadata"]);
@@ -222,7 +222,7 @@ fn templates_ends_and_sampling_are_in_the_files() {
     assert_eq!(tokenizer(&files).end_token(), Some(end));
 }
 
-/// In harmony, `<|end|>` ends a message, and the answer goes on.
+/// In harmony, `<|end|>` ends a message, and the answer continues.
 #[test]
 fn the_end_of_a_message_is_not_the_end_of_an_answer() {
     let files = text_files(&metadata(&stored("gpt_oss")["metadata"])).unwrap();
@@ -232,7 +232,7 @@ fn the_end_of_a_message_is_not_the_end_of_an_answer() {
     assert!(ends("<|return|>") && ends("<|call|>") && ends("<|endoftext|>") && !ends("<|end|>"));
 }
 
-/// Ids that only fill up the vocabulary are nobody's, and an added token keeps its id wherever it stands.
+/// Ids that only fill the vocabulary have no token, and an added token keeps its id in any place.
 #[test]
 fn added_tokens_keep_their_ids() {
     let mut stored = stored("qwen2");
@@ -252,7 +252,7 @@ fn added_tokens_keep_their_ids() {
     assert_eq!((plain.token_text(last), plain.vocab_size() < count), (None, true));
 }
 
-/// A vocabulary of a few tokens, for changes at random.
+/// A vocabulary of a few tokens, for random changes.
 fn few() -> Vec<(String, Value)> {
     let texts = ["<unk>", "<s>", "</s>", "\u{2581}", "a", "b", "ab", "\u{2581}a", "\u{2581}ab", "  "];
     let kinds: [i32; 10] = [2, 3, 3, 1, 1, 1, 1, 1, 1, 4];

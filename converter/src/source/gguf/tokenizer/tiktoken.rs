@@ -1,14 +1,14 @@
 //! Kimi's tokenizer, whose checkpoints have `tiktoken.model`: the tokens by their ranks.
 //!
-//! llama.cpp's converter makes up one merge for each of its tokens. tiktoken knows no merges, and neither does the runtime for
-//! this file: it joins what makes the token of the lowest rank. So the file is made from the tokens.
+//! llama.cpp's converter invents one merge for each of its tokens. tiktoken has no merges, and neither has the runtime for this
+//! file: it joins the pair whose result has the lowest rank. So the file is made from the tokens.
 
 use std::fmt::Write;
 
 use super::super::metadata::Problem;
 use super::vocabulary::{Kind, TOKENS, Vocabulary, shortened};
 
-/// The pre-tokenizer by which it is known.
+/// The name of its pre-tokenizer, which identifies it.
 pub(super) const NAME: &str = "kimi-k2";
 
 /// How many special tokens follow those with ranks.
@@ -36,7 +36,8 @@ pub(super) fn model(vocabulary: &Vocabulary) -> Result<Vec<u8>, Problem> {
     Ok(lines.into_bytes())
 }
 
-/// The byte that a character of GPT-2's alphabet stands for: printable Latin ones for themselves, the others from U+0100 on.
+/// The byte that a character of GPT-2's alphabet represents: printable Latin characters represent themselves, those from U+0100 on
+/// the others.
 fn byte(c: char) -> Option<u8> {
     match u32::from(c) {
         code @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => u8::try_from(code).ok(),

@@ -1,4 +1,4 @@
-//! The tokens of a GGUF file and what each is.
+//! The tokens of a GGUF file and their kinds.
 
 use std::collections::HashMap;
 
@@ -13,24 +13,24 @@ const UNKNOWN: &str = "tokenizer.ggml.unknown_token_id";
 const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
 const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
 
-/// Most tokens accepted; published vocabularies end below 300 000, and the runtime takes no more than this.
+/// Most tokens accepted; published vocabularies have fewer than 300 000, and the runtime accepts no more than this.
 const MOST_TOKENS: usize = 1 << 24;
 
 /// Longest token accepted, in bytes, as in the runtime.
 const LONGEST_TOKEN: usize = 16 << 10;
 
-/// What a token is (`LLAMA_TOKEN_TYPE_*` of llama.cpp, whose numbers are SentencePiece's).
+/// The kind of a token (`LLAMA_TOKEN_TYPE_*` of llama.cpp, with SentencePiece's numbers).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Normal,
-    /// What characters become that nothing else spells.
+    /// The token for characters that no other token spells.
     Unknown,
-    /// A special token, which is no part of the text that a reader sees.
+    /// A special token, which is not part of the visible text.
     Control,
     /// An added token that is part of the text.
     UserDefined,
     Unused,
-    /// A byte, spelled `<0x0A>`, of a vocabulary whose other tokens are text.
+    /// A byte, spelled `<0x0A>`, in a vocabulary whose other tokens are text.
     Byte,
 }
 
@@ -42,12 +42,12 @@ impl Kind {
             4 => Kind::UserDefined,
             5 => Kind::Unused,
             6 => Kind::Byte,
-            // llama.cpp takes 0, "undefined", and all other numbers for tokens without properties.
+            // llama.cpp treats 0, "undefined", and all other numbers as tokens without properties.
             _ => Kind::Normal,
         }
     }
 
-    /// Whether tokens of this kind are found in a text before the algorithm sees it.
+    /// Whether tokens of this kind are found in a text before the algorithm runs.
     pub(super) fn is_added(self) -> bool {
         matches!(self, Kind::Control | Kind::UserDefined | Kind::Unknown)
     }
@@ -60,7 +60,7 @@ pub(super) struct Token {
     pub(super) kind: Kind,
 }
 
-/// The tokens by their ids, and those with a part to play.
+/// The tokens by their ids, and those with a special role.
 #[derive(Clone, Debug)]
 pub(super) struct Vocabulary {
     pub(super) tokens: Vec<Token>,
@@ -68,15 +68,14 @@ pub(super) struct Vocabulary {
     pub(super) bos: Option<u32>,
     pub(super) eos: Option<u32>,
     pub(super) unknown: Option<u32>,
-    /// Whether a begin-of-sequence token is put before every text. Only if there is one.
+    /// Whether a begin-of-sequence token comes before every text. Only if there is one.
     pub(super) add_bos: bool,
-    /// Whether an end-of-sequence token is put after every text. Only if there is one.
+    /// Whether an end-of-sequence token comes after every text. Only if there is one.
     pub(super) add_eos: bool,
 }
 
 impl Vocabulary {
-    /// Reads tokens, kinds and ids. `sentencepiece`: spaces are `▁` in the tokens, and what is not there has the defaults of
-    /// SentencePiece.
+    /// Reads tokens, kinds and ids. `sentencepiece`: spaces are `▁` in the tokens, and missing keys have SentencePiece's defaults.
     pub(super) fn read(metadata: &Metadata, sentencepiece: bool) -> Result<Self, Problem> {
         let tokens = read_tokens(metadata, sentencepiece)?;
         let mut by_text = HashMap::with_capacity(tokens.len());
@@ -92,7 +91,7 @@ impl Vocabulary {
         let bos = vocabulary.id_under(metadata, BOS)?;
         let eos = vocabulary.id_under(metadata, EOS)?;
         (vocabulary.bos, vocabulary.eos) = (bos.or(default(1)), eos.or(default(2)));
-        // A file may name tokens for this that it does not have, and nothing needs them.
+        // A file may name tokens here that it does not have, and nothing needs them.
         let unknown = metadata.uint(UNKNOWN)?.and_then(|id| u32::try_from(id).ok());
         vocabulary.unknown = unknown.filter(|&id| (id as usize) < vocabulary.tokens.len()).or_else(|| {
             let marked = vocabulary.tokens.iter().position(|t| t.kind == Kind::Unknown);
@@ -118,7 +117,7 @@ impl Vocabulary {
         self.tokens.iter().enumerate().map(|(id, token)| (id as u32, token))
     }
 
-    /// The id of a token under a key, if the key is there.
+    /// The id of a token under a key, if the key exists.
     pub(super) fn id_under(&self, metadata: &Metadata, key: &str) -> Result<Option<u32>, Problem> {
         let Some(id) = metadata.uint(key)? else { return Ok(None) };
         let count = self.tokens.len();
@@ -126,19 +125,19 @@ impl Vocabulary {
         known.map(Some).ok_or_else(|| Problem::new(key, format!("is {id}, and there are {count} tokens")))
     }
 
-    /// Whether a token only fills the vocabulary up to the rows of the embedding: `[PAD151700]`, as llama.cpp's converter
-    /// spells ids that the tokenizer does not have. Earlier versions of it made them user-defined.
+    /// Whether a token only pads the vocabulary to the rows of the embedding: `[PAD151700]`, the converter's spelling of ids that
+    /// the tokenizer does not have. Earlier versions of it marked them as user-defined.
     pub(super) fn is_padding(&self, id: u32) -> bool {
         let Token { text, kind } = self.token(id);
         let number = text.strip_prefix("[PAD").and_then(|text| text.strip_suffix(']'));
         matches!(kind, Kind::Unused | Kind::UserDefined) && number == Some(id.to_string().as_str())
     }
 
-    /// How many tokens, from the first on, are the model's; those behind are added ones, or only fill up. `least`: tokens
-    /// below it are the model's in any case.
+    /// The number of the model's tokens, which come first; those after them are added tokens or padding. `least`: tokens below it
+    /// belong to the model in any case.
     ///
-    /// In a tokenizer.json an added token that the model does not have gets the next free id. So the added tokens behind the
-    /// model's must have ids without gaps.
+    /// In a tokenizer.json, an added token that the model does not have gets the next free id. So the added tokens after the
+    /// model's must have consecutive ids.
     pub(super) fn model_tokens(&self, least: u32) -> u32 {
         let behind = |id: u32| id >= least && self.token(id).kind.is_added() && !self.is_padding(id);
         let mut end = self.tokens.len() as u32;
@@ -175,9 +174,9 @@ fn read_tokens(metadata: &Metadata, sentencepiece: bool) -> Result<Vec<Token>, P
             return Err(Problem::new(TOKENS, problem));
         }
         let text = match text.is_empty() {
-            // As llama.cpp spells them.
+            // In llama.cpp's spelling.
             true => format!("[EMPTY_{id}]"),
-            // The converter has made spaces of `▁` in these, for llama.cpp looks for them in the text as it is.
+            // In these, the converter has replaced `▁` with spaces, because llama.cpp searches for them in the original text.
             false if sentencepiece && kind == Kind::UserDefined && text.bytes().all(|b| b == b' ') => {
                 text.replace(' ', "\u{2581}")
             }
