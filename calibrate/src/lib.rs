@@ -156,7 +156,7 @@ impl Measurement {
         if self.states.iter().all(|x| x.is_finite()) {
             Ok(seen)
         } else {
-            Err(CalibrateError::NotANumber(format!("behind layer {layer}")))
+            Err(CalibrateError::NotANumber(format!("after layer {layer}")))
         }
     }
 

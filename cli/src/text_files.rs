@@ -57,7 +57,7 @@ pub(crate) fn examine<'f>(
     }
     let Some(tokenizer) = Tokenizer::find(&file)? else {
         notes.push(format!(
-            "there is no tokenizer, so that the model file takes and gives token ids only. It can be added later, without \
+            "there is no tokenizer, so the model file works with token ids only. It can be added later, without \
              converting again: {set} --tokenizer FILE"
         ));
         return Ok(Findings { notes, broken_template: None });

@@ -278,7 +278,7 @@ fn a_machine_is_measured_once_and_planned_for_elsewhere() {
     assert!(there["speeds_from"].as_str().unwrap().contains("there.json"), "{there}");
     let asked = plan(&["--ssd", "7GB/s", "--mem-bandwidth", "50GB/s", "--ram", "32GiB"]);
     assert_eq!(machine(&asked), [32 << 30, 7_000_000_000, 50_000_000_000]);
-    assert_eq!(asked["speeds_from"], "drive as asked for, memory as asked for");
+    assert_eq!(asked["speeds_from"], "drive as requested, memory as requested");
     fs::write(&file, "{}").unwrap();
     assert_fails(&sluice(&["plan", "deepseek-r1", "--machine", &file]), 1, &["there.json", "bench machine"]);
 }

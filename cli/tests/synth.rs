@@ -63,7 +63,7 @@ fn a_plan_of_a_known_model() {
         "token cycle: 464 of 24.8 MB",
         "trace of qwen3-30b-a3b",
         "the drive is the limit",
-        "as asked for",
+        "as requested",
     ] {
         assert!(text.contains(word), "{word}: {text}");
     }
@@ -108,7 +108,7 @@ fn a_plan_is_of_what_convert_writes() {
         (&q4["expert_types"], &q4["dense_types"]),
         (&serde_json::json!(["q4"]), &serde_json::json!(["fp8", "bf16"]))
     );
-    assert!(q4["types_from"].as_str().unwrap().starts_with("experts as asked for, the rest as published"));
+    assert!(q4["types_from"].as_str().unwrap().starts_with("experts as requested, the rest as published"));
 
     // A checkpoint, to the byte but for the provenance.
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden");

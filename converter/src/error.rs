@@ -51,7 +51,7 @@ pub enum ConvertError {
     },
     /// Files of the checkpoint are Git LFS pointers.
     #[error(
-        "{path}: {count} of {total} safetensors files are Git LFS pointers, which stand for files that have not been \
+        "{path}: {count} of {total} safetensors files are Git LFS pointers, placeholders of files that have not been \
          downloaded: {}. Run `git lfs pull` in the folder, or download the model with `hf download`",
         first_few(names)
     )]
@@ -234,8 +234,8 @@ pub enum ConvertError {
     },
     /// Decoder layers that the configuration does not count: without them, the model would compute something else.
     #[error(
-        "{path}: {count} tensors belong to layers behind the {layers} that `num_hidden_layers` counts: {names}. \
-         They are not of layers that predict further tokens either, which have an `eh_proj`. \
+        "{path}: {count} tensors belong to layers after the {layers} that `num_hidden_layers` counts: {names}. \
+         Nor do they belong to layers that predict further tokens, which have an `eh_proj`. \
          Check that `config.json` belongs to these weights"
     )]
     SurplusLayers {
@@ -354,7 +354,7 @@ pub enum ConvertError {
     },
     /// The drive became full during the conversion.
     #[error(
-        "{path}: the drive is full ({source}). What has been converted is kept: free some space, and the same command goes on where \
+        "{path}: the drive is full ({source}). What has been converted is kept: free some space, and the same command continues where \
          it stopped"
     )]
     Full {

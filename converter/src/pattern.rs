@@ -57,7 +57,7 @@ impl Pattern {
             match c {
                 '*' => pieces.push(Piece::Any),
                 '{' => {
-                    let wrong = || format!("`{text}` has a brace that is no range of numbers such as {{0-3}}");
+                    let wrong = || format!("`{text}` has a brace that is not a range of numbers such as {{0-3}}");
                     let (range, behind) = rest.split_once('}').ok_or_else(wrong)?;
                     let (first, last) = range.split_once('-').unwrap_or((range, range));
                     match (first.parse(), last.parse()) {

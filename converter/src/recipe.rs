@@ -41,7 +41,7 @@ impl Recipe {
         let whole =
             |problem: &str| ConvertError::Recipe { path: path.to_owned(), line: 1, problem: problem.to_owned() };
         if text.len() > MAX_LEN {
-            return Err(whole("it has more than a mebibyte, so it is no recipe"));
+            return Err(whole("it has more than a mebibyte, so it is not a recipe"));
         }
         let text = String::from_utf8(text).map_err(|_| whole("it is not text"))?;
         Self::parse(path, &text)

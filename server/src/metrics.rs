@@ -54,7 +54,10 @@ impl Metrics {
             queued: gauge("generations_queued", "Generations that wait for pages"),
             reading: gauge("generations_reading", "Generations whose prompt is being read"),
             decoding: gauge("generations_decoding", "Generations that are decoding"),
-            saved: gauge("generations_saved", "Generations that were saved for older ones and will go on"),
+            saved: gauge(
+                "generations_saved",
+                "Generations that were saved to make room for older ones, and will continue",
+            ),
             preemptions: gauge("preemptions", "How often a generation was saved since the start"),
             prompt_rate: gauge("prompt_tokens_per_second", "Tokens of prompts read per second over the latest turns"),
             decode_rate: gauge("tokens_per_second", "Tokens generated per second over the latest turns"),

@@ -173,8 +173,9 @@ fn reads(models: &[Model]) -> String {
 /// The table of what a model needs, and how fast machines can be.
 fn needs(models: &[Model]) -> Result<String, String> {
     let mut out = "## What a model needs\n\n".to_owned();
-    let machine =
-        |(ram, ssd, memory): (u64, u64, u64)| format!("{ram} GiB available, a drive of {ssd} GB/s, memory of {memory} GB/s");
+    let machine = |(ram, ssd, memory): (u64, u64, u64)| {
+        format!("{ram} GiB available, a drive of {ssd} GB/s, memory of {memory} GB/s")
+    };
     let [a, b, c] = MACHINES.map(machine);
     let _ = write!(
         out,

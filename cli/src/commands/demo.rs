@@ -81,7 +81,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
     if args.keep.is_some() {
         let model = model.display();
-        show.line("Kept", &format!("{model}; go on with: sluice run {model} --prompt 'JULIET:'"))?;
+        show.line("Kept", &format!("{model}; continue with: sluice run {model} --prompt 'JULIET:'"))?;
     }
     Ok(())
 }

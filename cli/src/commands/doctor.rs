@@ -95,7 +95,7 @@ fn model(path: &Path) -> (Option<Finding>, Option<Needs>) {
     let file = match ModelFile::open(path) {
         Ok(file) => file,
         Err(refused) => {
-            let mend = "`sluice verify` names what is damaged; a conversion that was interrupted goes on with the same command";
+            let mend = "`sluice verify` names what is damaged; `sluice convert` continues an interrupted conversion";
             return (Some(Finding::wrong("model", refused.to_string(), mend)), None);
         }
     };

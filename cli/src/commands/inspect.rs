@@ -271,7 +271,7 @@ fn describe(r: &Report) -> String {
     line("model", format!("{}, id {}", r.family, r.model_id));
     let with_experts = match r.moe_layers {
         0 => "none with experts".to_owned(),
-        n => format!("of which {n} with experts"),
+        n => format!("{n} of them with experts"),
     };
     line(
         "layers",

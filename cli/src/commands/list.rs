@@ -46,7 +46,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let width = entries.iter().map(|e| e.name.chars().count()).max().unwrap_or(0);
     let line = |e: &Entry| {
         let what = match (&e.family, e.interrupted) {
-            (_, true) => "interrupted: `sluice convert` goes on with it",
+            (_, true) => "interrupted: `sluice convert` continues it",
             (Some(family), _) => family,
             (None, _) => "cannot be opened: `sluice verify` says why",
         };

@@ -261,9 +261,9 @@ fn types_from(args: &Args, release: Option<Release>) -> String {
     };
     match (args.expert_type, args.dense_type) {
         (None, None) => kept,
-        (Some(_), Some(_)) => "as asked for".to_owned(),
-        (Some(_), None) => format!("experts as asked for, the rest {kept}"),
-        (None, Some(_)) => format!("experts {kept}; the rest as asked for"),
+        (Some(_), Some(_)) => "as requested".to_owned(),
+        (Some(_), None) => format!("experts as requested, the rest {kept}"),
+        (None, Some(_)) => format!("experts {kept}; the rest as requested"),
     }
 }
 
@@ -360,7 +360,7 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, String
     let memory = of_file.map(|machine| machine.weights_per_second(experts, (needs.dense_bytes, first(&types.dense))));
     let ram = args.ram.or_else(|| args.machine.as_ref().and(of_file).map(|machine| machine.ram));
     let from = |asked: bool, measured: Option<&str>| match (asked, measured) {
-        (true, _) => "as asked for".to_owned(),
+        (true, _) => "as requested".to_owned(),
         (false, Some(source)) => format!("measured ({source})"),
         (false, None) => "assumed: `sluice bench disk` and `sluice bench machine` measure".to_owned(),
     };
@@ -447,7 +447,7 @@ fn describe(r: &Report) -> String {
         match r.moe_layers {
             0 => format!("{}, {} layers, none with experts; all {dense}", r.family, r.layers),
             n => format!(
-                "{}, {} layers, of which {n} with experts; experts {experts}, the rest {dense}",
+                "{}, {} layers, {n} of them with experts; experts {experts}, the rest {dense}",
                 r.family, r.layers
             ),
         },

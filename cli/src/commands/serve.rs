@@ -130,7 +130,7 @@ fn options(args: &Args) -> Result<ServerOptions, CliError> {
     keys.extend(std::env::var("SLUICE_API_KEY").ok().filter(|key| !key.is_empty()));
     let is_sendable = |key: &String| !key.is_empty() && key.bytes().all(|byte| byte.is_ascii_graphic());
     if !keys.iter().all(is_sendable) {
-        let message = "--api-key is empty, or has white space or characters that are no ASCII: clients cannot send it";
+        let message = "--api-key is empty, or has white space or characters outside ASCII: clients cannot send it";
         return Err(CliError::Usage(message.into()));
     }
     let context = args.context.map_or(CONTEXT, NonZeroUsize::get);

@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let tokenizer = Tokenizer::find(|name| files.get(name))?.ok_or_else(|| no_tokenizer(&args.file))?;
     if let Some(TokenIds(ids)) = &args.ids {
         if let Some(id) = ids.iter().find(|&&id| tokenizer.token_text(id).is_none()) {
-            note(&format_args!("note: {id} is not in the vocabulary: it stands for no text"));
+            note(&format_args!("note: {id} is not in the vocabulary: it has no text"));
         }
         let text = decode(&tokenizer, ids, args.special)?;
         return match args.json {

@@ -13,7 +13,7 @@ const LITTLE: u64 = 4 << 30;
 /// Checks the memory of the system. `available`: bytes that this process may take. `needs`: those of a model, if one is checked.
 pub(crate) fn memory(system: &SystemMemory, available: u64, needs: Option<&Needs>) -> Finding {
     let total = system.total.map_or("an unknown amount".to_owned(), |total| Bytes(total).to_string());
-    let is = format!("{total}, of which {} are available to this program", Bytes(available));
+    let is = format!("{total}, {} of it available to this program", Bytes(available));
     match needs {
         Some(needs) if available < needs.least_memory => Finding::wrong(
             "memory",
@@ -45,7 +45,7 @@ pub(crate) fn control_groups(limits: &[GroupLimit], total: Option<u64>) -> Findi
     };
     Finding::better(
         "control group",
-        format!("{} allows {}, of which {} are left", group.folder.display(), Bytes(group.limit), Bytes(group.allows)),
+        format!("{} allows {}; {} are left", group.folder.display(), Bytes(group.limit), Bytes(group.allows)),
         "if the program may have more, raise the limit: `docker run --memory`, `MemoryMax=` of a systemd unit, or memory.max of \
          the group",
     )
@@ -64,7 +64,7 @@ pub(crate) fn swap(system: &SystemMemory) -> Option<Finding> {
             "the system is short of memory: end other programs, or give this one a smaller --budget, since an expert in swap is \
              slower than one that is read from the model file",
         ),
-        _ => Finding::ok("swap", format!("{}, of which {} are in use", Bytes(all), Bytes(used))),
+        _ => Finding::ok("swap", format!("{}, {} of it in use", Bytes(all), Bytes(used))),
     })
 }
 

@@ -23,7 +23,7 @@ pub(crate) fn processor(root: &Path, allowed: usize) -> Finding {
     if allowed < cores {
         return Finding::better(
             "processor",
-            format!("{is}, of which this program may use {allowed}"),
+            format!("{is}; this program may use {allowed}"),
             "if it may have more, raise the limit: `docker run --cpus`, `CPUQuota=` of a systemd unit, or `taskset`",
         );
     }

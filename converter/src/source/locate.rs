@@ -118,7 +118,7 @@ fn beside_single(listing: &Listing<'_>) -> Located {
                 "`{SINGLE}` is the model, as for transformers; `{INDEX}` beside it, which names {names}, is not used"
             ));
             located.hint = Some(format!(
-                "`{SINGLE}` is the model where it is there; if the files that `{INDEX}` names are meant, move `{SINGLE}` away"
+                "`{SINGLE}` exists, so it is the model; to use the files that `{INDEX}` names, move `{SINGLE}` away"
             ));
         }
         Err(problem) => located.notes.push(format!("`{INDEX}` beside `{SINGLE}` is not used: {problem}")),

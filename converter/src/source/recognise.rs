@@ -54,7 +54,7 @@ impl Foreign {
     pub(crate) fn error(self, path: &Path) -> ConvertError {
         let (what, advice) = match self {
             Foreign::LfsPointer => (
-                "a Git LFS pointer, which stands for a file that has not been downloaded",
+                "a Git LFS pointer, the placeholder of a file that has not been downloaded",
                 "Run `git lfs pull` in its folder, or download the model with `hf download`",
             ),
             Foreign::Gguf => (

@@ -30,7 +30,7 @@ pub fn expert_noise(file: &ModelFile) -> Result<Vec<u8>, ConvertError> {
     for (layer, _) in routed {
         if stored_len(layer) != stored_len(first) || !tensors(file, layer).eq(tensors(file, first)) {
             return refuse(format!(
-                "experts of layers {first} and {layer} differ in type or shape: one expert's bytes cannot stand for all"
+                "experts of layers {first} and {layer} differ in type or shape: one expert's bytes cannot replace all"
             ));
         }
     }

@@ -62,7 +62,7 @@ fn is_timeout(error: &(dyn Error + 'static)) -> bool {
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut reader).map_err(wrong)?;
-    reader.end().map_err(|error| ApiError::invalid(format!("the body goes on after its JSON: {error}")))?;
+    reader.end().map_err(|error| ApiError::invalid(format!("the body continues after its JSON: {error}")))?;
     Ok(value)
 }
 

@@ -464,7 +464,7 @@ impl Writer<'_> {
                 // It is written only if it is true.
                 let norm = norm.unwrap_or(false);
                 if !sigmoid && norm {
-                    let problem = "is true with scores that are no sigmoids, which is not supported";
+                    let problem = "is true, but the scores are not sigmoids, which is not supported";
                     return Err(keys.refuse("expert_weights_norm", problem));
                 }
                 self.out.set("norm_topk_prob", norm);
@@ -541,8 +541,8 @@ impl Writer<'_> {
         };
         if count.is_none() && published[0] > 1 {
             self.notes.push(format!(
-                "`{}` is missing, as in all files from before October 2025: {} groups, of which {} are chosen, as DeepSeek has \
-                 published the model",
+                "`{}` is missing, as in all files from before October 2025. The published values are used: {} groups, {} of them \
+                 chosen",
                 keys.key("expert_group_count"),
                 published[0],
                 published[1]
@@ -585,7 +585,7 @@ impl Writer<'_> {
             | Arch::Llama4 => {
                 let expert = self.expert_width()?;
                 if expert == 0 || !width.is_multiple_of(expert) {
-                    let problem = format!("is {expert}, of which the {width} of the shared expert are no multiple");
+                    let problem = format!("is {expert}, and the {width} of the shared expert are not a multiple of it");
                     return Err(keys.refuse("expert_feed_forward_length", problem));
                 }
                 let key = match self.arch {

@@ -49,7 +49,7 @@ pub enum SamplerError {
     },
     /// A logit is not a number: the computation went wrong before sampling.
     #[error(
-        "the model's output for token {id} is {value}, which is no usable number; verify the model \
+        "the model's output for token {id} is {value}, which is not a usable number; verify the model \
          file, and report the model if it is intact"
     )]
     NotANumber {

@@ -103,7 +103,7 @@ pub const OPERATIONS: &[Operation] = &[
     ),
     get("/v1/responses/{id}", Json("Response"), "Returns a stored response").with(&[STREAM]),
     delete("/v1/responses/{id}", Json("Deleted"), "Forgets a response"),
-    act("/v1/responses/{id}/cancel", Json("Response"), "Cancels a response in the background, of which there are none"),
+    act("/v1/responses/{id}/cancel", Json("Response"), "Cancels a background response; this server has none"),
     get("/v1/responses/{id}/input_items", Json("Items"), "Lists the items that a response answered")
         .with(&[AFTER, LIMIT, ORDER]),
     get("/v1/files", Json("Files"), "Lists files").with(&[PURPOSE, AFTER, LIMIT, ORDER]),

@@ -95,7 +95,8 @@ impl Writer<'_> {
             if let Some(rows) = rows {
                 let head_dim = index(keys, end, head_dim)?;
                 if head_dim == 0 || !rows.is_multiple_of(head_dim) {
-                    let problem = format!("is {head_dim}, of which the {rows} rows of `attn_k.weight` are no multiple");
+                    let problem =
+                        format!("is {head_dim}, and the {rows} rows of `attn_k.weight` are not a multiple of it");
                     return Err(keys.refuse(end, problem));
                 }
                 self.out.set(key, (rows / head_dim) as u64);

@@ -66,7 +66,7 @@ fn merges<'m>(metadata: &'m Metadata, vocabulary: &Vocabulary) -> Result<Pairs<'
             return Err(bad("that is not two tokens with a space between"));
         }
         for token in [left, right, &[left, right].concat()] {
-            let id = vocabulary.id(token).ok_or_else(|| bad(&format!("and {} is no token", shortened(token))))?;
+            let id = vocabulary.id(token).ok_or_else(|| bad(&format!("and {} is not a token", shortened(token))))?;
             least = least.max(id + 1);
         }
         pairs.push((left, right));

@@ -29,7 +29,7 @@ pub(super) fn model(vocabulary: &Vocabulary) -> Result<Vec<u8>, Problem> {
     for (id, token) in vocabulary.iter().take(ranks) {
         let bytes: Option<Vec<u8>> = token.text.chars().map(byte).collect();
         let bytes = bytes.ok_or_else(|| {
-            Problem::new(TOKENS, format!("has {} as token {id}, which stands for no bytes", shortened(&token.text)))
+            Problem::new(TOKENS, format!("has {} as token {id}, which represents no bytes", shortened(&token.text)))
         })?;
         writeln!(lines, "{} {id}", base64(&bytes)).expect("a text can be written to");
     }

@@ -48,7 +48,7 @@ impl Scratch {
         let free = free_bytes(&file).unwrap_or(u64::MAX);
         let bytes = bytes.unwrap_or(DEFAULT_BYTES.min(free / 2));
         let reason = match bytes {
-            _ if bytes > free => format!("{bytes} bytes are asked for, {free} are free. Give a smaller --size"),
+            _ if bytes > free => format!("{bytes} bytes are requested, {free} are free. Give a smaller --size"),
             _ if bytes < LEAST_BYTES => format!(
                 "a scratch file takes half of the free space at most, which is {bytes} bytes: {LEAST_BYTES} are needed. \
                  Free some space"
