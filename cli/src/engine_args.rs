@@ -64,14 +64,14 @@ pub(crate) struct EngineArgs {
     /// Lossy: generate with experts in memory instead of others whose scores are better by at most this part of the range of scores
     ///
     /// 0.05, for instance, is 5 % of the distance between a token's best score and its lowest. Fewer experts are read, and the text
-    /// changes; it then depends on what is in memory, so the same request can give another text the next time. Prompts are read
-    /// without it.
+    /// becomes another one, which depends on what is in memory: the same request can give another text the next time. Prompts are
+    /// read without it.
     #[arg(long, value_name = "S", hide_short_help = true)]
     pub(crate) expert_preference: Option<Preference>,
 
     /// Lossy: use no more than this many experts per token and layer, fewer than the model was made for
     ///
-    /// The effect is as if config.json gave this number, for instance as num_experts_per_tok. (--top-k chooses among tokens.)
+    /// As if its config.json gave this number, such as num_experts_per_tok. (--top-k chooses among tokens.)
     #[arg(long, value_name = "N", hide_short_help = true)]
     pub(crate) top_k_experts: Option<NonZeroU16>,
 }
@@ -86,7 +86,7 @@ pub(crate) enum EngineChoice {
 }
 
 impl EngineArgs {
-    /// Opens the model for a sequence of `context` tokens. Reads all dense weights, which takes seconds for a large model.
+    /// Opens the model for a sequence of `context` tokens. Reads all dense weights: seconds, for a large model.
     pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
         self.open_as(path, &self.options(context))
     }
@@ -103,7 +103,7 @@ impl EngineArgs {
         self.open_with(path, &EngineOptions { budget: Some(budget), ..self.options(context) })
     }
 
-    /// Like [`open_within`](Self::open_within), with the experts that the model's routers choose.
+    /// As [`open_within`](Self::open_within), with the experts that the model's routers choose.
     pub(crate) fn open_exactly(&self, path: &Path, context: usize, budget: u64) -> Result<Engine, CliError> {
         let options = EngineOptions { budget: Some(budget), thrift: Thrift::default(), ..self.options(context) };
         self.open_with(path, &options)
@@ -133,7 +133,7 @@ impl EngineArgs {
         self.say_what_is_lossy_with(self.thrift());
     }
 
-    /// Like [`say_what_is_lossy`](Self::say_what_is_lossy), if `thrift` is what makes a difference in the model.
+    /// As [`say_what_is_lossy`](Self::say_what_is_lossy), if `thrift` is what makes a difference in the model.
     fn say_what_is_lossy_with(&self, thrift: Thrift) {
         if self.kv_type.is_lossy() {
             note(&format_args!(

@@ -67,7 +67,7 @@ pub(crate) struct Generation {
     pub(crate) decode: profile::Phase,
 }
 
-/// Receives every token, and the text that became certain with it; the engine is in its state at the end of the step.
+/// Sees every token, and the text that became certain with it; the engine is as it was when the step ended.
 pub(crate) type TokenSink<'a> = dyn FnMut(&Engine, Option<u32>, &str) -> Result<(), CliError> + 'a;
 
 /// Generates; calls `sink` with every token (without text), and with text as it becomes certain (without a token). `recorder` sees

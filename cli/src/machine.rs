@@ -54,7 +54,7 @@ impl MachineFile {
         }
     }
 
-    /// The file of the user's own machine; `None` without a folder for caches.
+    /// Where the user's own machine is kept; `None` without a folder for caches.
     pub(crate) fn of_user() -> Option<PathBuf> {
         Some(CalibrationStore::of_user().ok()?.path().with_file_name("machine.json"))
     }

@@ -223,7 +223,7 @@ pub(crate) fn percent(value: f64, whole: f64) -> f64 {
     if whole > 0.0 { 100.0 * value / whole } else { 0.0 }
 }
 
-/// Seconds with a suitable precision.
+/// Seconds with a precision that suits their size.
 pub(crate) fn seconds(seconds: f64) -> String {
     match seconds {
         s if s < 0.1 => format!("{:.1} ms", s * 1e3),

@@ -1,7 +1,7 @@
 //! Known names, for messages about an unknown one.
 
-/// The message about an unknown name: what it is, the nearest known names, and all known names. Nearness is that of Jaro and
-/// Winkler, which gives weight to the beginning of names: families' names begin with those of their authors.
+/// How a name that is not known is refused: what it is, the nearest of those that are known, and all of these. Nearness is that of
+/// Jaro and Winkler, which counts what names begin with: families' names begin with those of their authors.
 pub(crate) fn refusal(name: &str, known: &[&str]) -> String {
     let nearness = |other: &&&str| strsim::jaro_winkler(&name.to_lowercase(), other);
     let nearest = known.iter().max_by(|a, b| nearness(a).total_cmp(&nearness(b)));

@@ -12,14 +12,14 @@ use crate::x86::{Avx2, Avx512};
 /// The environment variable that overrides the choice.
 const OVERRIDE: &str = "SLUICE_ISA";
 
-/// Names of instruction sets that not every CPU has.
+/// Names of what is not on every CPU.
 const OPTIONAL: [&str; 4] = ["avx2", "avxvnni", "avx512", "neon"];
 
 /// Why the instruction set in `SLUICE_ISA` cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IsaError {
-    /// No kernels have this name.
+    /// No kernels go by this name.
     #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2, avxvnni, avx512 and neon")]
     Unknown {
         /// The name asked for.

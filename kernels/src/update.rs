@@ -1,4 +1,4 @@
-//! Sums of outer products, `C += Aᵀ B`, which moments, their factorisation and error feedback consist of.
+//! Sums of outer products, `C += Aᵀ B`: what moments, their factorisation and error feedback are made of.
 //!
 //! Every element is one chain of fused multiply-adds, `c[i][j] = fma(a[k][i], b[k][j], c[i][j])` for `k` ascending. So neither
 //! tiles, nor the number of `k` that are taken at once, nor threads, nor instruction sets can change a bit.

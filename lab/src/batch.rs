@@ -17,7 +17,7 @@ const MOST: usize = 1024;
 /// Part of the best speed that is good enough: fewer sequences finish earlier, and leave memory to experts.
 const GOOD_ENOUGH: f64 = 0.97;
 
-/// Speeds of a machine, per second.
+/// What a machine does in a second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Rates {
     /// Bytes that the drive reads.
@@ -169,7 +169,7 @@ impl Width {
     }
 }
 
-/// Number of different experts that this many rows use, summed over the layers, if each chooses at random.
+/// Different experts that so many rows use, summed over the layers, if each chooses at random.
 fn union_of_experts(spec: &ModelSpec, rows: usize) -> f64 {
     let layers = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref());
     let of = |experts: f64, top_k: f64| experts * (1.0 - (1.0 - top_k / experts).max(0.0).powf(rows as f64));

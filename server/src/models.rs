@@ -100,8 +100,7 @@ impl Models {
         self.entries.iter().find_map(|entry| entry.facts.lossy.as_deref())
     }
 
-    /// The model with a name. If there is only one model, every name means that one, because many clients send the name of another
-    /// model.
+    /// The model of a name. With one model, every name means that one, since many clients send the name of somebody else's model.
     ///
     /// # Errors
     /// If there is no such model.

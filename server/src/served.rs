@@ -65,7 +65,7 @@ pub struct Encoded {
 }
 
 impl Served {
-    /// Opens a model and reads its dense parts, which takes a while.
+    /// Opens a model: reads its dense parts, which takes a while.
     ///
     /// # Errors
     /// If the file, its text files, or the memory do not allow it.
@@ -420,7 +420,7 @@ fn now() -> i64 {
     i64::try_from(clock::now().as_secs()).unwrap_or(i64::MAX)
 }
 
-/// This crate's template for a family that publishes none, if this model belongs to one.
+/// The template of a family that publishes none, if this model is one of them.
 fn own_template(
     family: &str,
     tokenizer: Option<&Tokenizer>,

@@ -127,7 +127,7 @@ struct Outcome {
     prefetched_used: u64,
     /// How experts were chosen otherwise than by the model's routers, in words.
     lossy: Option<String>,
-    /// Experts that were not the routers' own choice, because those in memory were preferred.
+    /// Experts that were not the routers' own, because those in memory were preferred.
     replaced: u64,
     /// Bytes read ÷ time.
     achieved: f64,

@@ -216,7 +216,7 @@ fn scratch_file(args: &Args) -> Result<Option<Scratch>, CliError> {
     Ok(Some(made?))
 }
 
-/// The requested engines that work here.
+/// The engines that are asked for and run here.
 fn engines(args: &Args, bench: &mut DiskBench) -> Result<Vec<EngineNote>, CliError> {
     let mut notes: Vec<EngineNote> = Vec::new();
     for name in &args.engine {

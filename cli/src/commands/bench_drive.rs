@@ -73,7 +73,7 @@ struct Outcome {
 struct DriveReport {
     bytes_per_second: f64,
     latency_microseconds: f64,
-    /// From the first byte that it could have delivered to the notice of the last, while it was being read; `None` if it never was.
+    /// From the first byte it could have given to the notice of the last, whenever it was read; none if it never was.
     reached_bytes_per_second: Option<f64>,
     /// How late the end of a read was noticed, on average, because timers and the system's scheduler are not exact.
     late_microseconds: f64,
@@ -95,7 +95,7 @@ impl Round {
     }
 }
 
-/// Measures and prints; `total`: tokens of each sequence, including warm-up.
+/// Measures and prints; `total`: tokens of each sequence, warm-up included.
 pub(crate) fn run(args: &Args, speed: DriveSpeed, count: usize, total: usize) -> Result<(), CliError> {
     let file = ModelFile::open(&args.file)?;
     let held = Held::new(args, &file)?;
@@ -107,7 +107,7 @@ pub(crate) fn run(args: &Args, speed: DriveSpeed, count: usize, total: usize) ->
     if args.json { print_json(&outcomes) } else { print(&outcomes.iter().map(describe).collect::<String>()) }
 }
 
-/// The bytes that the simulated drive has in place of every expert.
+/// What the simulated drive has in place of every expert.
 struct Held {
     stored: Vec<u8>,
     /// Its decompressed form, if it is compressed, and what compression is worth here.
@@ -169,7 +169,7 @@ struct Bench {
     batch: Batch,
     drive: SimulatedDrive,
     speed: DriveSpeed,
-    /// Those of the steps with the drive.
+    /// Of the steps with the drive.
     counts: Counts,
     used: DriveUse,
 }
@@ -195,7 +195,7 @@ impl Counts {
 }
 
 impl Bench {
-    /// Seconds of this many steps at this speed.
+    /// Seconds of so many steps at this speed.
     fn steps(&mut self, speed: DriveSpeed, steps: usize, each: &dyn Fn()) -> Result<f64, CliError> {
         self.drive.set_speed(speed);
         let started = Instant::now();

@@ -101,12 +101,12 @@ fn measure(args: &Args) -> Result<MachineFile, CliError> {
     Ok(MachineFile::new((ram, drive), memory, products.into_iter(), (kernels.isa_name(), bench.pool.threads())))
 }
 
-/// Bytes per second of the drive that holds a file, if it has been calibrated.
+/// Bytes per second of the drive below a file, if it has been calibrated.
 pub(crate) fn drive(file: &Path) -> Result<Option<f64>, CliError> {
     let failed = |source| CliError::File { path: file.to_owned(), action: "find its drive", source };
     let opened = DataFile::open(file, DirectMode::Never).map_err(|e| CliError::Failure(e.to_string()))?;
     let device = DeviceId::of(&opened).map_err(failed)?;
-    // Calibrations that cannot be read count as none.
+    // Calibrations that cannot be read are as good as none.
     let store = CalibrationStore::of_user().ok();
     Ok(store.and_then(|store| store.find(&device).ok().flatten()).map(|known| known.bytes_per_second))
 }

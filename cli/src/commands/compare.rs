@@ -138,7 +138,7 @@ fn compare(reference: &mut Engine, other: &mut Engine, ids: &[u32], window: usiz
     Ok(comparison)
 }
 
-/// `lossy`: how the experts of B were chosen otherwise than by its routers.
+/// `lossy`: how the experts of B were chosen otherwise than its routers say.
 fn report(args: &Args, comparison: &Comparison, lossy: Option<String>) -> Result<(), CliError> {
     let &Comparison { tokens, nll, max_divergence, max_difference, .. } = comparison;
     let (divergence, agreement) = (comparison.mean_divergence(), comparison.agreement());

@@ -118,7 +118,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     split_size: Option<u64>,
 
-    /// Replace the model file if it exists, once the new one is complete; only model files are ever replaced
+    /// Replace the model file if it exists, once the new one is complete; what is no model file is never replaced
     #[arg(long)]
     overwrite: bool,
 

@@ -105,7 +105,7 @@ fn model(path: &Path) -> (Option<Finding>, Option<Needs>) {
     (Some(Finding::ok("model", is)), Some(needs))
 }
 
-/// Filesystem, direct reads, drive and calibration of a model file, or of a folder for model files.
+/// Filesystem, direct reads, drive and calibration of a model file, or of a folder for some.
 fn storage(root: &Path, path: &Path, folder: &Path) -> Vec<Finding> {
     let mount = drive::Mount::of(root, folder);
     let mut findings: Vec<_> = mount.iter().map(|mount| drive::filesystem(mount, free_space(folder))).collect();

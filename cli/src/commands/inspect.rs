@@ -62,7 +62,7 @@ struct Report {
     page_size: u32,
     /// The files, if there are several.
     volumes: Vec<String>,
-    /// Total of all files.
+    /// Of all of them.
     file_bytes: u64,
     compressed_extents: usize,
     /// Total of all extents, as they are in the files, and as they would be without compression.
@@ -271,7 +271,7 @@ fn describe(r: &Report) -> String {
     line("model", format!("{}, id {}", r.family, r.model_id));
     let with_experts = match r.moe_layers {
         0 => "none with experts".to_owned(),
-        n => format!("{n} of them with experts"),
+        n => format!("of which {n} with experts"),
     };
     line(
         "layers",

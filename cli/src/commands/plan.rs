@@ -447,7 +447,7 @@ fn describe(r: &Report) -> String {
         match r.moe_layers {
             0 => format!("{}, {} layers, none with experts; all {dense}", r.family, r.layers),
             n => format!(
-                "{}, {} layers, {n} of them with experts; experts {experts}, the rest {dense}",
+                "{}, {} layers, of which {n} with experts; experts {experts}, the rest {dense}",
                 r.family, r.layers
             ),
         },

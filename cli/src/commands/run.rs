@@ -304,7 +304,7 @@ fn report(
     if done.finish == Finish::Context {
         let (tokens, context) = (done.ids.len(), profile.memory.context);
         let advice = if context < limit { "; --context makes it longer" } else { ", which is the model's limit" };
-        let advice = format!("{advice}; --when-full drop-oldest continues");
+        let advice = format!("{advice}; --when-full drop-oldest goes on");
         note(&format_args!(
             "note: stopped after {tokens} tokens because the context of {context} tokens is full{advice}"
         ));

@@ -80,7 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     print(&describe(&args.file, &summary, started.elapsed().as_secs_f64()))
 }
 
-/// Copies what runs have learned about the experts, which is true of the new file too. Without it, the first run is slower.
+/// What runs have learned of the experts is true of the new file as well. Without it, the first run is slower.
 fn carry_counts(src: &Path, dst: &Path) {
     let carried = ModelFile::open(dst).map(|model| counts::carry(src, dst, model.state_id()));
     if let Ok(Err(e)) = carried {

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-/// A verdict on one thing.
+/// How well something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verdict {

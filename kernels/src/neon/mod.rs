@@ -5,9 +5,10 @@
 //!
 //! Instructions whose intrinsics are not in the oldest compiler that the crate supports are written as `asm!`, one each,
 //! without memory, stack or flags, so that the compiler may move them like intrinsics.
-//! `smmla` (i8mm) is not used. With eight tokens it needs half the multiplications of `sdot`, but also two zips per load of
-//! weights, and zips and unzips of tokens. By counting, 32 columns of `q8` take 20 vector instructions per token instead of 22,
-//! because scales are applied after every block.
+//!
+//! `smmla` (i8mm) is not used. With eight tokens it takes half the multiplications of `sdot`, but two zips per load of
+//! weights, and zips and unzips of tokens; with scales to be applied after every block, 20 vector instructions per token
+//! and 32 columns of `q8` instead of 22, by counting.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 mod blocked;

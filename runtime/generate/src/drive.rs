@@ -130,7 +130,7 @@ impl Scheduler {
         }
     }
 
-    /// Waits until all kept sequences are written, if there is a store.
+    /// Waits until the sequences that are kept are all written, if there is a store.
     pub(super) fn settle(&mut self) {
         self.forget_deleted();
         if let Some(drive) = &self.drive {

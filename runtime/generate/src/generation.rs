@@ -129,7 +129,7 @@ impl Generation {
             self.take(token, &mut |event| events.push(event))?;
         }
         if given > 0 {
-            // All of them are read like a prompt. Nothing has been read yet, so the sequence need not go back.
+            // All of them are read like a prompt. Nothing has been read yet, so there is nothing to go back from.
             self.to_read = self.tokens.len();
             self.back_to = None;
         }
@@ -147,9 +147,9 @@ impl Generation {
         self.priority
     }
 
-    /// The tokens to append next to a sequence that has seen the first `position`: the rest of the prompt, later the last sampled
-    /// token; all tokens if the sequence was dropped. [`accept`](Self::accept) takes the logits after the last of them. Empty once
-    /// the generation has ended.
+    /// The tokens to append next to a sequence that has seen the first `position`: the rest of the prompt, later the token that was
+    /// sampled last; all of them if the sequence was dropped. [`accept`](Self::accept) takes the logits behind the last of them.
+    /// Empty once the generation has ended.
     ///
     /// With a draft ([`draft`](Self::draft)), the proposals follow the last token, and [`accept_draft`](Self::accept_draft) takes
     /// the logits after each of them.
@@ -163,7 +163,7 @@ impl Generation {
             Some(_) => &[],
             None => self.tokens.get(position..).unwrap_or_default(),
         };
-        // A step that failed after a choice leaves two tokens to decode.
+        // A step that failed behind a choice leaves two tokens to decode.
         let phase = if position < self.to_read || rest.len() > 2 { Phase::Prompt } else { Phase::Decode };
         (rest, phase)
     }
@@ -396,7 +396,7 @@ impl Generation {
         &self.tokens
     }
 
-    /// How many of the tokens must be read before the next one can be chosen.
+    /// How many of the tokens are read before the next one can be chosen.
     pub(super) fn to_read(&self) -> usize {
         self.to_read
     }

@@ -61,7 +61,7 @@ impl Kept {
         self.entries.clear();
     }
 
-    /// Gives up the sequences whose tokens satisfy `is_such`.
+    /// Gives up those whose tokens are such.
     pub(super) fn forget(&mut self, is_such: impl Fn(&[u32]) -> bool) {
         self.entries.retain(|entry| !is_such(entry.sequence.tokens()));
     }

@@ -87,8 +87,8 @@ pub struct Drain {
 }
 
 impl Model {
-    /// Opens a model file and reads its dense parts, which takes seconds for a large model. Memory is planned for
-    /// `options.sequences` generations of `options.context` tokens; more can run at the same time while they are shorter.
+    /// Opens a model file; reads its dense parts, which for a large model takes seconds. Memory is planned for `options.sequences`
+    /// generations of `options.context` tokens; more run at a time while they are shorter.
     ///
     /// # Errors
     /// All errors of [`Engine::open`], and errors in the model's text files.
@@ -119,7 +119,7 @@ impl Model {
         let run = move || {
             let _closing = closing;
             loop {
-                // At rest, only work changes anything.
+                // At rest, nothing but work changes anything.
                 match scheduler.wait_for(rest_after.filter(|_| !engine.is_at_rest())) {
                     Work::Ready => _ = scheduler.turn(&mut engine, &mut Watch::default()),
                     Work::Idle => {

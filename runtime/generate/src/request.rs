@@ -36,9 +36,8 @@ pub enum WhenFull {
     /// It ends ([`Finish::Context`](super::Finish)).
     #[default]
     Stop,
-    /// It continues with a shorter text: the first `keep` tokens and the newer half of the others. The part after the first `keep`
-    /// tokens is read again. So the result is exactly what the shorter text would give as a prompt, and costs as much as reading
-    /// it.
+    /// It goes on with a shorter text: the first `keep` tokens and the newer half of the others. The part behind the first `keep`
+    /// tokens is read again, so the result is exactly what the shorter text would give as a prompt, and costs as much as reading it.
     DropOldest {
         /// Tokens at the beginning that are never dropped, such as a prompt's instructions. Must be fewer than the context has.
         keep: usize,

@@ -40,8 +40,8 @@ pub(super) struct Saved {
 /// A sequence in a file of its own. Dropping this deletes the file.
 struct SavedSequence {
     path: PathBuf,
-    /// The tokens that it holds. Two programs in different containers can have the same process id and share the folder, so a file
-    /// is used only if these agree.
+    /// The tokens that it holds. Two programs in different containers can have the same process id and share the folder, so a
+    /// file is only used if these agree.
     tokens: Vec<u32>,
 }
 

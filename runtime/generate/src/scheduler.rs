@@ -60,7 +60,7 @@ pub struct SchedulerOptions {
     /// If there is a store, a generation is saved whenever this many tokens are new, and once a prompt with this many new tokens
     /// has been read, so that little is lost when the program is killed.
     pub save_every: usize,
-    /// The source of proposals for generations that have no draft of their own.
+    /// Who proposes tokens to generations that have no draft of their own.
     pub drafts: Drafts,
     /// How many tokens are proposed to a generation in a step; `None`: as many as pay, often none, which is learned from the steps.
     pub draft_tokens: Option<usize>,
@@ -299,7 +299,7 @@ impl Scheduler {
         self.proposer.failure()
     }
 
-    /// Waits until there is work; false once the scheduler has been closed and no generation is left.
+    /// Waits until there is something to do; false once the scheduler has been closed and nothing is left.
     pub fn wait(&self) -> bool {
         self.wait_for(None) == Work::Ready
     }
@@ -329,7 +329,7 @@ impl Scheduler {
         Work::Ready
     }
 
-    /// Marks reports as outdated, after the engine has given its memory back.
+    /// The engine has given its memory back, so that reports of it are out of date.
     pub(super) fn outdate_report(&self) {
         self.shared.board.outdate();
     }
@@ -437,7 +437,7 @@ impl Scheduler {
         }
     }
 
-    /// Keeps the sequence of a generation that has ended.
+    /// Keeps what a generation that has ended leaves behind.
     fn keep(&mut self, generation: &mut Generation, mut sequence: Sequence) {
         if generation.keeps().0 {
             go_back(generation, &mut sequence);

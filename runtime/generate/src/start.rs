@@ -32,7 +32,7 @@ pub(super) enum Start {
 }
 
 impl Scheduler {
-    /// The best start for generation `id` with these tokens; `drive`: whether sequences on the drive may be used.
+    /// How generation `id` with these tokens best begins; `drive`: whether the drive counts.
     pub(super) fn start(&mut self, engine: &Engine, id: u64, tokens: &[u32], drive: bool) -> Start {
         self.forget_deleted();
         let kept = self.kept.best(tokens);
@@ -59,7 +59,7 @@ impl Scheduler {
     fn leader(&self, id: u64, tokens: &[u32], reached: usize) -> Option<Follows> {
         let older = self.running.iter().filter(|r| r.id < id && !r.is_over() && r.start() < r.generation.to_read());
         let ahead = older.map(|r| (r, shared(&r.generation.tokens()[..r.generation.to_read()], tokens)));
-        // The oldest among equals.
+        // The oldest of equals.
         let ahead = ahead.filter(|(r, position)| *position > r.start()).rev().max_by_key(|ahead| ahead.1);
         let (leader, position) = ahead?;
         let gain = position.saturating_sub(reached);

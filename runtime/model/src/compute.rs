@@ -56,7 +56,7 @@ impl fmt::Debug for Compute {
 }
 
 impl Compute {
-    /// For a model that is not observed.
+    /// For a model that nobody observes.
     pub fn new(kernels: Kernels, threads: Arc<ThreadPool>, precision: Precision) -> Self {
         let reordered = Mutex::new(Activations::new(precision));
         Compute { kernels, threads, precision, observer: None, cancel: None, reordered }

@@ -77,9 +77,8 @@ pub struct EngineOptions {
     pub simulated_packed: Option<sluice_storage::pool::Packed>,
     /// Whether the budget shrinks while the system is short of memory.
     pub yields: Yields,
-    /// While a prompt is read, a sequence with room for marks makes one automatically each time it has read this many tokens;
-    /// `None`: 2048. So after a rewind into a long prompt, the engine need not start at the beginning. Marks that the caller asks
-    /// for replace these.
+    /// While a prompt is read, a sequence with room for marks makes one by itself each time it has read this many tokens; `None`: 2048. So a
+    /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
     pub mark_every: Option<usize>,
     /// Whether the layer for multi-token prediction is opened too ([`Engine::predict`]). It then takes memory: its dense parts, and
     /// keys and values of as many sequences; its experts share the slots. What policies have learned ([`Engine::save_counts`]) is
@@ -369,8 +368,8 @@ impl Engine {
         counts::save(self.file.path(), self.file.state_id(), &counts)
     }
 
-    /// An empty sequence with room for as many tokens as the memory plan gives each sequence. It has no pages yet: there can be
-    /// more sequences than planned, as long as the pages last.
+    /// An empty sequence for as many tokens as the memory plan gives each. It has no pages yet: there can be more sequences than
+    /// were planned, as long as the pages last.
     pub fn new_sequence(&self) -> Sequence {
         Sequence::new(&self.pages, self.memory.context, self.binding, self.marks)
     }
@@ -436,10 +435,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Reads as much of the first of `tokens` as a chain of segments has into a new sequence. Each segment begins inside the one
-    /// before it or at its end, and all tokens before a segment must be those of this text. The sequence gets as many tokens as it
-    /// can continue from: all that agree in models whose layers see everything, and in others those up to the last mark or end of a
-    /// segment. It has no marks. Only data that the sequence needs are read, except for a few rows at the end of a segment.
+    /// Reads what a chain of segments has of the first of `tokens` into a new sequence: each begins inside of the one before it or at
+    /// its end, and all that stands before a segment is of that text. The sequence has as many tokens as it can go on with: in models
+    /// whose layers see everything all that agree, in others those up to the last mark or end of a segment. It has no marks. Nothing is
+    /// read but what the sequence needs, a few rows at the end of a segment excepted.
     ///
     /// # Errors
     /// Like [`Engine::restore_onto`].
@@ -452,8 +451,8 @@ impl Engine {
         self.binding
     }
 
-    /// Removes the tokens from `position` on from a sequence. If it cannot go there ([`Sequence::rewind_to`]), it goes to the
-    /// nearest earlier position that it can reach, and the tokens in between are computed again, under `control`.
+    /// Takes the tokens from `position` on out of a sequence. Where it cannot go there ([`Sequence::rewind_to`]), it goes to the
+    /// nearest earlier position that it can go to, and the tokens in between are computed again, under `control`.
     ///
     /// # Errors
     /// [`RuntimeError::Rewind`] if it has fewer tokens; otherwise the errors of [`Engine::step`], after which the sequence is at a
@@ -645,8 +644,8 @@ impl Engine {
     }
 }
 
-/// As many threads as were asked for, or one per core. If they use all cores, decoding leaves one core to reading while reads are
-/// in flight: the I/O thread needs it, and in a virtual machine the host that moves the bytes may need it too.
+/// As many threads as were asked for, or one per core. If they take all cores, decoding leaves one to reading while there
+/// are reads in flight: the I/O thread needs it, and in a virtual machine so may the host that moves the bytes.
 fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool {
     let cores = thread::available_parallelism().map_or(1, Into::into);
     let pool = ThreadPool::new(asked.unwrap_or(cores).max(1));
@@ -664,7 +663,7 @@ fn prepare(rows: &Rows, spans: &mut [Span<'_>]) -> Result<(), PagesFull> {
     take(spans)
 }
 
-/// Opens the storage: dense parts in memory, and as many expert slots as the plan has. `paths`: the files that hold the extents, by
+/// Opens the storage: dense parts in memory, as many expert slots as the plan has. `paths`: the files that the extents lie in, by
 /// volume, each with its tuning.
 fn open_storage(
     paths: &[PathBuf],
@@ -700,7 +699,7 @@ fn open_storage(
     Ok(Storage::open(paths, &dense, experts, policy, &config)?)
 }
 
-/// The place of an extent, and the size that its bytes have in memory.
+/// Where an extent is, and what its bytes become.
 fn location(e: &ExtentRecord) -> ExtentLocation {
     let packed = Packed { logical_len: e.logical_len, padded_len: e.padded_len, checksum: e.logical_checksum };
     ExtentLocation {

@@ -379,7 +379,7 @@ impl Sequence {
         self.tables.iter_mut().try_for_each(|table| table.prepare(&self.pool, position, count))
     }
 
-    /// Counts these tokens, after all layers have seen them.
+    /// All layers have seen these tokens.
     pub(crate) fn advance(&mut self, tokens: &[u32]) {
         self.tokens.extend_from_slice(tokens);
         let position = self.position();
@@ -398,7 +398,7 @@ impl Sequence {
         self.tables.iter_mut().try_for_each(|table| table.restore(&self.pool, there, position))
     }
 
-    /// Sets the tokens of a restored sequence whose layers have been filled.
+    /// The tokens of a restored sequence, whose layers have been filled.
     pub(crate) fn restored(&mut self, tokens: &[u32]) {
         self.tokens.extend_from_slice(tokens);
     }

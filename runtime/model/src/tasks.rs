@@ -78,7 +78,7 @@ impl Tasks {
         }));
     }
 
-    /// Runs `f` for each task and its part of `out`, which is `[rows, heads, width]` of the task.
+    /// Runs `f` for each task and its part of `out`, `[rows, heads, width]` of the task.
     pub fn run(&self, threads: &ThreadPool, out: &mut [f32], f: &(dyn Fn(&Task, &mut [f32]) + Sync)) {
         threads.for_each_part(out, &self.ends, &|i, part| f(&self.tasks[i], part));
     }

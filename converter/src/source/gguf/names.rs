@@ -222,7 +222,7 @@ pub(super) fn rename(arch: Arch, linear: &[bool], name: &str) -> Option<Renamed>
     Some(Renamed { name: in_layer(&format!("{hub}.{end}")), change })
 }
 
-/// Names outside of the layers that only this family has, or that differ in it.
+/// Names outside of the layers that a family has, or calls otherwise.
 fn outside_of(arch: Arch) -> &'static [(&'static str, &'static str)] {
     match arch {
         Arch::BailingMoe | Arch::BailingMoe2 => &[("token_embd.weight", "model.word_embeddings.weight")],

@@ -52,9 +52,9 @@ impl MemoryPlan {
 }
 
 impl Engine {
-    /// Changes the budget, between steps: expert slots are returned to the system, or taken from it again, so that everything large
-    /// takes at most `bytes`. The experts that leave are those that the policy would evict first. A budget above the one with which
-    /// the model was opened counts as that one. [`Engine::memory`] shows the result; it has fewer slots than asked for if the
+    /// Changes the budget, between steps: expert slots are given back to the system, or taken from it again, so that everything
+    /// large takes at most `bytes`. The experts that leave are those that the policy would evict first. A budget above the one that
+    /// the model was opened with counts as that one. [`Engine::memory`] shows the result, which has fewer slots than asked for if the
     /// system did not give more memory.
     ///
     /// # Errors
@@ -88,13 +88,13 @@ impl Engine {
         self.memory.effective = self.memory.used();
     }
 
-    /// Returns the memory of a model at rest to the system: expert slots, dense parts, scratch, and pages that no sequence has.
-    /// Only the program, the tables of the file, and the pages of sequences remain. The next step takes the memory again and reads
-    /// its contents again, which takes seconds for a large model.
+    /// Gives the memory of a model at rest back to the system: expert slots, dense parts, scratch, and pages that no sequence has.
+    /// What remains is the program, the tables of the file, and what sequences remember. The next step takes the memory again and
+    /// reads what was in it, which takes seconds for a large model.
     pub fn release_idle(&mut self) {
         self.storage.dense.give_back();
         self.storage.tables.give_back();
-        // Returning memory cannot fail, because it needs none from the system.
+        // Giving memory back cannot fail: it needs none from the system.
         let _ = self.storage.pool.resize(0);
         self.model.give_back(&self.compute);
         self.pages.give_back();
@@ -118,10 +118,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Checks, at most four times a second, whether the system is short of memory. While it is, the budget shrinks step by step, an
-    /// eighth of the expert slots at a time; once it has not been short for a while, the budget grows back. Does nothing unless the
-    /// model was opened with this option ([`EngineOptions::yields`](super::EngineOptions)). The scheduler calls this before every
-    /// turn. True if the budget has changed.
+    /// Looks, at most four times a second, whether the system is short of memory. While it is, the budget shrinks step by step, an
+    /// eighth of the expert slots at a time; once it has not been for a while, the budget grows back. Does nothing unless the model was
+    /// opened to do so ([`EngineOptions::yields`](super::EngineOptions)). The scheduler calls this before every turn. True if the
+    /// budget has changed.
     pub fn heed_pressure(&mut self) -> bool {
         let Some(watch) = &mut self.pressure else { return false };
         let wish = watch.look(Instant::now(), self.memory.slots < self.allowed_slots);

@@ -152,7 +152,7 @@ pub enum SessionError {
         /// How the engine chooses them.
         wanted: Thrift,
     },
-    /// The session has more tokens than there is room for.
+    /// More tokens than there is room for.
     #[error("{path}: the session has {position} tokens, there is room for {capacity}: raise --context")]
     TooLong {
         /// The file.

@@ -233,7 +233,7 @@ fn append_marks(reader: &mut Reader<'_>, sequence: &mut Sequence, marks: &[(usiz
     Ok(())
 }
 
-/// An error if a token that was just read is not in the vocabulary.
+/// An error if the tokens that were just read are not all in the vocabulary.
 fn in_vocabulary(tokens: &[u32], vocab: usize, reader: &Reader<'_>) -> Result<(), SessionError> {
     let Some(at) = tokens.iter().position(|&token| token as usize >= vocab) else { return Ok(()) };
     let offset = reader.begin + (super::SECTION_LEN + 4 * at) as u64;
@@ -348,7 +348,7 @@ impl<'a> Opened<'a> {
     }
 }
 
-/// Fills an empty sequence with as much of a text as a chain of segments has, up to a place where a sequence can continue.
+/// Fills an empty sequence with what a chain of segments has of a text, as far as a sequence can go on there.
 ///
 /// # Errors
 /// [`SessionError`].
