@@ -31,7 +31,7 @@ impl Effort {
     }
 
     /// Most tokens of the text that run through a model. In a model with experts, each token meets a small part of the weights, so
-    /// more tokens are used, such that the arithmetic for each weight is the same as without experts.
+    /// more tokens are used, so that the arithmetic for each weight is the same as without experts.
     pub(crate) fn tokens(self, spec: &ModelSpec) -> usize {
         let moe = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref());
         let rarity = moe.map(|moe| moe.experts / moe.top_k.max(1)).max().unwrap_or(1).max(1);

@@ -307,7 +307,7 @@ mod tests {
                     continue;
                 }
                 let Ok(text) = std::fs::read_to_string(path) else { continue };
-                // Names of variables in quotes, as they are asked for.
+                // Names of variables in quotes, as `env::var` gets them.
                 for (at, _) in text.match_indices(concat!("\"", "SLUICE_")) {
                     let name = text[at + 1..].split('"').next().unwrap();
                     let is_name = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_';

@@ -28,7 +28,7 @@ pub(crate) struct Phase {
     pub(crate) hits: u64,
     /// Experts that had to be read.
     pub(crate) misses: u64,
-    /// Prefetched experts: those read before the router asked for them.
+    /// Prefetched experts: those read before the router chose them.
     pub(crate) prefetched: u64,
     /// Prefetched experts that were used before they left memory.
     pub(crate) prefetched_used: u64,

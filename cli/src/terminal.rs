@@ -204,7 +204,7 @@ pub(crate) fn json_number(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-/// JSON without DEL and the control characters beyond ASCII, which serde does not escape and some of which terminals obey. Except
+/// JSON without DEL and the control characters beyond ASCII, which serde does not escape, but some of which terminals obey. Except
 /// for line ends, they occur only in strings.
 fn escape_json(json: &str) -> String {
     let mut out = String::with_capacity(json.len());

@@ -236,14 +236,14 @@ fn reading_a_prompt_is_watched_and_stopped() {
     terminal.see("[stopped before the answer began");
     terminal.ready();
     assert_eq!(user.messages("chat-1"), [""; 0]);
-    // The session goes on.
+    // The session continues.
     terminal.ask("/system Be brief.");
     let said = terminal.ask("hello again");
     assert!(said.contains("tokens · context"), "{said}");
     assert_eq!(user.messages("chat-1"), ["hello again"]);
 }
 
-/// Settings with which the model goes on and on.
+/// Settings with which the model never stops by itself.
 const ENDLESS: [&str; 4] = ["--temperature", "0", "--context", "65536"];
 
 /// A message to which the model, with these settings, has a long answer.
@@ -646,7 +646,7 @@ fn pipes_get_answers_alone() {
     assert!(said.matches('\n').count() >= 2, "{said:?}");
     assert!(!user.path("state").exists(), "--private keeps nothing");
 
-    // What is asked for is told, and lines in quotes are one message.
+    // Requested reports are shown, and lines in quotes are one message.
     let input = "\"\"\"\none\ntwo\n\"\"\"\n/stats\n/quit\nnever\n";
     let output = user.pipe(&mut user.chat(&SHORT), input.as_bytes());
     assert!(stdout(&output).contains("answer   12 tokens"));

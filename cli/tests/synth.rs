@@ -110,7 +110,7 @@ fn a_plan_is_of_what_convert_writes() {
     );
     assert!(q4["types_from"].as_str().unwrap().starts_with("experts as requested, the rest as published"));
 
-    // A checkpoint, to the byte but for the provenance.
+    // A checkpoint, to the byte except for the provenance.
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden");
     let folder = tempfile::tempdir().unwrap();
     for (family, more) in [("deepseek_v3_fp8", &[][..]), ("qwen3_moe_gptq", &[]), ("kimi_k2_int4", &["--type", "q8"])] {

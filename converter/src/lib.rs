@@ -123,7 +123,7 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
 }
 
 /// Removes what a conversion to `dst` has left that was killed when the model file was complete and had its name: the journal, and
-/// volumes that a compressed model did not need. Does nothing where a conversion may still go on.
+/// volumes that a compressed model did not need. Does nothing if a conversion may still continue.
 pub fn clear_remains(plan: &Plan, dst: &Path) {
     partial::clear_remains(dst, plan);
 }

@@ -23,7 +23,7 @@ pub enum ShapeError {
     /// The packed size of the shape exceeds the address space.
     #[error("a {rows} × {cols} matrix of type {ty:?} is too large")]
     TooLarge {
-        /// The type asked for.
+        /// The requested type.
         ty: WeightType,
         /// Output features.
         rows: usize,
@@ -33,7 +33,7 @@ pub enum ShapeError {
     /// The data are longer or shorter than the packed size of the shape.
     #[error("a {rows} × {cols} matrix of type {ty:?} takes {expected} bytes, but there are {actual}")]
     Length {
-        /// The type asked for.
+        /// The requested type.
         ty: WeightType,
         /// Output features.
         rows: usize,
@@ -47,7 +47,7 @@ pub enum ShapeError {
     /// The index of a batched matrix is not below the size of the batch.
     #[error("matrix {index} of a batch of {batch}")]
     Index {
-        /// The index asked for.
+        /// The requested index.
         index: usize,
         /// Matrices in the batch.
         batch: usize,

@@ -115,7 +115,7 @@ fn fp8(w: &Group<'_>, x: &[f32]) -> Rows {
     total
 }
 
-/// The unit of which the integers of a blocked type are multiples, before the scale.
+/// The integers of a blocked type, before the scale, are multiples of this unit.
 pub(crate) fn unit(ty: WeightType) -> f32 {
     if ty == WeightType::Mxfp4 { 0.5 } else { 1.0 }
 }

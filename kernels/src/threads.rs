@@ -64,7 +64,7 @@ pub struct ThreadPool {
     cancel: Mutex<Option<Arc<AtomicBool>>>,
 }
 
-/// A poisoned lock does no harm here: the data behind it are valid at every instant.
+/// A poisoned lock does no harm here: the data that it protects are valid at every instant.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

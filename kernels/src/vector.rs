@@ -53,7 +53,7 @@ pub(crate) const fn block_bytes(ty: u8) -> usize {
     }
 }
 
-/// The unit of which the integers of a blocked type are multiples.
+/// The integers of a blocked type are multiples of this unit.
 pub(crate) const fn unit(ty: u8) -> f32 {
     if ty == MXFP4 { 0.5 } else { 1.0 }
 }

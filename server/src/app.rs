@@ -96,7 +96,7 @@ impl App {
     }
 }
 
-/// All paths, behind the guard.
+/// All paths, protected by the guard.
 pub fn router(app: &Arc<App>) -> Router {
     let guard: Arc<Guard> = Arc::new(app.options.guard.clone());
     api::routes()

@@ -352,7 +352,7 @@ fn another_run_of_the_program_goes_on_from_the_drive() {
             text.extend(prompt(&house.engine, turn, 15));
             house.scheduler.release_kept();
         }
-        // Whoever damages a file gets the result without it.
+        // With a damaged file, the result is the same as without it.
         for file in std::fs::read_dir(folder.path()).unwrap() {
             let path = file.unwrap().path();
             let mut bytes = std::fs::read(&path).unwrap();

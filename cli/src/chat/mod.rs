@@ -365,7 +365,7 @@ impl Session {
     fn stats(&mut self) -> Result<(), CliError> {
         let served = self.talk.served();
         let mut text = format!("model    {}, {} tokens of context\n", served.id, served.context());
-        // The model makes a report only when it is asked for the first one.
+        // The model makes reports only after the first request for one.
         let looks = (0..LOOKS).map(|look| {
             std::thread::sleep(Duration::from_millis(if look == 0 { 0 } else { 20 }));
             served.model().report()

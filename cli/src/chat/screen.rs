@@ -101,7 +101,7 @@ impl Screen {
         Ok(())
     }
 
-    /// Writes a report that the user asked for, on lines of its own.
+    /// Writes a report that the user requested, on separate lines.
     pub(crate) fn report(&mut self, text: &str) -> Result<(), CliError> {
         self.end_line()?;
         print_as_is(&(printable(&text) + "\n"))

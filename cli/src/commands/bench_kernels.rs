@@ -136,7 +136,7 @@ fn describe(report: &Report) -> String {
 pub(crate) struct Bench<'a> {
     pub(crate) kernels: Kernels,
     pub(crate) pool: ThreadPool,
-    /// More bytes than the caches hold, none of which gives a NaN or a subnormal number.
+    /// More bytes than the caches hold, without NaNs or subnormal numbers.
     pub(crate) data: &'a [u8],
 }
 
@@ -209,7 +209,7 @@ impl Bench<'_> {
     }
 }
 
-/// A product of which any part of the rows can be computed.
+/// A product; any part of its rows can be computed.
 struct Product<'a> {
     bench: &'a Bench<'a>,
     ty: WeightType,

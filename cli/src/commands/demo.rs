@@ -188,7 +188,7 @@ fn unpack(show: &Show, checkpoint: &Path) -> Result<(), CliError> {
         if holds(&path, bytes) {
             continue;
         }
-        // Created anew, so that neither a file that appeared meanwhile nor the target of a link is overwritten.
+        // Created as a new file, so that neither a file that appeared meanwhile nor the target of a link is overwritten.
         let written = fs::File::create_new(&path).and_then(|mut file| file.write_all(bytes));
         written.map_err(CliError::file(&path, "write it"))?;
     }

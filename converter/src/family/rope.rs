@@ -74,7 +74,7 @@ pub(crate) fn read(
     config.check_above("rope_theta", outer_theta, 1.0)?;
     let section = match (config.section("rope_parameters")?, config.section("rope_scaling")?) {
         (Some(section), Some(older)) => {
-            // transformers uses the older one: whoever added it to a newer file wants it.
+            // transformers uses the older one: it was added to a newer file on purpose.
             older.check_repeats(&section, "rope_parameters")?;
             Some(section)
         }

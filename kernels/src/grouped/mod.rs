@@ -29,7 +29,7 @@ use sluice_weights::{Codes, Grouped, Scales, Super};
 /// The levels of ggml's IQ4_NL (`ggml-common.h`, `kvalues_iq4nl`).
 pub const IQ4NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// The unit of which the integers of a type are multiples.
+/// The integers of a type are multiples of this unit.
 pub(crate) const fn unit(ty: Grouped) -> f32 {
     match (ty.codes(), ty.scales()) {
         (Codes::E2m1, _) => 0.5,

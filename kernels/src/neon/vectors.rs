@@ -1,4 +1,4 @@
-//! Inner products and weighted sums of rows of f32, of which attention consists.
+//! Inner products and weighted sums of rows of f32, the parts of attention.
 
 use super::{load, store};
 use crate::attention::{KeyBlock, QueryTile};

@@ -9,10 +9,10 @@ use std::arch::x86_64::*;
 /// Addresses of the row groups that will be read after the present ones, `N` side by side. A prefetch beyond the last one has no
 /// effect.
 ///
-/// They are prefetched in the order of their addresses, scales and values alike, at the pace at which the groups before them are
-/// read: memory is a little faster with one long stream than with several that alternate (Zen 4, 2 threads: int4 1.03 to 1.11, the
-/// others 0.93 to 1.11). They go into the second-level cache: the first-level cache can have only a few requests outstanding, and
-/// one core would read half as fast (4-bit types: 13 against 25 GB/s of 31).
+/// They are asked for in the order of their addresses, scales and values alike, at the pace at which the groups before them
+/// are read: memory gives a little more to one long stream than to several that take turns (Zen 4, 2 threads: int4 1.03 to
+/// 1.11, the others 0.93 to 1.11). Into the second-level cache: the few requests that the first can have outstanding would
+/// then be all there are, and one core read half as fast (4-bit types: 13 against 25 GB/s of 31).
 pub(super) struct Ahead {
     next: *const u8,
 }

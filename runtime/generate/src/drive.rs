@@ -89,7 +89,7 @@ impl Drive {
 }
 
 impl Scheduler {
-    /// Saves the running generations of which much is new.
+    /// Saves the running generations with many new tokens.
     pub(super) fn save_running(&mut self) {
         let Some(drive) = &self.drive else { return };
         for running in self.running.iter_mut().filter(|r| !r.is_over() && r.follows.is_none()) {

@@ -105,7 +105,7 @@ pub(super) struct Arrival {
     pub(super) owner: Owner,
 }
 
-/// The data behind the lock. No owner is called or dropped while it is held.
+/// The data that the lock protects. No owner is called or dropped while it is held.
 #[derive(Default)]
 pub(super) struct State {
     next: u64,

@@ -452,7 +452,7 @@ impl Routed {
         s.early.take(expert)
     }
 
-    /// Continues with an expert of which more has arrived, if only one row uses it: the rows of several do not lie together.
+    /// Continues with an expert after more of it has arrived, if only one row uses it: the rows of several are not contiguous.
     fn compute_part(&self, compute: &Compute, part: ExpertPart<'_>, x: &Activations, s: &mut ExpertScratch) {
         let (id, bytes, len) = (part.expert(), part.bytes(), part.len());
         let early = &mut s.early;

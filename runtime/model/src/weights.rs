@@ -7,7 +7,7 @@ use sluice_kernels::{Activations, Matrix, ROW_GROUP, WeightType, packed_len};
 
 use super::ModelError;
 
-/// Identifies a matrix of the model; an expert's matrix stands for those of all experts of its layer.
+/// Identifies a matrix of the model; an expert's matrix represents those of all experts of its layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatrixPlace {
     /// Kind of the extent.

@@ -1,4 +1,4 @@
-// Conversations, kept in this browser. A conversation is a tree: a message that is edited, or an answer that is asked for once more, gets
+// Conversations, kept in this browser. A conversation is a tree: a message that is edited, or an answer that is requested again, gets
 // a sibling, and `chosen` says which of them are shown.
 
 const PREFIX = "sluice.conversation.";

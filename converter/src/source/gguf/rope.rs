@@ -107,7 +107,7 @@ fn yarn(keys: &Keys<'_>, rope: &Rope, factor: Option<f64>, out: &mut Json) -> Re
     if !rope.truncate {
         out["truncate"] = false.into();
     }
-    // llama.cpp's converter writes a tenth of `mscale_all_dim` for DeepSeek's models, all of which have the same value for
+    // llama.cpp's converter writes a tenth of `mscale_all_dim` for DeepSeek's models, which all have the same value for
     // `mscale`.
     match keys.float("rope.scaling.yarn_log_multiplier")?.filter(|&m| m != 0.0) {
         Some(tenth) if rope.mscale => {

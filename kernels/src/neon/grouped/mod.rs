@@ -107,7 +107,7 @@ fn of_codes<const C: u8>(ty: Grouped, w: &Group<'_>, x: &Activations, shape: Til
     }
 }
 
-/// Halves of 32 columns that belong to a part with a scale of its own, of which there are `parts`.
+/// Halves of 32 columns that belong to one of `parts` parts with separate scales.
 #[inline(always)]
 fn halves(parts: usize, part: usize) -> std::ops::Range<usize> {
     if parts == 2 { part..part + 1 } else { 0..2 }

@@ -2,9 +2,9 @@
 
 /// The type `Terms` for one instruction set, and `row_factors`.
 ///
-/// The module that uses it provides `N`, the row groups of a vector; `bias`, the number that was added to the integers of a type;
-/// `wide`, `half` and `quarter`, which load 32, 16 and 8 bytes of each row group; `f16s`, `bf16s`, `e4m3s` and `e8m0s`, which turn
-/// them into one number per row; and the intrinsics under their names without `_mm256_` or `_mm512_`.
+/// Who calls it provides `N`, the row groups of a vector, `bias`, what was added to the integers of a type, `wide`, `half` and
+/// `quarter`, which load 32, 16 and 8 bytes of each row group, `f16s`, `bf16s`, `e4m3s` and `e8m0s`, which make of them one
+/// number per row, and the intrinsics under the names that they have without `_mm256_` or `_mm512_`.
 macro_rules! terms {
     ($features:tt, $floats:ty, $integers:ty) => {
         /// The factors and summands of the blocks of a strip, by block of 16 or 32 columns.
@@ -111,7 +111,7 @@ macro_rules! terms {
                         NONE => continue,
                         BYTE => {
                             let number = sub_epi32(self.middle, cvtepu8_epi32(quarter(&planes, zeros)));
-                            // If blocks have two halves, each half has a group of its own.
+                            // Where blocks have two halves, each has a group of its own.
                             self.pair(first, number)
                         }
                         BIAS => cast(numbers::<S>(&planes, zeros)),

@@ -482,7 +482,7 @@ const SYNTAXES: [&Syntax; 22] = [
     &syntax::HUNYUAN_3,
 ];
 
-/// An answer with two calls for each family. `@` stands for arguments.
+/// An answer with two calls for each family. `@` represents the arguments.
 const ANSWERS: [&str; 22] = [
     "a\n<tool_call>\n{\"name\": \"clock\", \"arguments\": @}\n</tool_call>\n<tool_call>{\"arguments\": @, \"name\": \"clock\"}</tool_call>\n",
     "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>clock\n```json\n@\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
@@ -508,7 +508,7 @@ const ANSWERS: [&str; 22] = [
     "a<tool_calls:opensource>\n<tool_call:opensource>get_weather<tool_sep:opensource>\n<arg_key:opensource>city</arg_key:opensource>\n<arg_value:opensource>x</arg_value:opensource>\n<arg_key:opensource>more</arg_key:opensource>\n<arg_value:opensource>@</arg_value:opensource>\n</tool_call:opensource>\n</tool_calls:opensource>",
 ];
 
-/// Pieces of which answers, well formed or not, consist.
+/// Pieces of answers, well formed or not.
 const BITS: [&str; 78] = [
     "<think>",
     "</think>",

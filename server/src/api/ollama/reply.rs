@@ -97,7 +97,7 @@ impl Head {
         object
     }
 
-    /// The object for a request that asked for no answer.
+    /// The object for a request without an answer.
     pub fn nothing(&self, why: &str) -> Value {
         let mut object = self.object("", "", &[]);
         object.insert("done".into(), true.into());

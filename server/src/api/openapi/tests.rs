@@ -17,7 +17,7 @@ use crate::options::ServerOptions;
 
 const METHODS: [&str; 3] = ["get", "post", "delete"];
 
-/// Methods by path, as the sources of the APIs route them. `any` stands for all methods.
+/// Methods by path, as the sources of the APIs route them. `any` means all methods.
 fn routed() -> BTreeMap<String, BTreeSet<String>> {
     let mut routes = BTreeMap::new();
     let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api")];

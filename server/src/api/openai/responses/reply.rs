@@ -25,7 +25,7 @@ pub struct Wants {
     pub encrypted: bool,
     /// Thinking as a summary.
     pub summary: bool,
-    /// Names of functions that stand for `custom` tools.
+    /// Names of functions that represent `custom` tools.
     pub custom: BTreeSet<String>,
 }
 
