@@ -342,7 +342,7 @@ fn a_drive_that_becomes_full_while_measuring_loses_nothing() {
     let error = convert_measured(&plan, &path, Some(&mut full), &()).unwrap_err();
     assert!(matches!(error, ConvertError::Full { .. }), "{error}");
     let said = error.to_string();
-    assert!(said.contains("the same command goes on") && !said.contains("--no-importance"), "{said}");
+    assert!(said.contains("the same command continues") && !said.contains("--no-importance"), "{said}");
     let mut again = Failing::new(&plan, layers);
     assert!(resumed(&plan, &path, &mut again) > 0);
     assert_eq!(again.measured, [layers - 1]);

@@ -126,7 +126,7 @@ mod tests {
         let text = fs::read_to_string(&path).unwrap();
         for (from, to, word) in [
             ("\"version\": 1", "\"version\": 2", "version 2"),
-            ("25000000000.0", "-1.0", "no speed"),
+            ("25000000000.0", "-1.0", "not a speed"),
             ("\"isa\"", "\"isas\"", "isas"),
             ("{", "", "machine.json"),
         ] {

@@ -409,7 +409,7 @@ fn commands_that_there_are_not_are_refused() {
     let mut terminal = user.open(&SHORT);
     assert!(terminal.ask("/rest").contains("is it /reset?"));
     assert!(terminal.ask("/frobnicate").contains("/help lists the commands"));
-    assert!(terminal.ask("/undo twice").contains("takes nothing"));
+    assert!(terminal.ask("/undo twice").contains("takes no arguments"));
     terminal.ask("//etc is a folder");
     assert_eq!(user.messages("chat-1"), ["/etc is a folder"]);
 }
@@ -675,7 +675,7 @@ fn programs_hear_of_errors() {
     assert_fails(&sluice(&temperature), 2, &["temperature"]);
     assert_fails(&sluice(&["chat", common::demo_model(), "--private"]), 2, &["no chat template", "--chat-template"]);
     assert_fails(&user.pipe(&mut user.chat(&["--resume", "nobody"]), b""), 1, &["no conversation `nobody`"]);
-    assert_fails(&user.pipe(&mut user.chat(&["--resume"]), b""), 1, &["no conversation to go on with"]);
+    assert_fails(&user.pipe(&mut user.chat(&["--resume"]), b""), 1, &["no conversation to continue"]);
 }
 
 #[test]

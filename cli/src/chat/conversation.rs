@@ -360,7 +360,7 @@ mod tests {
     #[test]
     fn other_files_are_refused_by_name() {
         let (place, folder) = folder();
-        for (text, word) in [("{", "no conversation"), (r#"{"version": 1}"#, "no conversation")] {
+        for (text, word) in [("{", "not a conversation"), (r#"{"version": 1}"#, "not a conversation")] {
             fs::write(place.path().join("a/b/x.json"), text).unwrap();
             let refused = folder.load("x").unwrap_err().to_string();
             assert!(refused.contains("x.json") && refused.contains(word), "{refused}");
