@@ -11,7 +11,7 @@ static Q4: LazyLock<Table> = LazyLock::new(|| Table::new(&Codebook::Q4));
 static Q3: LazyLock<Table> = LazyLock::new(|| Table::new(&Codebook::Q3));
 static Q2: LazyLock<Trellis> = LazyLock::new(|| Trellis::new(&Codebook::Q2));
 
-/// Like [`pack_row_group`], with the importance of each input column for the types that minimise an error, `q4`, `q3` and `q2`.
+/// As [`pack_row_group`], with the importance of each input column for the types that minimise an error, `q4`, `q3` and `q2`.
 ///
 /// They minimise `Σ ω_j (x_j − x̂_j)²` over a row. `ω_j` is the importance of column `j`, ideally the mean square of the
 /// activations that meet it, because then the sum estimates the mean square error of the output; without importance it is 1. Only

@@ -91,7 +91,7 @@ impl Table {
         }
     }
 
-    /// Quantises a row whose errors have the weights `weight`, or equal weights, and writes the number of each level.
+    /// Quantises a row, whose weights of error are `weight` or all equal, and writes the number of each level.
     pub(super) fn row(&self, x: &[f32], weight: Option<&[f32]>, numbers: &mut [u8]) -> Row {
         if self.book.block == 16 {
             self.row_by::<16>(x, weight, numbers)
@@ -148,7 +148,7 @@ impl Table {
         f32::from(self.book.levels[self.book.len - 1])
     }
 
-    /// The best byte of every block, and the sum of their errors. With `near`, only scales close to those bytes are tried.
+    /// The best byte of every block and the sum of their errors. Beside `near`, only neighbouring scales are tried.
     fn bytes<const B: usize>(&self, blocks: &[Block<B>], scale: f32, near: Option<&[u8]>, bytes: &mut [u8]) -> f64 {
         let mut sum = 0.0;
         for (i, (block, byte)) in blocks.iter().zip(bytes).enumerate() {
@@ -251,7 +251,7 @@ impl Table {
         }
     }
 
-    /// The weighted squared error with each offset, in units of the step; lanes are offsets.
+    /// The weighted squared error with each offset, in steps; lanes are offsets.
     #[inline(always)]
     fn errors<const B: usize>(&self, y: &[f32; B], cells: &[u32; B], weight: &[f32; B]) -> [f32; OFFSETS] {
         let values: &[[f32; OFFSETS]; CELLS] = self.values[..].try_into().expect("one element per cell");

@@ -85,7 +85,7 @@ impl Stream {
     }
 }
 
-/// How far ahead [`in_streams`] prefetches: few enough bytes to wait in the second-level cache.
+/// How far ahead [`in_streams`] asks: few enough bytes to wait in the second-level cache.
 const SPAN: usize = 64 << 10;
 const STREAMS: usize = 4;
 

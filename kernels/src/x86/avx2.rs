@@ -224,7 +224,7 @@ fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [__m2
         let mut last = [0u8; 128];
         last[..rest * step / 4].copy_from_slice(&values[cols / 4 * step..][..rest * step / 4]);
         let w = four::<TY>(&last[..step]);
-        // Constant indices keep the sums in registers; missing columns must not be added, not even as zero.
+        // Constant indices keep the sums in registers; columns that are not there must not be added, not even as zero.
         for j in 0..3 {
             if j < rest {
                 for t in 0..T {
@@ -272,7 +272,7 @@ fn widen_bf16(bits: __m128i) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn e4m3_to_f16(codes: __m128i) -> __m256i {
-    // The sign is extended so that it lands in bit 15; the mask removes its copy in bit 14.
+    // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
     let moved = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(codes));
     let bits = _mm256_and_si256(moved, _mm256_set1_epi16(0xbf80_u16 as i16));
     let magnitude = _mm256_set1_epi16(0x3f80);

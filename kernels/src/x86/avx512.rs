@@ -195,7 +195,7 @@ fn columns<const TY: u8, const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> 
         last[0][..len].copy_from_slice(&a[at..at + len]);
         last[1][..len].copy_from_slice(&b[at..at + len]);
         let w = four::<TY>(&last[0][..step], &last[1][..step]);
-        // Constant indices keep the sums in registers; missing columns must not be added, not even as zero.
+        // Constant indices keep the sums in registers; columns that are not there must not be added, not even as zero.
         for j in 0..3 {
             if j < rest {
                 for t in 0..T {
@@ -240,7 +240,7 @@ fn widen_bf16(bits: __m256i) -> __m512i {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn e4m3_to_f16(codes: __m256i) -> __m512i {
-    // The sign is extended so that it lands in bit 15; the mask removes its copy in bit 14.
+    // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
     let moved = _mm512_slli_epi16::<7>(_mm512_cvtepi8_epi16(codes));
     let bits = _mm512_and_si512(moved, _mm512_set1_epi16(0xbf80_u16 as i16));
     let magnitude = _mm512_set1_epi16(0x3f80);

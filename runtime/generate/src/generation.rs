@@ -401,7 +401,7 @@ impl Generation {
         self.to_read
     }
 
-    /// Starts from a sequence that has seen the first `position` tokens. False if it started before.
+    /// It begins with a sequence that has seen the first `position` tokens. False if it has begun before.
     pub(super) fn begin_at(&mut self, position: usize) -> bool {
         let first = self.cached.is_none();
         self.cached.get_or_insert(position);
