@@ -234,11 +234,12 @@ impl Options {
     /// # Errors
     /// The filesystem's, and two requests with the same name.
     pub fn index(&self, files: &dyn Files) -> Result<Index, BatchError> {
-        Index::read(&self.input, &*self.open_input(files)?)
+        Index::read(&self.input, &*self.open_input(files)?).map_err(BatchError::at_start)
     }
 
     fn open_input(&self, files: &dyn Files) -> Result<Box<dyn OpenFile>, BatchError> {
-        files.open(&self.input, Access::Read).map_err(BatchError::file(&self.input, "read the requests"))
+        let opened = files.open(&self.input, Access::Read);
+        opened.map_err(BatchError::file(&self.input, "read the requests")).map_err(BatchError::at_start)
     }
 }
 
@@ -258,37 +259,23 @@ impl Batch {
     /// [`BatchError`]. Nothing that other programs have written is changed.
     pub fn open(files: &dyn Files, options: Options) -> Result<Batch, BatchError> {
         let input = options.open_input(files)?;
-        let index = Index::read(&options.input, &*input)?;
-        let path = options.journal();
-        if open_there(files, &path)?.is_none()
-            && let Some(output) = open_there(files, &options.output)?
-        {
-            // Nothing is made where a run would not begin.
-            Output::begin(&options.output, output, &path)?;
-        }
-        let open = |path: &Path| files.open(path, Access::Write).map_err(BatchError::file(path, "open it"));
-        let (mut journal, found) = Journal::claim(&path, open(&path)?)?;
-        let output = open(&options.output)?;
-        let (started, output, content) = match found {
+        let index = Index::read(&options.input, &*input).map_err(BatchError::at_start)?;
+        let (journal, output, begun) = claim(files, &options)?;
+        let (started, journal, output, content) = match begun {
             None => {
-                let output = Output::begin(&options.output, output, &path)?;
-                let Identity { model, settings, lossy: _ } = options.identity.clone();
-                let header =
-                    Header { digest: index.digest, length: index.length, started: options.now, model, settings };
-                journal.begin(&header)?;
-                let named = files.sync_folder_of(&options.output);
-                named.map_err(BatchError::file(&options.output, "sync the folder of the results"))?;
-                (options.now, output, Content::default())
+                let (journal, output) = begin(files, &options, &index, journal, output)?;
+                (options.now, journal, output, Content::default())
             }
             Some(header) => {
-                check(&header, &index, &options, &path)?;
+                check(&header, &index, &options, &options.journal())?;
+                let mut journal = journal;
                 let mut content = journal.read(index.entries.len())?;
                 let (output, kept) = Output::resume(&options.output, output, &content.results)?;
                 if kept < content.results.len() {
                     journal.kept(kept)?;
                     content.results.truncate(kept);
                 }
-                (header.started, output, content)
+                (header.started, journal, output, content)
             }
         };
         let mut done = vec![false; index.entries.len()];
@@ -520,6 +507,53 @@ impl Batch {
             seconds_left: left.filter(|left| *left == 0.0 || mean > 0.0).map(|left| left / mean.max(f64::MIN_POSITIVE)),
         }
     }
+}
+
+/// Opens journal and output, which are made if they are not there; with the journal's header, if the run has begun already.
+fn claim(files: &dyn Files, options: &Options) -> Result<(Journal, Box<dyn OpenFile>, Option<Header>), BatchError> {
+    let path = options.journal();
+    let is_new = open_there(files, &path)?.is_none();
+    if is_new && let Some(output) = open_there(files, &options.output)? {
+        // Nothing is made where a run would not begin.
+        Output::begin(&options.output, output, &path)?;
+    }
+    let open = |path: &Path| files.open(path, Access::Write).map_err(BatchError::file(path, "open it"));
+    let opened = open(&path).and_then(|file| {
+        let (journal, begun) = Journal::claim(&path, file)?;
+        match open(&options.output) {
+            Ok(output) => Ok((journal, output, begun)),
+            Err(error) => {
+                if is_new {
+                    // An empty journal says nothing, and is no obstacle for the next run.
+                    let _ = files.remove(&path);
+                }
+                Err(error)
+            }
+        }
+    });
+    if is_new { opened.map_err(BatchError::at_start) } else { opened }
+}
+
+/// Begins a run: its results are empty, and its journal names what it belongs to.
+fn begin(
+    files: &dyn Files,
+    options: &Options,
+    index: &Index,
+    mut journal: Journal,
+    output: Box<dyn OpenFile>,
+) -> Result<(Journal, Output), BatchError> {
+    let path = options.journal();
+    let output = Output::begin(&options.output, output, &path).map_err(|error| match error {
+        // There is a journal: it was opened, and has no header.
+        BatchError::OutputExists { path: output, journal } => BatchError::JournalLost { path: journal, output },
+        other => other.at_start(),
+    })?;
+    let Identity { model, settings, lossy: _ } = options.identity.clone();
+    let header = Header { digest: index.digest, length: index.length, started: options.now, model, settings };
+    journal.begin(&header).map_err(BatchError::at_start)?;
+    let named = files.sync_folder_of(&options.output);
+    named.map_err(BatchError::file(&options.output, "sync the folder of the results")).map_err(BatchError::at_start)?;
+    Ok((journal, output))
 }
 
 /// Refuses to go on with anything else than the run began with.

@@ -148,6 +148,7 @@ fn find_models(command: &mut Command) -> Result<(), CliError> {
 }
 
 fn main() -> ExitCode {
+    sluice_storage::io::survive_file_size_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(refused) => return refuse(&refused),

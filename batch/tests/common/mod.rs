@@ -156,6 +156,11 @@ impl Files for FaultyFiles {
         self.0.lock().unwrap().operate(0, true)?;
         SystemFiles.sync_folder_of(path)
     }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.0.lock().unwrap().operate(0, true)?;
+        SystemFiles.remove(path)
+    }
 }
 
 impl FaultyFile {

@@ -51,7 +51,7 @@ pub use lane::{IoStats, Lane, LaneInfo, open_lanes};
 pub use scheduler::{Check, Class, ExtentRead, IoConfig, PendingRead, ReadFailure, Scheduler};
 #[cfg(target_os = "macos")]
 pub use sys::physical_pages;
-pub use sys::{memory_pressure_level, trim_heap};
+pub use sys::{memory_pressure_level, survive_file_size_limit, trim_heap};
 
 /// Most chunks in flight at once. More would not help on any drive: 128 × 1 MiB is a second of work for a slow one.
 pub const DEPTH_MAX: usize = 128;
