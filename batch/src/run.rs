@@ -16,9 +16,9 @@ use sluice_checksum::xxh3_64;
 
 use crate::error::BatchError;
 use crate::files::{Access, Files, OpenFile};
-use crate::index::Index;
+use crate::index::{Entry, Index};
 use crate::journal::{Content, Header, Journal, Sampled, Token, Written};
-use crate::line::{Line, LineError, id_of};
+use crate::line::{Line, LineError, Wanted, id_of};
 use crate::output::Output;
 
 /// How long the runner waits for news before it looks whether it has been told to stop.
@@ -68,6 +68,8 @@ pub struct Options {
     pub identity: Identity,
     /// Seconds since 1970, for a batch that begins.
     pub now: u64,
+    /// Most tokens of an answer whose request sets no limit, if that is known: for the longest time that is left.
+    pub longest_answer: Option<u32>,
 }
 
 /// A request for an answerer.
@@ -175,6 +177,9 @@ pub struct Progress {
     pub mean_tokens_per_second: f64,
     /// Seconds that are left, from the mean rate and the mean length of answers so far; `None` while nothing is known of these.
     pub seconds_left: Option<f64>,
+    /// Seconds that are left at most at the mean rate: if all answers become as long as they may. `None` while nothing is known of the rate, or
+    /// if an answer has no limit.
+    pub seconds_left_at_most: Option<f64>,
 }
 
 /// Hears of the progress of a run, and stops it with `Break`.
@@ -208,6 +213,8 @@ pub struct Batch {
     finished: usize,
     /// Tokens of all results.
     answered_tokens: u64,
+    /// Tokens that requests without result can have at most; `None`: there is no limit.
+    tokens_left: Option<u64>,
     dirty: bool,
     synced: Instant,
 }
@@ -281,7 +288,10 @@ impl Batch {
         let mut done = vec![false; index.entries.len()];
         content.results.iter().for_each(|written| done[written.request as usize] = true);
         let results = &content.results;
+        let unfinished = index.entries.iter().zip(&done).filter(|(_, done)| !**done);
+        let tokens_left: Option<u64> = unfinished.map(|(entry, _)| most_tokens(entry, &options)).sum();
         Ok(Batch {
+            tokens_left,
             failed: results.iter().filter(|written| written.failed).count(),
             finished: results.len(),
             answered_tokens: results.iter().map(|written| u64::from(written.generated)).sum(),
@@ -462,6 +472,8 @@ impl Batch {
         })?;
         self.journal.result(&Written { request, bytes, checksum: xxh3_64(&line), failed, generated })?;
         self.done[request as usize] = true;
+        let most = most_tokens(&self.index.entries[request as usize], &self.options);
+        self.tokens_left = self.tokens_left.zip(most).map(|(left, most)| left.saturating_sub(most));
         self.finished += 1;
         self.failed += usize::from(failed);
         self.answered_tokens += u64::from(generated);
@@ -504,8 +516,23 @@ impl Batch {
             seconds: meter.began.elapsed().as_secs_f64(),
             tokens_per_second: recent,
             mean_tokens_per_second: mean,
-            seconds_left: left.filter(|left| *left == 0.0 || mean > 0.0).map(|left| left / mean.max(f64::MIN_POSITIVE)),
+            seconds_left: left.and_then(|left| seconds_for(left, mean)),
+            seconds_left_at_most: self.tokens_left.and_then(|most| seconds_for(most.saturating_sub(underway) as f64, mean)),
         }
+    }
+}
+
+/// Seconds for so many tokens at this rate, if there is one.
+fn seconds_for(tokens: f64, rate: f64) -> Option<f64> {
+    (tokens == 0.0 || rate > 0.0).then(|| tokens / rate.max(f64::MIN_POSITIVE))
+}
+
+/// Tokens that the answers of a request can have at most.
+fn most_tokens(entry: &Entry, options: &Options) -> Option<u64> {
+    let Wanted { max_tokens, answers, .. } = entry.wanted;
+    match (answers, max_tokens.or(options.longest_answer)) {
+        (0, _) => Some(0),
+        (answers, most) => Some(u64::from(answers) * u64::from(most?)),
     }
 }
 

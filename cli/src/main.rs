@@ -23,6 +23,7 @@ mod profile;
 mod progress;
 mod recorder;
 mod sampling;
+mod saved;
 mod size;
 mod stage;
 mod terminal;

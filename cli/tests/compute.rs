@@ -133,7 +133,7 @@ fn what_other_experts_cost_is_measured() {
     let number = |value: &Value| value.as_f64().unwrap();
     let (own, few) = (perplexity(&[]), perplexity(&["--top-k-experts", "1"]));
     assert!(number(&few["perplexity"]) > number(&own["perplexity"]), "{few} against {own}");
-    assert_eq!((&own["lossy"], few["lossy"].as_str()), (&Value::Null, Some("at most 1 experts per token and layer")));
+    assert_eq!((&own["lossy"], few["lossy"].as_str()), (&Value::Null, Some("at most 1 expert per token and layer")));
     assert_eq!(number(&compare(&[])["divergence"]), 0.0);
     let compared = compare(&["--top-k-experts", "1"]);
     assert!(number(&compared["divergence"]) > 0.0);

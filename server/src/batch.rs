@@ -16,6 +16,7 @@ use sluice_dialect::Piece;
 use sluice_format::ModelFile;
 use sluice_generate::{GenerationError, Logprob, Priority, Report, Sampled, SchedulerOptions, Status};
 use sluice_model::engine::EngineOptions;
+use sluice_sessions::Store;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
@@ -243,6 +244,14 @@ pub enum RunError {
 /// Hears of the progress of a run, of what the model is doing, and of what goes on inside it; stops the run with `Break`.
 pub type RunWatch<'a> = dyn FnMut(&Progress, &Status, Option<&Report>) -> ControlFlow<()> + 'a;
 
+/// Where the sequences of unfinished requests are saved, so that the next run need not read them again.
+pub struct Saving {
+    /// The folder.
+    pub store: Arc<Store>,
+    /// New tokens of a sequence after which it is saved while its request is answered. All are saved when the run is told to end.
+    pub every: usize,
+}
+
 /// How a batch is run by a process of its own.
 pub struct BatchRun {
     /// The model file.
@@ -255,6 +264,8 @@ pub struct BatchRun {
     pub at_a_time: usize,
     /// Who sees the pieces of answers as they come.
     pub pieces: Option<Pieces>,
+    /// Where sequences are saved, if they are.
+    pub saving: Option<Saving>,
 }
 
 impl BatchRun {
@@ -279,7 +290,7 @@ impl BatchRun {
             running: Some(self.at_a_time),
             // Nobody waits for the next token: prompts are read with as many rows as there are.
             prompt_rows: usize::MAX,
-            ..SchedulerOptions::default()
+            ..saving_options(self.saving)
         };
         let served = Arc::new(Served::open(self.name, &self.file, &self.engine, scheduling)?);
         let answerer = BatchAnswerer::new(Arc::clone(&served), runtime.handle().clone()).watched_by(self.pieces);
@@ -297,4 +308,11 @@ impl BatchRun {
         }
         Ok(outcome?)
     }
+}
+
+/// How a scheduler saves the sequences of a batch: not those of requests that have a result, since nobody goes on from there.
+fn saving_options(saving: Option<Saving>) -> SchedulerOptions {
+    let usual = SchedulerOptions::default();
+    let every = saving.as_ref().map_or(usual.save_every, |saving| saving.every);
+    SchedulerOptions { store: saving.map(|saving| saving.store), save_every: every, save_ended: false, ..usual }
 }

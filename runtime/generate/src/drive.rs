@@ -130,11 +130,13 @@ impl Scheduler {
         }
     }
 
-    /// Waits until the sequences that are kept are all written, if there is a store.
+    /// Waits until the sequences that are kept are all written, if there is a store that is to have them.
     pub(super) fn settle(&mut self) {
         self.forget_deleted();
-        if let Some(drive) = &self.drive {
-            drive.settle(self.kept.sequences());
+        match &self.drive {
+            Some(drive) if self.options.save_ended => drive.settle(self.kept.sequences()),
+            Some(drive) => drive.flush(),
+            None => {}
         }
     }
 }

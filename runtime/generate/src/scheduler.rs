@@ -60,6 +60,9 @@ pub struct SchedulerOptions {
     /// Where there is a store, a generation is saved whenever this many tokens are new, and once a prompt with so many new tokens has
     /// been read: so that a program that is killed loses little.
     pub save_every: usize,
+    /// Where there is a store, whether sequences of generations that have come to their end are saved as well, and not only those of
+    /// generations that were cancelled or still go on.
+    pub save_ended: bool,
     /// Who proposes tokens to generations that have no draft of their own.
     pub drafts: Drafts,
     /// How many tokens are proposed to a generation in a step; `None`: as many as pay, often none, which is learnt while steps are taken.
@@ -77,6 +80,7 @@ impl Default for SchedulerOptions {
             queue: None,
             store: None,
             save_every: 2048,
+            save_ended: true,
             drafts: Drafts::Off,
             draft_tokens: None,
         }
@@ -409,7 +413,7 @@ impl Scheduler {
             end(generation, owner, Vec::new());
         }
         for Running { mut generation, sequence, owner, events, .. } in ended {
-            self.keep(&mut generation, sequence);
+            self.keep(&mut generation, sequence, true);
             end(generation, owner, events);
         }
         for Arrival { generation, owner, .. } in queued {
@@ -435,12 +439,16 @@ impl Scheduler {
         }
     }
 
-    /// Keeps what a generation that has ended leaves behind.
-    fn keep(&mut self, generation: &mut Generation, mut sequence: Sequence) {
+    /// Keeps what a generation that has ended leaves behind, also on the drive if it is to be `saved`.
+    fn keep(&mut self, generation: &mut Generation, mut sequence: Sequence, saved: bool) {
         if generation.keeps().0 {
             go_back(generation, &mut sequence);
-            if let Some(drive) = &self.drive {
+            if let Some(drive) = self.drive.as_ref().filter(|_| saved) {
                 drive.keep(&sequence, generation.keeps().1);
+                if !self.options.save_ended {
+                    // Nothing is saved once more in the end, so none may be left out because many come at a time.
+                    drive.flush();
+                }
             }
             // A fork has no page for the next pass to write.
             self.kept.insert(sequence.fork());
@@ -644,7 +652,8 @@ impl Scheduler {
     /// A generation has ended: its sequence is kept, and the rest is returned, to be dropped.
     fn retire(&mut self, running: Running) -> (Generation, Owner) {
         let Running { mut generation, sequence, owner, .. } = running;
-        self.keep(&mut generation, sequence);
+        let saved = self.options.save_ended;
+        self.keep(&mut generation, sequence, saved);
         (generation, owner)
     }
 }

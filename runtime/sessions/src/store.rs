@@ -96,6 +96,7 @@ impl Store {
                 state.dirty = true;
             }
             Err(error) => {
+                state.refused();
                 // Another segment may have its place by now.
                 let same = |segment: &&Arc<Segment>| {
                     state.tree.get(segment.id).is_some_and(|node| Arc::ptr_eq(&node.segment, segment))
@@ -199,6 +200,26 @@ impl Store {
         self.shared.lock().last_error.clone()
     }
 
+    /// Deletes all sessions, and the folder if nothing else is in it. Sequences that wait to be written are given up.
+    ///
+    /// # Errors
+    /// [`StoreError::File`] if a file cannot be deleted. The others are deleted nevertheless.
+    pub fn discard(mut self) -> Result<(), StoreError> {
+        drop(self.shared.lock().give_up(|_| true));
+        self.end();
+        let deleted = self.shared.delete_all();
+        self.shared.folder.remove_all().and(deleted)
+    }
+
+    /// Waits until everything is written, and ends the thread that writes.
+    fn end(&mut self) {
+        self.shared.stop();
+        if let Some(writer) = self.writer.take() {
+            // If the thread has panicked, it cannot write anything more.
+            let _ = writer.join();
+        }
+    }
+
     /// Where the sessions are, and how many.
     pub fn options(&self) -> &StoreOptions {
         &self.shared.options
@@ -207,11 +228,7 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        self.shared.stop();
-        if let Some(writer) = self.writer.take() {
-            // If the thread has panicked, it cannot write anything more.
-            let _ = writer.join();
-        }
+        self.end();
     }
 }
 

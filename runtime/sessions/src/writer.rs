@@ -64,6 +64,11 @@ impl State {
         self.last_error = Some(Arc::new(error));
     }
 
+    /// A session could not be read back.
+    pub(crate) fn refused(&mut self) {
+        self.counts.refused += 1;
+    }
+
     pub(crate) fn usage(&self) -> Usage {
         Usage {
             bytes: self.bytes(),
@@ -306,6 +311,19 @@ impl Shared {
             state = self.lock();
         }
         Ok(())
+    }
+
+    /// Deletes all sessions, and the files that cannot be used.
+    pub(crate) fn delete_all(&self) -> Result<(), StoreError> {
+        let _files = self.lock_files();
+        let mut state = self.lock();
+        let roots = state.tree.nodes().filter(|node| node.parent.is_none()).map(|node| node.segment.id);
+        let roots: Vec<_> = roots.collect();
+        let removed: Vec<_> = roots.into_iter().flat_map(|root| state.tree.remove(root)).collect();
+        let unusable = std::mem::take(&mut state.unusable);
+        drop(state);
+        let deleted = self.delete(&removed);
+        unusable.into_iter().map(|file| self.delete_unusable(file)).fold(deleted, Result::and)
     }
 
     fn delete_unusable(&self, file: Unusable) -> Result<(), StoreError> {
