@@ -266,3 +266,14 @@ pub(crate) fn journal(file: &mut [u8], random: &mut Random) {
         set(file, word, 8, random.number(old));
     }
 }
+
+/// Changes a number of the journal of a batch: most have four bytes, at any place.
+pub(crate) fn batch(file: &mut [u8], random: &mut Random) {
+    const LEN: usize = 4;
+    if file.len() < LEN {
+        return;
+    }
+    let at = random.below(file.len() - LEN + 1);
+    let old = get(file, at, LEN);
+    set(file, at, LEN, random.number(old));
+}
