@@ -13,7 +13,7 @@ use sluice_text::{TextError, Tokenizer};
 
 use crate::error::CliError;
 use crate::progress::spinner;
-use crate::size::{parse_count, parse_size};
+use crate::size::{parse_count, parse_experts, parse_size};
 use crate::terminal::note;
 
 /// How the model is opened.
@@ -66,13 +66,13 @@ pub(crate) struct EngineArgs {
     /// 0.05, for instance, is 5 % of the distance between a token's best score and its lowest. Fewer experts are read, and the text
     /// becomes another one, which depends on what is in memory: the same request can give another text the next time. Prompts are
     /// read without it.
-    #[arg(long, value_name = "S", hide_short_help = true)]
+    #[arg(long, value_name = "S", hide_short_help = true, allow_negative_numbers = true)]
     pub(crate) expert_preference: Option<Preference>,
 
     /// Lossy: use no more than this many experts per token and layer, fewer than the model was made for
     ///
     /// As if its config.json gave this number, such as num_experts_per_tok. (--top-k chooses among tokens.)
-    #[arg(long, value_name = "N", hide_short_help = true)]
+    #[arg(long, value_name = "N", hide_short_help = true, allow_negative_numbers = true, value_parser = parse_experts)]
     pub(crate) top_k_experts: Option<NonZeroU16>,
 }
 

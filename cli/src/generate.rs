@@ -15,7 +15,7 @@ use crate::error::CliError;
 use crate::profile;
 use crate::progress::{Meter, step_bar};
 use crate::recorder::Recorder;
-use crate::terminal::note;
+use crate::terminal::{counted, note};
 
 pub(crate) use sluice_generate::Finish;
 
@@ -87,7 +87,7 @@ pub(crate) fn generate(
     let mut done = Collected::default();
     let mut before = (Instant::now(), engine.stats());
     let (tokens, layers) = (request.prompt.len(), engine.spec().layers.len());
-    let bar = step_bar(format!("reading {tokens} tokens"), (tokens * layers) as u64);
+    let bar = step_bar(format!("reading {}", counted(tokens, "token")), (tokens * layers) as u64);
     let mut prefill = None;
     while done.finish.is_none() {
         turn(engine, &mut scheduler, prefill.is_none().then_some(&bar), done.read, recorder.as_deref_mut());

@@ -11,7 +11,7 @@ use sluice_storage::io::TuningSource;
 use crate::drafts::DraftCounts;
 use crate::generate::Generation;
 use crate::plot::bars::{Bar, BarChart};
-use crate::terminal::{percent, seconds};
+use crate::terminal::{counted, percent, seconds};
 
 /// One part of a generation: the prompt, or the tokens after it.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -103,7 +103,7 @@ impl Phase {
         let parts =
             [self.io_wait_seconds, self.expert_seconds, self.attention_seconds, self.head_seconds, self.other_seconds];
         let of_token = |seconds: f64| 1e3 * seconds / self.tokens.max(1) as f64;
-        let mut remark = format!("{} tokens, {:.2} tokens/s", self.tokens, self.tokens_per_second);
+        let mut remark = format!("{}, {:.2} tokens/s", counted(self.tokens, "token"), self.tokens_per_second);
         if let Some(hit_rate) = self.hit_rate {
             let read = Bytes(self.expert_bytes_read_per_token as u64);
             let _ = write!(remark, "; {read} of experts read per token, {:.1} % found in memory", 100.0 * hit_rate);
@@ -115,8 +115,8 @@ impl Phase {
         if self.tokens == 0 {
             return format!("{name:<9} nothing to do\n");
         }
-        let (tokens, rate) = (self.tokens, self.tokens_per_second);
-        let mut out = format!("{name:<9} {tokens} tokens in {}: {rate:.2} tokens/s", seconds(self.seconds));
+        let (tokens, rate) = (counted(self.tokens, "token"), self.tokens_per_second);
+        let mut out = format!("{name:<9} {tokens} in {}: {rate:.2} tokens/s", seconds(self.seconds));
         let part = |value| percent(value, self.seconds);
         let mut experts = String::new();
         // None is needed where a model has none.
@@ -281,9 +281,9 @@ impl Profile {
         let _ = writeln!(out, "          {}", self.read_tuning.line());
         let _ = writeln!(
             out,
-            "computes  {} on {} threads; opened in {}, {} of dense weights",
+            "computes  {} on {}; opened in {}, {} of dense weights",
             self.isa,
-            self.threads,
+            counted(self.threads, "thread"),
             seconds(self.open_seconds),
             Bytes(memory.dense),
         );

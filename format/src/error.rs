@@ -54,7 +54,8 @@ pub enum FormatError {
     },
     /// The superblock was never written.
     #[error(
-        "{path} is an unfinished conversion: its superblock was never written. Run the same `sluice convert` again; it resumes"
+        "{path} begins with zeros where a model file has its superblock: it is an unfinished conversion, or no model was ever written to it. If a \
+         conversion was interrupted, run the same `sluice convert` again; it resumes. Otherwise convert or copy the model again"
     )]
     Unfinished {
         /// The file.

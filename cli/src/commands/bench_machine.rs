@@ -7,7 +7,7 @@ use std::thread::available_parallelism;
 
 use sluice_kernels::{Kernels, ThreadPool, WeightType};
 use sluice_model::RuntimeError;
-use sluice_model::memory::{Bytes, available_memory};
+use sluice_model::memory::{Bytes, SystemMemory, available_memory};
 use sluice_storage::io::calibration::DeviceId;
 use sluice_storage::io::{CalibrationStore, DataFile, DirectMode};
 
@@ -16,7 +16,7 @@ use crate::error::CliError;
 use crate::machine::MachineFile;
 use crate::progress::step_bar;
 use crate::size::{parse_count, parse_size};
-use crate::terminal::{print, print_json};
+use crate::terminal::{counted, print, print_json};
 
 const EXAMPLES: &str = "\
 What is measured is kept in ~/.cache/sluice/machine.json, and `sluice plan` uses it from then on. FILE can be any file on the drive \
@@ -83,7 +83,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 }
 
 fn measure(args: &Args) -> Result<MachineFile, CliError> {
-    let (ram, drive) = (available_memory(), args.file.as_deref().map(drive).transpose()?.flatten());
+    let (available, drive) = (available_memory(), args.file.as_deref().map(drive).transpose()?.flatten());
+    let ram = SystemMemory::read(Path::new("/")).total.unwrap_or(available);
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
     let threads = args.threads.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let bytes = usize::try_from(args.bytes).ok().filter(|bytes| *bytes >= 1 << 20);
@@ -98,7 +99,7 @@ fn measure(args: &Args) -> Result<MachineFile, CliError> {
     bar.inc(1);
     let products = TYPES.map(|ty| (ty, (bench.product_rate(ty), bar.inc(1)).0));
     bar.finish_and_clear();
-    Ok(MachineFile::new((ram, drive), memory, products.into_iter(), (kernels.isa_name(), bench.pool.threads())))
+    Ok(MachineFile::new((ram, available, drive), memory, products.into_iter(), (kernels.isa_name(), bench.pool.threads())))
 }
 
 /// Bytes per second of the drive below a file, if it has been calibrated.
@@ -113,7 +114,7 @@ pub(crate) fn drive(file: &Path) -> Result<Option<f64>, CliError> {
 
 fn describe(machine: &MachineFile) -> String {
     let rate = |rate: f64| format!("{:.1} GB/s", rate / 1e9);
-    let mut out = format!("{:<12} {} with {} threads\n", "computes", machine.isa, machine.threads);
+    let mut out = format!("{:<12} {} with {}\n", "computes", machine.isa, counted(machine.threads, "thread"));
     let drive = machine
         .drive_bytes_per_second
         .map_or("not known: name a file on a drive that `sluice bench disk` has measured".into(), rate);

@@ -26,7 +26,7 @@ use crate::fetch::{Fetched, confirm, reference};
 use crate::input::read_text;
 use crate::progress::{Meter, byte_bar};
 use crate::size::parse_size;
-use crate::terminal::{note, print, print_json, seconds};
+use crate::terminal::{counted, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
 use crate::types::{Types, is_stored};
 
@@ -497,7 +497,7 @@ impl Facts<'_> {
         out.push('\n');
         for left_out in self.left_out {
             let LeftOut { reason, tensors, bytes } = left_out;
-            let _ = writeln!(out, "left out: {tensors} tensors, {}: {reason}", Bytes(*bytes));
+            let _ = writeln!(out, "left out: {}, {}: {reason}", counted(*tensors, "tensor"), Bytes(*bytes));
         }
         if !self.widened.is_empty() {
             let names = self.widened.join(", ");
@@ -514,7 +514,7 @@ impl Facts<'_> {
 fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
     let resumed = match s.resumed_extents {
         0 => String::new(),
-        n => format!(", {n} extents kept from an earlier run"),
+        n => format!(", {} kept from an earlier run", counted(n, "extent")),
     };
     let name = match &s.files[..] {
         [first, .., last] => format!("{} to {}", first.display(), last.display()),

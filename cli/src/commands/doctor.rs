@@ -1,6 +1,6 @@
 //! `sluice doctor`: what the machine is like for this program, and how to mend what is not well.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -16,7 +16,7 @@ use tempfile::NamedTempFile;
 
 use crate::doctor::{Finding, Verdict, describe, drive, limits, memory, processor, worst};
 use crate::error::CliError;
-use crate::terminal::{print, print_json};
+use crate::terminal::{is_coloured, print_as_is, print_json};
 
 const EXAMPLES: &str = "\
 Each line is ok, could be better, or wrong, with what to do about it below. A model file is opened, and not read. Without one, the folder is the current one. To try \
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.json {
         print_json(&json!({ "path": path.display().to_string(), "worst": worst, "findings": findings }))?;
     } else {
-        print(&describe(&findings))?;
+        print_as_is(&describe(&findings, is_coloured(&io::stdout())))?;
     }
     let wrong = findings.iter().filter(|finding| finding.verdict == Verdict::Wrong).count();
     match wrong {

@@ -15,7 +15,7 @@ use sluice_text::ChatTemplate;
 
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
-use crate::terminal::{note, print, print_json};
+use crate::terminal::{counted, note, print, print_json};
 
 const EXAMPLES: &str = "\
 Reads the tables, not the weights: an instant even for a file of a terabyte.
@@ -247,7 +247,7 @@ fn experts(r: &Report) -> Vec<(&'static str, String)> {
     let (cycle, all) = (Bytes(r.token_cycle_bytes), r.experts_per_token);
     vec![
         ("experts", format!("{layer} in each of those layers, {token} per token; {each} each")),
-        ("token cycle", format!("{cycle}: the {all} experts of one token, read from the drive when none is in memory")),
+        ("token cycle", format!("{cycle}: the {} of one token, read from the drive when none is in memory", counted(all, "expert"))),
     ]
 }
 
@@ -264,7 +264,7 @@ fn describe(r: &Report) -> String {
         let part = 100.0 * r.stored_bytes as f64 / r.bytes_before_compression.max(1) as f64;
         line(
             "compression",
-            format!("{} extents; all take {part:.1} % of what they would without", r.compressed_extents),
+            format!("{}; all take {part:.1} % of what they would without", counted(r.compressed_extents, "extent")),
         );
     }
     line("model", format!("{}, id {}", r.family, r.model_id));

@@ -12,7 +12,7 @@ use super::convert::{Bar, explain};
 use crate::error::CliError;
 use crate::progress::byte_bar;
 use crate::size::parse_size;
-use crate::terminal::{note, print, print_json, seconds};
+use crate::terminal::{counted, note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
 The weights stay what they are to the bit, and so do saved sessions and what is known of the experts: nothing is \
@@ -102,7 +102,7 @@ fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {
     };
     let compressed = match s.compressed_extents {
         0 => String::new(),
-        n => format!(", {n} extents compressed"),
+        n => format!(", {} compressed", counted(n, "extent")),
     };
     format!(
         "{files}: version {FORMAT_VERSION} of the format{compressed}; {} of version {} became {} in {}\n",

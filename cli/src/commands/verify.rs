@@ -9,7 +9,7 @@ use sluice_model::memory::Bytes;
 
 use crate::error::CliError;
 use crate::progress::byte_bar;
-use crate::terminal::{print, print_json};
+use crate::terminal::{counted, print, print_json};
 
 const EXAMPLES: &str = "\
 Reads the whole file. `sluice run` also checks every byte that it reads; this command finds damage before it \
@@ -97,8 +97,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if !report.intact {
         let (damaged, extents) = (report.damaged.len(), report.extents);
         return Err(CliError::Failure(format!(
-            "{}: {damaged} of {extents} extents {} damaged. Copy the file again or convert it again",
+            "{}: {damaged} of {} {} damaged. Copy the file again or convert it again",
             report.file,
+            counted(extents, "extent"),
             if damaged == 1 { "is" } else { "are" }
         )));
     }
@@ -187,8 +188,8 @@ fn same(files: &[SourceFile]) -> String {
 fn describe(report: &Report) -> String {
     let mut out = String::new();
     if report.intact {
-        let (extents, bytes) = (report.extents, Bytes(report.bytes));
-        out = format!("{}: intact; {extents} extents, {bytes}, every checksum matches\n", report.file);
+        let (extents, bytes) = (counted(report.extents, "extent"), Bytes(report.bytes));
+        out = format!("{}: intact; {extents}, {bytes}, every checksum matches\n", report.file);
     }
     for d in &report.damaged {
         out += &format!("damaged: {} at offset {}: {}\n", d.extent, d.offset, d.problem);
