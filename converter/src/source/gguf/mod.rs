@@ -25,6 +25,7 @@ mod split;
 mod table;
 mod tokenizer;
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use self::arch::Arch;
@@ -35,7 +36,7 @@ use self::keys::Keys;
 use self::metadata::Problem;
 use self::source::WithTexts;
 use self::table::Table;
-use super::{CONFIG, Checkpoint, Source};
+use super::{CONFIG, Checkpoint, Source, without_layer};
 use crate::error::ConvertError;
 
 /// Opens the model of which the file at `path` is the only one, or any part.
@@ -61,12 +62,18 @@ pub(crate) fn of_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertEr
     let of_first = |problem: Problem| of_file((0, problem));
     let (arch, name) = Arch::find(&heads[0].metadata).map_err(of_first)?;
     let described = describe(&*source, arch, name, &heads)?;
-    let mut tables = Vec::with_capacity(heads.len());
+    let (mut tables, mut called) = (Vec::with_capacity(heads.len()), HashMap::new());
     for (number, head) in heads.iter().enumerate() {
         let read = |tensor: &Tensor| read_tensor(&*source, number, tensor);
         let table = Table { arch, described: &described, file: number, read: &read };
-        let entries = head.tensors.iter().map(|tensor| table.entries(tensor));
-        tables.push(entries.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect());
+        let mut entries = Vec::new();
+        for tensor in &head.tensors {
+            let of_tensor = table.entries(tensor)?;
+            let own = without_layer(&tensor.name).0;
+            called.extend(of_tensor.iter().map(|entry| (without_layer(&entry.name).0, own.clone())));
+            entries.extend(of_tensor);
+        }
+        tables.push(entries);
     }
     let mut texts = vec![(CONFIG.to_owned(), described.config.to_string().into_bytes())];
     let of_tokenizer = tokenizer::text_files(&heads[0].metadata).map_err(of_first)?;
@@ -82,6 +89,7 @@ pub(crate) fn of_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertEr
     checkpoint.index();
     checkpoint.notes = described.notes;
     checkpoint.whole_norms = true;
+    checkpoint.called = called;
     Ok(checkpoint)
 }
 
