@@ -104,8 +104,8 @@ pub enum BatchError {
     },
     /// There is a journal without a header, and an output with results.
     #[error(
-        "{path}: the beginning of the journal is missing, so it does not say which requests have a result in {output}. Nothing was changed, \
-         and the results there are still good. Put a copy of the journal back to go on; without one, move both files away, and the same \
+        "{path}: the beginning of the journal is missing, so it does not say which requests have a result in {output}. Nothing was \
+         changed, and the results there are still good. Put a copy of the journal back to go on; without one, move both files away, and the same \
          command begins again"
     )]
     JournalLost {

@@ -49,8 +49,8 @@ pub struct Index {
     pub digest: u128,
     /// Bytes of the input.
     pub length: u64,
-    /// Fields that requests have, by the path that these name, and the first line with each. The path is empty for fields beside a body. Of very
-    /// many fields, the first ones are here.
+    /// Fields that requests have, by the path that these name, and the first line with each. The path is empty for fields beside a body.
+    /// Of very many fields, the first ones are here.
     pub fields: BTreeMap<(String, String), u32>,
 }
 
@@ -219,8 +219,12 @@ mod tests {
 
     #[test]
     fn fields_are_remembered_with_the_first_line_that_has_them() {
-        let text = "{\"prompt\": \"a\"}\n{\"prompt\": \"b\", \"max_token\": 3}\n{\"url\": \"/v1/x\", \"body\": {\"n\": 1}, \"custm_id\": 3}\n";
-        let found = index(text.as_bytes()).unwrap().fields;
+        let lines = [
+            r#"{"prompt": "a"}"#,
+            r#"{"prompt": "b", "max_token": 3}"#,
+            r#"{"url": "/v1/x", "body": {"n": 1}, "custm_id": 3}"#,
+        ];
+        let found = index(lines.join("\n").as_bytes()).unwrap().fields;
         let field = |url: &str, name: &str| (url.to_owned(), name.to_owned());
         let want = [
             (field("", "custm_id"), 3),

@@ -30,7 +30,8 @@ const RECORD_MOST: usize = 16 << 20;
 const SEARCHED: usize = 2 * RECORD_MOST;
 /// Bytes that this search hashes at most, which bounds its time.
 const HASHED: usize = 256 << 20;
-/// A drive writes sectors of this many bytes, whole or not at all. A crash of the system leaves zeros in the place of one that was not written.
+/// A drive writes sectors of this many bytes, whole or not at all. A crash of the system leaves zeros in the place of one that was not
+/// written.
 const SECTOR: u64 = 512;
 /// Most answers of a request.
 const ANSWERS_MOST: u32 = 1 << 16;
@@ -237,8 +238,8 @@ impl Journal {
         BatchError::JournalDamaged { path: self.path.clone(), offset, results: content.results.len() }
     }
 
-    /// Whether what begins at `from`, where no whole record is, can be what a crash has left: no whole record follows it, or a sector of the
-    /// damaged one was never written.
+    /// Whether what begins at `from`, where no whole record is, can be what a crash has left: no whole record follows it, or a sector of
+    /// the damaged one was never written.
     fn is_torn(&self, from: u64, length: u64) -> std::io::Result<bool> {
         let mut bytes = vec![0; usize::try_from(length - from).unwrap_or(usize::MAX).min(SEARCHED)];
         let count = read_full(&*self.file, &mut bytes, from)?;
@@ -650,6 +651,9 @@ mod tests {
         sample(&path);
         let (mut journal, _) = open(&path);
         let refused = journal.read(1);
-        assert!(matches!(refused, Err(BatchError::JournalDamaged { results: 0, .. })), "no request has the number: {refused:?}");
+        assert!(
+            matches!(refused, Err(BatchError::JournalDamaged { results: 0, .. })),
+            "no request has the number: {refused:?}"
+        );
     }
 }

@@ -177,8 +177,8 @@ pub struct Progress {
     pub mean_tokens_per_second: f64,
     /// Seconds that are left, from the mean rate and the mean length of answers so far; `None` while nothing is known of these.
     pub seconds_left: Option<f64>,
-    /// Seconds that are left at most at the mean rate: if all answers become as long as they may. `None` while nothing is known of the rate, or
-    /// if an answer has no limit.
+    /// Seconds that are left at most at the mean rate: if all answers become as long as they may. `None` while nothing is known of the
+    /// rate, or if an answer has no limit.
     pub seconds_left_at_most: Option<f64>,
 }
 
@@ -517,7 +517,9 @@ impl Batch {
             tokens_per_second: recent,
             mean_tokens_per_second: mean,
             seconds_left: left.and_then(|left| seconds_for(left, mean)),
-            seconds_left_at_most: self.tokens_left.and_then(|most| seconds_for(most.saturating_sub(underway) as f64, mean)),
+            seconds_left_at_most: self
+                .tokens_left
+                .and_then(|most| seconds_for(most.saturating_sub(underway) as f64, mean)),
         }
     }
 }

@@ -87,7 +87,9 @@ fn whatever_fails_the_results_are_those_of_a_run_without() {
                 *fired.entry(fault).or_insert(0) += u32::from(has_fired);
                 match outcome {
                     Ok(summary) => assert!(!summary.interrupted && (fault == Fault::Short || !has_fired)),
-                    Err(BatchError::File { .. } | BatchError::Start { .. }) => assert!(has_fired, "seed {seed}, {fault:?}"),
+                    Err(BatchError::File { .. } | BatchError::Start { .. }) => {
+                        assert!(has_fired, "seed {seed}, {fault:?}")
+                    }
                     Err(error) => panic!("seed {seed}, {fault:?}: {error}"),
                 }
                 files.settle();

@@ -160,7 +160,8 @@ pub(crate) fn worth_saving(args: &EngineArgs, file: &ModelFile, load: &Load, seq
     width.worth_saving(file, load, &rates, args.kv_type)
 }
 
-/// How much there is to do; lines that are no requests are none of it. `context`: most tokens of a request and its answer, if somebody says so.
+/// How much there is to do; lines that are no requests are none of it. `context`: most tokens of a request and its answer, if somebody
+/// says so.
 pub(crate) fn load(file: &ModelFile, path: &Path, index: &Index, context: Option<usize>) -> Result<Load, CliError> {
     let tokenizer = crate::engine_args::tokenizer(file)?;
     let (mean, most) = tokens_per_byte(path, index, tokenizer.as_ref())?;

@@ -46,8 +46,8 @@ fn folder_of(output: &Path) -> PathBuf {
 }
 
 impl Saved {
-    /// Opens the folder beside the results, if sequences are to be saved, or an earlier run has saved some. `worth`: the number of new tokens
-    /// from which saving pays. Whatever is wrong with the folder is a remark: without it, prompts are read again.
+    /// Opens the folder beside the results, if sequences are to be saved, or an earlier run has saved some. `worth`: the number of new
+    /// tokens from which saving pays. Whatever is wrong with the folder is a remark: without it, prompts are read again.
     pub(crate) fn open(
         output: &Path,
         choice: SaveChoice,
@@ -98,7 +98,9 @@ impl Saved {
             note(&format_args!("note: {count} in {folder} could not be read back: the prompts were read again"));
         }
         if let Some(error) = self.store.last_error().filter(|_| !is_finished) {
-            note(&format_args!("note: not all sequences are saved ({error}): a run that goes on reads their prompts again"));
+            note(&format_args!(
+                "note: not all sequences are saved ({error}): a run that goes on reads their prompts again"
+            ));
         }
         if is_finished {
             discard(self.store, &folder);

@@ -372,7 +372,9 @@ fn what_a_plan_assumes_and_what_it_ignores_is_said() {
     let text = stdout(&plan);
     assert!(text.contains("1024 for 1 answer that no request limits") && !text.contains("at most 1280"), "{text}");
     let said = stderr(&plan);
-    for word in [r#"the field "max_token" is not known"#, "(line 1 ", r#"did you mean "max_tokens"?"#, "temprature", "(line 2 "] {
+    for word in
+        [r#"the field "max_token" is not known"#, "(line 1 ", r#"did you mean "max_tokens"?"#, "temprature", "(line 2 "]
+    {
         assert!(said.contains(word), "`{word}` is not in: {said}");
     }
     assert!(!said.contains("\"user\""), "{said}");
@@ -465,7 +467,8 @@ fn a_limit_on_the_size_of_files_is_an_error_like_a_full_drive() {
 fn questions_that_make_no_sense_are_refused_before_anything_is_made() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("answer.md");
-    let ask = |model: &str, question: &str| sluice(&["ask", model, question, "--overnight", "--out", out.to_str().unwrap()]);
+    let ask =
+        |model: &str, question: &str| sluice(&["ask", model, question, "--overnight", "--out", out.to_str().unwrap()]);
     assert_fails(&ask(model(), " \n"), 2, &["the question is empty"]);
     assert_fails(&ask(demo_model(), "Who are you?"), 2, &["has no chat template", "sluice run"]);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);

@@ -3,8 +3,8 @@
 /// Least nearness of a name to one that was meant. Names that have nothing to do with each other reach some 0.6.
 const NEAR: f64 = 0.8;
 
-/// The nearest of the known names, if one is near. Nearness is that of Jaro and Winkler, which counts what names begin with: families' names
-/// begin with those of their authors.
+/// The nearest of the known names, if one is near. Nearness is that of Jaro and Winkler, which counts what names begin with: families'
+/// names begin with those of their authors.
 pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let name = name.to_lowercase();
     let each = known.iter().map(|other| (strsim::jaro_winkler(&name, other), *other));

@@ -54,8 +54,8 @@ pub enum FormatError {
     },
     /// The superblock was never written.
     #[error(
-        "{path} begins with zeros where a model file has its superblock: it is an unfinished conversion, or no model was ever written to it. If a \
-         conversion was interrupted, run the same `sluice convert` again; it resumes. Otherwise convert or copy the model again"
+        "{path} begins with zeros where a model file has its superblock: it is an unfinished conversion, or no model was ever written to it. \
+         If a conversion was interrupted, run the same `sluice convert` again; it resumes. Otherwise convert or copy the model again"
     )]
     Unfinished {
         /// The file.

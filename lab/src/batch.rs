@@ -178,9 +178,9 @@ impl Width {
         (missed / rates.drive).max(work.operations / rates.arithmetic)
     }
 
-    /// After how many new tokens it pays to save the sequences: the least number, in powers of two from a page on, at which writing and reading
-    /// back the keys, values and states of all sequences takes a quarter of the time, or less, that the model takes to read these tokens again.
-    /// `None`: it never does, or reading again takes no second.
+    /// After how many new tokens it pays to save the sequences: the least number, in powers of two from a page on, at which writing and
+    /// reading back the keys, values and states of all sequences takes a quarter of the time, or less, that the model takes to read these
+    /// tokens again. `None`: it never does, or reading again takes no second.
     pub fn worth_saving(&self, file: &ModelFile, load: &Load, rates: &Rates, kv_type: KvType) -> Option<usize> {
         let sequences = self.sequences as f64;
         let sizes = std::iter::successors(Some(PAGE_TOKENS), |tokens| tokens.checked_mul(2));

@@ -279,8 +279,10 @@ fn answer(args: &Args, options: Options, overnight: bool) -> Result<(), CliError
     let output = options.output.clone();
     let sync = if overnight { Sync::Seconds } else { Sync::Never };
     let longest_answer = longest_answer(&load);
-    let mut batch =
-        Batch::open(&SystemFiles, Options { identity, sync, now: now(), longest_answer: Some(longest_answer), ..options })?;
+    let mut batch = Batch::open(
+        &SystemFiles,
+        Options { identity, sync, now: now(), longest_answer: Some(longest_answer), ..options },
+    )?;
     if batch.is_finished() {
         return Shown::file(&args.out).end(&whole(&output)?);
     }

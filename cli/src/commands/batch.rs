@@ -71,8 +71,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WHEN", default_value = "seconds")]
     sync: SyncChoice,
 
-    /// Whether the sequences of unfinished requests are saved beside OUT, in OUT.sessions until all is done: a run that goes on then need not
-    /// read their prompts again
+    /// Whether the sequences of unfinished requests are saved beside OUT, in OUT.sessions until all is done: a run that goes on then
+    /// need not read their prompts again
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     save_sequences: SaveChoice,
 
@@ -195,7 +195,9 @@ fn say_what_is_ignored(index: &Index) {
     let more = ignored.len().saturating_sub(MOST_IGNORED);
     for (line, field, near) in ignored.into_iter().take(MOST_IGNORED) {
         let near = near.map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
-        note(&format_args!("note: the field {field:?} is not known and is ignored (line {line} is the first that has it){near}"));
+        note(&format_args!(
+            "note: the field {field:?} is not known and is ignored (line {line} is the first that has it){near}"
+        ));
     }
     if more > 0 {
         note(&format_args!("note: {} more are not known", counted(more, "field")));

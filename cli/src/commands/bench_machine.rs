@@ -99,7 +99,12 @@ fn measure(args: &Args) -> Result<MachineFile, CliError> {
     bar.inc(1);
     let products = TYPES.map(|ty| (ty, (bench.product_rate(ty), bar.inc(1)).0));
     bar.finish_and_clear();
-    Ok(MachineFile::new((ram, available, drive), memory, products.into_iter(), (kernels.isa_name(), bench.pool.threads())))
+    Ok(MachineFile::new(
+        (ram, available, drive),
+        memory,
+        products.into_iter(),
+        (kernels.isa_name(), bench.pool.threads()),
+    ))
 }
 
 /// Bytes per second of the drive below a file, if it has been calibrated.

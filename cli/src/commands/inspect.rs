@@ -247,7 +247,10 @@ fn experts(r: &Report) -> Vec<(&'static str, String)> {
     let (cycle, all) = (Bytes(r.token_cycle_bytes), r.experts_per_token);
     vec![
         ("experts", format!("{layer} in each of those layers, {token} per token; {each} each")),
-        ("token cycle", format!("{cycle}: the {} of one token, read from the drive when none is in memory", counted(all, "expert"))),
+        (
+            "token cycle",
+            format!("{cycle}: the {} of one token, read from the drive when none is in memory", counted(all, "expert")),
+        ),
     ]
 }
 

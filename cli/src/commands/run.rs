@@ -305,9 +305,7 @@ fn report(
         let (tokens, context) = (counted(done.ids.len(), "token"), profile.memory.context);
         let advice = if context < limit { "; --context makes it longer" } else { ", which is the model's limit" };
         let advice = format!("{advice}; --when-full drop-oldest goes on");
-        note(&format_args!(
-            "note: stopped after {tokens} because the context of {context} tokens is full{advice}"
-        ));
+        note(&format_args!("note: stopped after {tokens} because the context of {context} tokens is full{advice}"));
     }
     if args.profile {
         print_report(profile.report().trim_end());

@@ -81,9 +81,10 @@ pub(crate) fn worst(findings: &[Finding]) -> Verdict {
 pub(crate) fn describe(findings: &[Finding], coloured: bool) -> String {
     let verdicts = Verdict::CouldBeBetter.words().len();
     let line = |f: &Finding| {
-        let mend = f.mend.as_ref().map_or(String::new(), |mend| {
-            format!("{:verdicts$}  {:13}  → {}\n", "", "", printable(mend))
-        });
+        let mend = f
+            .mend
+            .as_ref()
+            .map_or(String::new(), |mend| format!("{:verdicts$}  {:13}  → {}\n", "", "", printable(mend)));
         let verdict = format!("{:verdicts$}", f.verdict.words());
         let verdict = if coloured { format!("\x1b[{}m{verdict}\x1b[0m", f.verdict.style()) } else { verdict };
         format!("{verdict}  {:13}  {}\n{mend}", f.of, printable(&f.is))

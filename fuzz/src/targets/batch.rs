@@ -128,7 +128,8 @@ fn interrupted(folder: &Path) -> &'static Interrupted {
     })
 }
 
-/// Makes what the header says of the input right, and the checksums of header and records, so that what was mutated behind them is looked at.
+/// Makes what the header says of the input right, and the checksums of header and records, so that what was mutated behind them is
+/// looked at.
 #[allow(dead_code, reason = "the test that replays inputs mutates none")]
 pub(crate) fn seal(journal: &mut [u8], folder: &Path) {
     let sound = &interrupted(folder).journal;
@@ -169,7 +170,9 @@ pub(crate) fn run(input: &[u8], folder: &Path) {
             assert!(lines.iter().all(|line| serde_json::from_str::<Value>(line).is_ok()), "a result is no JSON");
             assert!(lines.len() <= REQUESTS, "a result is there twice");
         }
-        Err(_) => assert!(interrupted.output.starts_with(&now) || now.starts_with(&interrupted.output), "results are gone"),
+        Err(_) => {
+            assert!(interrupted.output.starts_with(&now) || now.starts_with(&interrupted.output), "results are gone")
+        }
     }
 }
 

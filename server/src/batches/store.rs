@@ -536,7 +536,13 @@ mod tests {
         let batches = open(folder.path());
         assert_eq!(batches.batches(), std::slice::from_ref(&batch));
         assert_eq!(batches.next().unwrap().0, batch);
-        assert!(["batch_0.json", "batch_1.json", "batch_2.json", "batch_3.json"].iter().all(|name| folder.path().join("batches").join(name).exists()));
+        assert!(
+            ["batch_0.json", "batch_1.json", "batch_2.json", "batch_3.json"].iter().all(|name| folder
+                .path()
+                .join("batches")
+                .join(name)
+                .exists())
+        );
         assert!(is_id("file-0aB_") && !["", "..", "a/b", "a.b", &"x".repeat(65)].iter().any(|text| is_id(text)));
     }
 
