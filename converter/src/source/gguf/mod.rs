@@ -57,12 +57,14 @@ pub(crate) fn of_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertEr
         key: problem.key,
         problem: problem.problem,
     };
-    let names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
-    split::check(&names, &heads).map_err(of_file)?;
+    let of_files: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
+    split::check(&of_files, &heads).map_err(of_file)?;
     let of_first = |problem: Problem| of_file((0, problem));
     let (arch, name) = Arch::find(&heads[0].metadata).map_err(of_first)?;
     let described = describe(&*source, arch, name, &heads)?;
-    let (mut tables, mut called) = (Vec::with_capacity(heads.len()), HashMap::new());
+    let mut tables = Vec::with_capacity(heads.len());
+    let patterns = |(hub, own): (String, String)| (without_layer(&hub).0, without_layer(&own).0);
+    let mut called: HashMap<_, _> = names::usual(arch, &described.linear).into_iter().map(patterns).collect();
     for (number, head) in heads.iter().enumerate() {
         let read = |tensor: &Tensor| read_tensor(&*source, number, tensor);
         let table = Table { arch, described: &described, file: number, read: &read };
