@@ -29,6 +29,8 @@ const SYNC_EVERY: Duration = Duration::from_secs(5);
 const REPORT_EVERY: Duration = Duration::from_millis(500);
 /// How far back the present rate reaches.
 const RECENT: Duration = Duration::from_secs(30);
+/// How long answers may take to end when the run is told to stop. They may have to be saved.
+const LEAVE: Duration = Duration::from_secs(120);
 /// Most events that are taken before something is written.
 const AT_ONCE: usize = 4096;
 
@@ -120,6 +122,8 @@ pub enum Event {
     },
     /// Nothing can go on, and it is not the request's fault.
     Broken {
+        /// The request that was being answered, if it was one.
+        request: Option<u32>,
         /// What is wrong.
         message: String,
     },
@@ -154,6 +158,12 @@ pub type Ongoing = Box<dyn Any + Send>;
 pub trait Answerer {
     /// Begins to answer. Every job gets an [`Event::Ended`] or an [`Event::Broken`], unless it is dropped before.
     fn begin(&self, job: Job) -> Ongoing;
+
+    /// Ends all answers that are being made, wherever they are, because the run is told to stop. If it says true, what was sampled until then
+    /// is still heard, and each job then gets an event as if it had ended, which means nothing any more.
+    fn end(&self) -> bool {
+        false
+    }
 }
 
 /// How far a run is.
@@ -350,6 +360,7 @@ impl Batch {
         let mut flight = Flight { queue, ongoing: HashMap::new(), answers: 0, at_a_time, events: Events(sender) };
         let mut meter = Meter::new();
         let outcome = self.steps(answerer, &mut flight, &events, stop, &mut meter, watch);
+        let outcome = outcome.and_then(|()| self.leave(answerer, &mut flight, &events));
         // Answers that are being made end before anything else is done.
         drop(flight);
         if self.options.sync != Sync::Never {
@@ -394,6 +405,39 @@ impl Batch {
         }
     }
 
+    /// The run is over: what was sampled for requests that have no result is kept, to the last token.
+    fn leave(
+        &mut self,
+        answerer: &dyn Answerer,
+        flight: &mut Flight,
+        events: &Receiver<Event>,
+    ) -> Result<(), BatchError> {
+        if flight.ongoing.is_empty() || !answerer.end() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + LEAVE;
+        while !flight.ongoing.is_empty() && Instant::now() < deadline {
+            let first = events.recv_timeout(WAIT).ok();
+            let mut tokens = Vec::new();
+            for event in first.into_iter().chain(events.try_iter().take(AT_ONCE)) {
+                match event {
+                    Event::Sampled { request, answer, token } if flight.ongoing.contains_key(&request) => {
+                        add(&mut tokens, request, answer, token);
+                    }
+                    Event::Sampled { .. } => {}
+                    Event::Ended { request, .. } => _ = flight.ongoing.remove(&request),
+                    Event::Broken { request: Some(request), .. } => _ = flight.ongoing.remove(&request),
+                    Event::Broken { .. } => return Ok(()),
+                }
+            }
+            if !tokens.is_empty() {
+                self.journal.sampled(&tokens)?;
+                self.written()?;
+            }
+        }
+        Ok(())
+    }
+
     /// Hands out requests while there is room for more.
     fn begin_more(&mut self, answerer: &dyn Answerer, flight: &mut Flight) -> Result<(), BatchError> {
         while flight.ongoing.is_empty() || flight.answers < flight.at_a_time {
@@ -424,15 +468,10 @@ impl Batch {
                     let Some(underway) = flight.ongoing.get_mut(&request) else { continue };
                     underway.generated += 1;
                     meter.generated += 1;
-                    let known =
-                        tokens.iter_mut().rev().find(|known| known.request == request && known.answer == answer);
-                    match known {
-                        Some(known) => known.tokens.push(token),
-                        None => tokens.push(Sampled { request, answer, tokens: vec![token] }),
-                    }
+                    add(&mut tokens, request, answer, token);
                 }
                 Event::Ended { request, outcome } => ended.push((request, outcome)),
-                Event::Broken { message } => return Err(BatchError::Broken { message }),
+                Event::Broken { message, .. } => return Err(BatchError::Broken { message }),
             }
         }
         // Those that have ended need no tokens any more.
@@ -521,6 +560,14 @@ impl Batch {
                 .tokens_left
                 .and_then(|most| seconds_for(most.saturating_sub(underway) as f64, mean)),
         }
+    }
+}
+
+/// Adds a token to those of its answer.
+fn add(tokens: &mut Vec<Sampled>, request: u32, answer: u32, token: Token) {
+    match tokens.iter_mut().rev().find(|known| known.request == request && known.answer == answer) {
+        Some(known) => known.tokens.push(token),
+        None => tokens.push(Sampled { request, answer, tokens: vec![token] }),
     }
 }
 

@@ -265,7 +265,7 @@ fn an_answerer_that_cannot_go_on_ends_the_run_and_loses_nothing() {
     struct Breaking;
     impl sluice_batch::Answerer for Breaking {
         fn begin(&self, job: sluice_batch::Job) -> sluice_batch::Ongoing {
-            job.events.send(sluice_batch::Event::Broken { message: "the drive is gone".into() });
+            job.events.send(sluice_batch::Event::Broken { request: None, message: "the drive is gone".into() });
             Box::new(())
         }
     }

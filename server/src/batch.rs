@@ -139,6 +139,11 @@ impl BatchAnswerer {
 }
 
 impl Answerer for BatchAnswerer {
+    fn end(&self) -> bool {
+        self.live.cancel_all();
+        true
+    }
+
     fn begin(&self, mut job: Job) -> Ongoing {
         let mut delivery = Delivery { events: job.events.clone(), request: job.request, delivered: false };
         match self.start(&mut job) {
@@ -197,7 +202,8 @@ impl Delivery {
             }
             // What the model or the machine cannot do now is no result of the request.
             Err(error) if matches!(error.kind, Kind::Internal | Kind::Closing) && error.code != Some(PANICKED) => {
-                return self.events.send(Event::Broken { message: error.message });
+                let request = Some(self.request);
+                return self.events.send(Event::Broken { request, message: error.message });
             }
             Err(error) => {
                 let body = error.body(Flavour::OpenAi);
@@ -214,7 +220,7 @@ impl Drop for Delivery {
     fn drop(&mut self) {
         if !self.delivered {
             let message = "a request was given up without a result: this is a bug, and standard error says more".into();
-            self.events.send(Event::Broken { message });
+            self.events.send(Event::Broken { request: Some(self.request), message });
         }
     }
 }
