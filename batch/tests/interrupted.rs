@@ -38,6 +38,7 @@ fn options(folder: &Path, sync: Sync) -> Options {
         sync,
         identity: Identity { model: "m".into(), settings: "s".into(), lossy: None },
         now: 1,
+        longest_answer: None,
     }
 }
 
