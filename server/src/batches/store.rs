@@ -456,7 +456,8 @@ fn describe<T: Described>(path: &Path, id: &str) -> io::Result<T> {
     if object.id() != id {
         return invalid(format!("it describes {:?}, so it must have that name", object.id()));
     }
-    match std::iter::once(id).chain(object.files()).find(|id| !is_id(id)) {
+    let wrong = std::iter::once(id).chain(object.files()).find(|id| !is_id(id)).map(str::to_owned);
+    match wrong {
         Some(wrong) => invalid(format!("{wrong:?} is no id: these have letters, digits, - and _ only")),
         None => Ok(object),
     }
