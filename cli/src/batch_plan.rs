@@ -114,9 +114,11 @@ impl Plan {
         let Load { answers, prompt_tokens, answer_tokens, unlimited, context } = self.load;
         let generated = match unlimited {
             0 => format!("at most {answer_tokens:.0} to generate"),
-            _ => format!(
-                "about {answer_tokens:.0} to generate, with {USUAL_ANSWER:.0} for {} that no request limits",
-                counted(unlimited, "answer")
+            1 => {
+                format!("about {answer_tokens:.0} to generate (an answer has no limit: {USUAL_ANSWER:.0} are assumed)")
+            }
+            n => format!(
+                "about {answer_tokens:.0} to generate ({n} answers have no limit: {USUAL_ANSWER:.0} each are assumed)"
             ),
         };
         let mut text = format!(

@@ -368,7 +368,7 @@ fn what_a_plan_assumes_and_what_it_ignores_is_said() {
     let run = Run::new(&format!("{chat}\n{}\n", r#"{"prompt": "B", "temprature": 1, "user": "me"}"#));
     let plan = sluice(&run.args(&["--dry-run"]));
     let text = stdout(&plan);
-    assert!(text.contains("1024 for 1 answer that no request limits") && !text.contains("at most 1280"), "{text}");
+    assert!(text.contains("an answer has no limit: 1024 are assumed") && !text.contains("at most 1280"), "{text}");
     let said = stderr(&plan);
     for word in
         [r#"the field "max_token" is not known"#, "(line 1 ", r#"did you mean "max_tokens"?"#, "temprature", "(line 2 "]
@@ -445,6 +445,34 @@ fn a_run_that_goes_on_does_not_read_again_what_is_saved() {
     fs::write(run.output.with_file_name("out.jsonl.sessions"), "mine").unwrap();
     let done = sluice(&run.args(&["--save-sequences", "always"]));
     assert!(done.status.success() && stderr(&done).contains("Sequences are not saved"), "{}", stderr(&done));
+}
+
+#[test]
+fn a_question_goes_on_behind_its_saved_sequence() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("answer.md").to_str().unwrap().to_owned();
+    let question = "O, speak again, bright angel! ".repeat(20);
+    let usual = ["-n", "400", "--temperature", "1"];
+    let shared = ["--context", "2000", "--forget"];
+    let at_once = stdout(&sluice(&[&["ask", model(), &question][..], &usual, &shared].concat()));
+    let night = ["--overnight", "--out", &out, "--save-sequences", "always"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+    command.args([&["ask", model(), &question][..], &usual, &shared, &night].concat());
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // Behind the prompt: what is saved then has tokens of the answer.
+    let sessions = folder.path().join("answer.md.run/result.jsonl.sessions");
+    let began = Instant::now();
+    while !Path::new(&out).exists() && child.try_wait().unwrap().is_none() && began.elapsed() < Duration::from_secs(60)
+    {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    if child.wait().unwrap().code() == Some(130) {
+        assert!(!saved(&sessions).is_empty());
+        stdout(&sluice(&[&["ask", model(), "--resume", "--out", &out][..], &shared].concat()));
+    }
+    assert_eq!(fs::read_to_string(&out).unwrap().trim(), at_once.trim());
+    assert!(!folder.path().join("answer.md.run").exists());
 }
 
 #[test]

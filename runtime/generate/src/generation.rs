@@ -400,10 +400,11 @@ impl Generation {
         self.to_read
     }
 
-    /// It begins with a sequence that has seen the first `position` tokens. False if it has begun before.
+    /// It begins with a sequence that has seen the first `position` tokens. False if it has begun before. Tokens that were sampled in an
+    /// earlier run are none of the prompt.
     pub(super) fn begin_at(&mut self, position: usize) -> bool {
         let first = self.cached.is_none();
-        self.cached.get_or_insert(position);
+        self.cached.get_or_insert(position.min(self.prompt));
         first
     }
 

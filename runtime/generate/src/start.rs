@@ -115,8 +115,9 @@ impl Scheduler {
         let position = running.sequence.position();
         running.saved = position;
         if running.generation.begin_at(position) {
-            self.totals.prompt_tokens += running.generation.usage().prompt_tokens as u64;
-            self.totals.cached_tokens += position as u64;
+            let usage = running.generation.usage();
+            self.totals.prompt_tokens += usage.prompt_tokens as u64;
+            self.totals.cached_tokens += usage.cached_tokens as u64;
         }
         running.report(position);
         running.mark();
