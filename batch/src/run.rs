@@ -277,7 +277,7 @@ impl Batch {
     pub fn open(files: &dyn Files, options: Options) -> Result<Batch, BatchError> {
         let input = options.open_input(files)?;
         let index = Index::read(&options.input, &*input).map_err(BatchError::at_start)?;
-        let (journal, output, begun) = claim(files, &options)?;
+        let Claimed { journal, output, begun } = claim(files, &options)?;
         let (started, journal, output, content) = match begun {
             None => {
                 let (journal, output) = begin(files, &options, &index, journal, output)?;
@@ -585,8 +585,15 @@ fn most_tokens(entry: &Entry, options: &Options) -> Option<u64> {
     }
 }
 
+/// The files of a run, and what its journal begins with, if it has begun.
+struct Claimed {
+    journal: Journal,
+    output: Box<dyn OpenFile>,
+    begun: Option<Header>,
+}
+
 /// Opens journal and output, which are made if they are not there; with the journal's header, if the run has begun already.
-fn claim(files: &dyn Files, options: &Options) -> Result<(Journal, Box<dyn OpenFile>, Option<Header>), BatchError> {
+fn claim(files: &dyn Files, options: &Options) -> Result<Claimed, BatchError> {
     let path = options.journal();
     let is_new = open_there(files, &path)?.is_none();
     if is_new && let Some(output) = open_there(files, &options.output)? {
@@ -597,7 +604,7 @@ fn claim(files: &dyn Files, options: &Options) -> Result<(Journal, Box<dyn OpenF
     let opened = open(&path).and_then(|file| {
         let (journal, begun) = Journal::claim(&path, file)?;
         match open(&options.output) {
-            Ok(output) => Ok((journal, output, begun)),
+            Ok(output) => Ok(Claimed { journal, output, begun }),
             Err(error) => {
                 if is_new {
                     // An empty journal says nothing, and is no obstacle for the next run.
