@@ -55,6 +55,8 @@ impl Output {
         }
         if end < length {
             output.file.cut(end).map_err(io("cut the results"))?;
+            // What was cut must not come back behind results that follow.
+            output.sync()?;
         }
         output.end = end;
         Ok((output, kept))

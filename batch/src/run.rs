@@ -289,7 +289,10 @@ impl Batch {
                 let mut content = journal.read(index.entries.len())?;
                 let (output, kept) = Output::resume(&options.output, output, &content.results)?;
                 if kept < content.results.len() {
+                    // Before other results take the place of those that were lost: a journal that lists the old ones beside the new
+                    // ones would be that of another output.
                     journal.kept(kept)?;
+                    journal.sync()?;
                     content.results.truncate(kept);
                 }
                 (header.started, journal, output, content)

@@ -24,17 +24,10 @@ import subprocess
 import threading
 import time
 
+from control_group import limited, size
+
 PIECE = 1 << 20
 THREADS = 8
-GROUPS = pathlib.Path("/sys/fs/cgroup")
-
-
-def size(text):
-    """Bytes of `4GiB` and the like."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("GB", 10**9)):
-        if text.endswith(unit):
-            return int(float(text.removesuffix(unit)) * factor)
-    return int(text)
 
 
 def drive_rate(path, seconds=2.0):
@@ -65,24 +58,13 @@ def drive_rate(path, seconds=2.0):
     return sum(done) / (time.monotonic() - began)
 
 
-def group(memory):
-    """A control group of so many bytes, or none: of version 2, or of version 1 where that one has the memory."""
-    if not memory:
-        return None
-    version_1 = GROUPS / "memory"
-    folder = (version_1 if version_1.is_dir() else GROUPS) / f"sluice-bench-{os.getpid()}"
-    folder.mkdir()
-    (folder / ("memory.limit_in_bytes" if version_1.is_dir() else "memory.max")).write_text(str(memory))
-    return folder
-
-
 def read_bytes(pid):
     """Bytes that a process has read from drives."""
     lines = pathlib.Path(f"/proc/{pid}/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
 
-def run(args, folder, prompt, answer, requests, at_a_time):
+def run(args, enter, prompt, answer, requests, at_a_time):
     """Tokens, seconds and bytes read of a run, from when the model was open."""
     choose = random.Random(prompt * 1000 + answer)
     source, target = args.scratch / "in.jsonl", args.scratch / "out.jsonl"
@@ -96,7 +78,6 @@ def run(args, folder, prompt, answer, requests, at_a_time):
     command = [args.sluice, "batch", args.model, source, target, "--json", "--forget", "--sequences", str(at_a_time)]
     command += ["--context", str(prompt + answer)]
     command += ["--budget", str(args.memory * 9 // 10)] if args.memory else []
-    enter = (lambda: (folder / "cgroup.procs").write_text(str(os.getpid()))) if folder else None
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, preexec_fn=enter)
     began = before = after = None
     generated = 0
@@ -113,11 +94,11 @@ def run(args, folder, prompt, answer, requests, at_a_time):
     return generated, seconds, after - before
 
 
-def case(args, folder, prompt, answer):
+def case(args, enter, prompt, answer):
     """One line of the table."""
     rates = [drive_rate(args.model)]
-    alone = run(args, folder, prompt, answer, args.alone, 1)
-    together = run(args, folder, prompt, answer, args.requests, args.requests)
+    alone = run(args, enter, prompt, answer, args.alone, 1)
+    together = run(args, enter, prompt, answer, args.requests, args.requests)
     rates.append(drive_rate(args.model))
     single, many = alone[0] / alone[1], together[0] / together[1]
     bound = together[2] / statistics.mean(rates) / together[1]
@@ -137,14 +118,10 @@ def main():
     parser.add_argument("--prompts", default="16,256")
     parser.add_argument("--answers", default="32,128")
     args = parser.parse_args()
-    folder = group(args.memory)
-    try:
+    with limited(args.memory) as enter:
         for prompt in map(int, args.prompts.split(",")):
             for answer in map(int, args.answers.split(",")):
-                case(args, folder, prompt, answer)
-    finally:
-        if folder:
-            folder.rmdir()
+                case(args, enter, prompt, answer)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,28 @@ def time_llama(path, threads, inner):
             print(json.dumps({"prefill": PROMPT / (middle - start), "decode": DECODE / (end - middle)}), flush=True)
 
 
+def time_streamed(path, threads, ids, tokens):
+    """One line of JSON: tokens/s of a prompt and of an answer in a process that has just opened the file, as `peers.py` wants it."""
+    import time
+    ll = llama()
+    ids, tokens = [int(i) for i in ids.split(",")], int(tokens)
+    context = open_llama(ll, path, int(threads), n_ctx=len(ids) + tokens + 16)
+
+    def decode(ids):
+        array = (ll.llama_token * len(ids))(*ids)
+        assert ll.llama_decode(context, ll.llama_batch_get_one(array, len(ids))) == 0
+        row = ll.llama_get_logits_ith(context, -1)
+        return max(range(0, VOCAB, 97), key=lambda i: row[i])
+
+    start = time.perf_counter()
+    token = decode(ids)
+    middle = time.perf_counter()
+    for _ in range(tokens):
+        token = decode([token])
+    end = time.perf_counter()
+    print(json.dumps({"prefill": len(ids) / (middle - start), "decode": tokens / (end - middle)}), flush=True)
+
+
 def llama_logits(path, threads, out):
     """Writes the logits of every position of the prompt: f32, [tokens, vocabulary].
 
@@ -270,7 +292,7 @@ def make(what, path, layers, source):
         write_gguf(Path(path), weights(), int(layers), source)
 
 
-INSIDE = {f.__name__: f for f in [make, time_llama, llama_logits, quantise, census, differences]}
+INSIDE = {f.__name__: f for f in [make, time_llama, time_streamed, llama_logits, quantise, census, differences]}
 
 
 def lines(command):
