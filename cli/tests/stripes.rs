@@ -1,12 +1,10 @@
 //! Models that are striped over folders, from the command line.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+use crate::common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
 struct Drives {
     dir: tempfile::TempDir,

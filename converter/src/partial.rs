@@ -351,7 +351,7 @@ impl Partial {
                     return no_space(folder, needed, available);
                 }
             }
-            let files = if plan.options.compress { &[] } else { &self.locks[..] };
+            let files: &[(PathBuf, File)] = if plan.options.compress { &[] } else { &self.locks };
             for ((path, file), &end) in files.iter().zip(plan.layout.ends()) {
                 match allocate(file, end) {
                     Err(e) if e.raw_os_error() == Some(Errno::ENOSPC as i32) => {

@@ -1,14 +1,12 @@
 //! Models that are striped over folders: converted so, restriped there and back, killed and resumed, they are the same bytes.
 
-mod common;
-
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::killed::{self, KillAt};
-use common::{Noise, Synthetic, options};
+use crate::common::killed::{self, KillAt};
+use crate::common::{Noise, Synthetic, options};
 use sluice_converter::{ConvertError, Options, Progress, Striping, UpgradeOptions, convert, restripe, upgrade};
 use sluice_format::{ModelFile, Shares};
 
@@ -174,7 +172,7 @@ fn killed_at_any_moment_a_conversion_resumes_to_the_same_volumes() {
             let bytes = whole.bytes_written * (round + 1) / 5;
             let at = if round < 4 { KillAt { bytes, journaled: round >= 2 } } else { KillAt::NEVER };
             let also = format!("{compress},{}", folders.join(","));
-            let mut child = killed::spawn("child_of_stripes", &src, &dst, at, &also);
+            let mut child = killed::spawn("stripes::child_of_stripes", &src, &dst, at, &also);
             if round >= 4 {
                 std::thread::sleep(std::time::Duration::from_millis(noise.bits() % 300));
                 child.kill().unwrap();

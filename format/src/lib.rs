@@ -61,7 +61,7 @@ pub use schema::TensorShape;
 pub use sluice_weights::{BLOCK, FP8_BLOCK, Grouped, PLANE_ALIGN, ROW_GROUP, WeightType};
 pub use spec::*;
 pub use state_id::StateId;
-pub use stripes::{MAX_SHARE, MAX_STRIPES, Placed, Shares, Stripe};
+pub use stripes::{MAX_SHARE, Placed, Shares, Stripe};
 pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, READ_VERSIONS, Superblock, TableRef};
 pub use tensor::{ANY_INDEX, Layout, MAX_ORDERED_COLS, TensorRecord, order_len, pack_tensors};
 pub use volumes::{Volume, VolumeName, model_path};

@@ -4,9 +4,8 @@
 //! extent has one stripe, which is all of it.
 
 use crate::extent::{Codec, ExtentKind, ExtentRecord};
+use crate::limits::MAX_STRIPES;
 
-/// Most stripes of an extent, and most volumes of a striped model.
-pub const MAX_STRIPES: usize = 16;
 /// Largest share of a volume.
 pub const MAX_SHARE: u32 = 100;
 

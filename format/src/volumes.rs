@@ -173,6 +173,7 @@ impl Volume {
             None => other(name.places_of(0, None), &named_path, count)?,
         };
         let folders = first.folders.clone();
+        let name = VolumeName::parse(&first.path).unwrap_or(name);
         let mut volumes: Vec<Volume> = Vec::with_capacity(usize::from(count));
         volumes.push(first);
         for number in 1..count {

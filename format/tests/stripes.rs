@@ -1,14 +1,12 @@
 //! Models that are striped: every read uses all volumes, and every volume must be there, be of this model and be sound.
 
-mod support;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use sluice_checksum::xxh3_128;
 use sluice_format::fields::{extent, superblock};
 use sluice_format::*;
-use support::*;
+use crate::support::*;
 
 /// Folders, as if on drives of their own.
 fn folders(count: usize) -> (tempfile::TempDir, Vec<PathBuf>) {

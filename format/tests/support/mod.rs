@@ -496,7 +496,7 @@ pub(crate) fn write_parts(whole: &Path, content: &Content, most: u64, compress: 
     paths
 }
 
-/// Writes a model of such weights striped over folders; returns where its volumes are.
+/// Writes a model of such weights striped over folders, which can be the same; returns where its volumes are.
 pub(crate) fn write_striped(folders: &[PathBuf], content: &Content, shares: &[u32], compress: bool) -> Vec<PathBuf> {
     let layout = FileLayout::new(4096, &content.planned).expect("it can be laid out");
     let layout = layout.stripe(Shares::new(shares).expect("possible shares")).expect("it can be striped");
@@ -509,7 +509,9 @@ pub(crate) fn write_striped(folders: &[PathBuf], content: &Content, shares: &[u3
     let files: Vec<_> = folders.iter().enumerate().map(file).collect();
     let paths: Vec<_> = files.iter().map(|(path, _)| path.clone()).collect();
     let mut writer = FileWriter::of_files(files, layout).expect("it can be written");
-    writer.set_folders(folders[1..].to_vec());
+    // Beside the first needs no name.
+    let recorded = |folder: &PathBuf| if *folder == folders[0] { PathBuf::new() } else { folder.clone() };
+    writer.set_folders(folders[1..].iter().map(recorded).collect());
     if compress {
         writer.compress(&content.tensors);
     }
