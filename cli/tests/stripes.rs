@@ -73,10 +73,17 @@ fn converted_so_and_named_without_numbers() {
     let types = ["--type", "f32", "--dense-type", "f32"];
     let convert = |dst: &str, more: &[&str]| sluice(&[&["convert", source, dst], &types[..], more].concat());
     let list = drives.list();
-    let made = convert("m.sluice", &["--volumes", &list, "--json"]);
+    // Whoever runs this may have measured the drive.
+    let mut unmeasured = Command::new(env!("CARGO_BIN_EXE_sluice"));
+    unmeasured.env("XDG_CACHE_HOME", drives.at("cache")).env("HOME", drives.at("home")).stdin(Stdio::null());
+    unmeasured.args(["convert", source, "m.sluice", "--volumes", &list, "--json"]).args(types);
+    let made = unmeasured.output().unwrap();
     assert!(stderr(&made).contains("has not been measured, so all drives get equal shares"), "{}", stderr(&made));
     let files = json(&made)["files"].clone();
-    assert_eq!(files, serde_json::json!([drives.at("a/m-00001-of-00002.sluice"), drives.at("b/m-00002-of-00002.sluice")]));
+    assert_eq!(
+        files,
+        serde_json::json!([drives.at("a/m-00001-of-00002.sluice"), drives.at("b/m-00002-of-00002.sluice")])
+    );
     assert_eq!(ids(&drives.at("a/m.sluice")), ids(demo_model()));
     assert_fails(&convert("m.sluice", &["--volumes", &list]), 1, &["exists already"]);
     // What makes no sense.
@@ -167,13 +174,13 @@ fn simulated_drives_are_one_for_each_volume() {
     stdout(&sluice(&["synth", geometry.to_str().unwrap(), &whole]));
     stdout(&sluice(&["restripe", &whole, "--volumes", &drives.list(), "--shares", "2,1"]));
     let first = drives.at("a/m-00001-of-00002.sluice");
-    let bench = |more: &[&str]| {
-        sluice(&[&["bench", "decode", &first, "-n", "2", "--warm-up", "1", "--json"], more].concat())
-    };
+    let bench =
+        |more: &[&str]| sluice(&[&["bench", "decode", &first, "-n", "2", "--warm-up", "1", "--json"], more].concat());
     let found = json(&bench(&["--drive", "4GB/s", "--drive", "2GB/s"]));
     assert_eq!(found[0]["drive"]["drives"], 2);
     let rate = found[0]["drive"]["bytes_per_second"].as_f64().unwrap();
-    assert!((rate / 6e9 - 1.0).abs() < 0.1, "{rate}");
+    // These experts have few pages, which cannot be divided by two and one.
+    assert!((4.5e9..6.1e9).contains(&rate), "{rate}");
     assert_eq!(json(&bench(&["--drive", "4GB/s"]))[0]["drive"]["drives"], 2);
     let three = ["--drive", "4GB/s", "--drive", "2GB/s", "--drive", "2GB/s"];
     assert_fails(&bench(&three), 2, &["given 3 times"]);

@@ -121,8 +121,7 @@ fn other_counts(destination: Destination<'_>, most: usize) -> Option<usize> {
 pub(crate) fn clear_remains(path: &Path, plan: &Plan) {
     let destination = plan.destination(path);
     let most = plan.layout.ends().len();
-    let is_complete =
-        || (1..=most).any(|count| destination.targets(count).first().is_some_and(|first| first.exists()));
+    let is_complete = || (1..=most).any(|count| destination.targets(count).first().is_some_and(|first| first.exists()));
     if !destination.partial(0).exists() && is_journal(&journal_path(path)) && is_complete() {
         let _ = clear_all(path);
     }

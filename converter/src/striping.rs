@@ -67,9 +67,8 @@ impl Striping {
             if folder.is_absolute() {
                 return Ok(folder.clone());
             }
-            let place = |folder: &Path| {
-                fs::canonicalize(folder).map_err(ConvertError::io(folder, "find out where it is"))
-            };
+            let place =
+                |folder: &Path| fs::canonicalize(folder).map_err(ConvertError::io(folder, "find out where it is"));
             Ok(relative(&place(&self.folders[0])?, &place(folder)?))
         };
         self.folders[1..].iter().map(name).collect()

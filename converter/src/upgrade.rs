@@ -14,7 +14,7 @@ use sluice_format::{
 
 use crate::Progress;
 use crate::error::ConvertError;
-use crate::own::{self, Own, clear_all, clear_idle, folder_of, journal_path, make_room};
+use crate::own::{self, Own, clear_all, clear_idle, journal_path, make_room};
 use crate::partial::{check_space, claim, publish, refuse_existing, sync_note};
 use crate::striping::{Destination, Striping};
 
@@ -119,9 +119,8 @@ pub fn restripe(
 /// Whether every extent has the stripes that a layout gives it.
 fn has_stripes(model: &ModelFile, layout: &FileLayout) -> bool {
     let parts = |stripes: &[Stripe]| stripes.iter().map(|s| (s.volume, s.len)).collect::<Vec<_>>();
-    let same = |(number, e): (usize, &ExtentRecord)| {
-        parts(model.stripes(e)) == parts(&layout.stripes(number, e.stored_len))
-    };
+    let same =
+        |(number, e): (usize, &ExtentRecord)| parts(model.stripes(e)) == parts(&layout.stripes(number, e.stored_len));
     model.extents().iter().enumerate().all(same)
 }
 
@@ -271,7 +270,8 @@ fn check_drives(
     let mut drives: Vec<(u64, &Path, u64)> = Vec::new();
     for (volume, (path, file)) in locks.iter().enumerate() {
         let tables = layout.table_bytes(model.tensors().len()) + if volume == 0 { metadata_bytes(model) } else { 0 };
-        let of_extents = model.extents().iter().enumerate().flat_map(|(number, e)| layout.stripes(number, e.stored_len));
+        let of_extents =
+            model.extents().iter().enumerate().flat_map(|(number, e)| layout.stripes(number, e.stored_len));
         let needed = tables + of_extents.filter(|s| usize::from(s.volume) == volume).map(|s| s.len).sum::<u64>();
         let drive = file.metadata().map_err(ConvertError::io(path, "read its state"))?.dev();
         match drives.iter_mut().find(|(other, ..)| *other == drive) {

@@ -6,8 +6,8 @@ use crate::error::Region;
 use crate::extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, padded_len};
 use crate::limits::{MAX_EXTENT_BYTES, MAX_EXTENTS, MAX_TENSORS};
 use crate::schema::TensorShape;
-use crate::stripes::{ExtentTable, Stripe};
 use crate::spec::{ModelSpec, NgramSpec};
+use crate::stripes::{ExtentTable, Stripe};
 use crate::superblock::Superblock;
 use crate::tensor::{ANY_INDEX, Layout, TensorRecord, next_tensor_offset};
 use sluice_weights::WeightType;
@@ -101,8 +101,7 @@ impl Catalog {
             expected += self.check_table(ngrams).map_err(tensor_table)?;
         }
         if expected != self.table.extents.len() {
-            let problem =
-                format!("the file has {} extents, its spec implies {expected}", self.table.extents.len());
+            let problem = format!("the file has {} extents, its spec implies {expected}", self.table.extents.len());
             return Err((Region::ExtentTable, problem));
         }
         Ok(())
@@ -193,7 +192,8 @@ pub(crate) fn check_tiling(superblocks: &[&Superblock], table: &ExtentTable) -> 
     let mut ends: Vec<u64> = superblocks.iter().map(|superblock| u64::from(superblock.page_size)).collect();
     for (e, stripes) in table.iter() {
         for &Stripe { volume, offset, len, .. } in stripes {
-            let end = ends.get_mut(usize::from(volume)).ok_or_else(|| format!("{} lies in volume {volume}", e.name()))?;
+            let end =
+                ends.get_mut(usize::from(volume)).ok_or_else(|| format!("{} lies in volume {volume}", e.name()))?;
             *end = next_region(*end, offset, len)?;
         }
     }

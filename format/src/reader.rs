@@ -213,7 +213,8 @@ impl ModelFile {
         let mut rest = &mut buffer[..];
         let stripes = self.stripes(extent);
         for stripe in stripes {
-            let bytes = rest.split_off_mut(..stripe.len as usize).expect("the lengths of stripes add up to the extent's");
+            let bytes =
+                rest.split_off_mut(..stripe.len as usize).expect("the lengths of stripes add up to the extent's");
             let volume = self.volume_of(stripe);
             let read = volume.file().read_exact_at(bytes, stripe.offset);
             read.map_err(|source| self.stripe_read(extent, stripe, source))?;

@@ -52,7 +52,8 @@ impl Shares {
         let next = |_| {
             // The method of Sainte-Laguë: the next turn goes to the largest quotient of share and 2 · turns + 1.
             let quotient = |v: usize, other: usize| shares[v] * (2 * turns[other] + 1);
-            let best = (1..shares.len()).fold(0, |best, v| if quotient(v, best) > quotient(best, v) { v } else { best });
+            let best =
+                (1..shares.len()).fold(0, |best, v| if quotient(v, best) > quotient(best, v) { v } else { best });
             turns[best] += 1;
             best as u16
         };

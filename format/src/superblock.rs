@@ -219,8 +219,9 @@ impl Superblock {
             return Err(SuperblockError::Field("it has more volumes than its version of the format allows"));
         }
         let named = if sb.volume == 0 { usize::from(sb.volume_count) - 1 } else { 0 };
-        let folders = parse_folders(&page[at::LEN..], named)
-            .ok_or(SuperblockError::Field("its reserved bytes are in use, or the folders of its volumes have no end"))?;
+        let folders = parse_folders(&page[at::LEN..], named).ok_or(SuperblockError::Field(
+            "its reserved bytes are in use, or the folders of its volumes have no end",
+        ))?;
         Ok((sb, folders))
     }
 }

@@ -12,7 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sluice_format::{Codec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, Stripe, open_regular};
+use sluice_format::{
+    Codec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, Stripe, open_regular,
+};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
 use crate::cache::{PageCount, PagePool, PagesFull};

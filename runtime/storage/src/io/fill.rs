@@ -187,7 +187,6 @@ impl Filling {
     ///
     /// # Panics
     /// If `len` does not fit the slot or is not whole pages, or `chunk_bytes` is not whole pages.
-    #[cfg(test)]
     pub(crate) fn begin(slot: Slot, len: usize, chunk_bytes: usize, open: bool) -> (Filling, Arriving) {
         let mut filling = None;
         let arriving = Self::begin_stripes(slot, &[(len, chunk_bytes)], open, |one| filling = Some(one));

@@ -47,7 +47,8 @@ impl ExtentLocation {
         name: ExtentName,
     ) -> Result<PendingRead, ReadFailure> {
         let len = usize::try_from(self.len).unwrap_or(usize::MAX);
-        let read = ExtentRead { file: self.file, offset: self.offset, len, checksum: self.checksum, class, check, name };
+        let read =
+            ExtentRead { file: self.file, offset: self.offset, len, checksum: self.checksum, class, check, name };
         match &self.stripes {
             None => io.submit(slot, read),
             Some(stripes) => io.submit_stripes(slot, read, stripes),

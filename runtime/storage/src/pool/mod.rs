@@ -48,7 +48,7 @@ use self::policy::Pass;
 use self::prefetch::Prefetches;
 use self::settle::Verdict;
 use self::unpack::Unpacker;
-use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
+use crate::io::{Arena, Check, Class, ExtentName, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
 
 /// The table's entry for an expert that has no slot.
 const ABSENT: u32 = u32::MAX;

@@ -355,8 +355,11 @@ fn storage_opens_loads_and_serves() {
     let path = folder.path().join("model.sluice");
     let (file, layers) = model();
     std::fs::write(&path, &file).expect("written");
-    let dense: Vec<DenseLocation> =
-        layers[1].iter().cloned().map(|extent| DenseLocation { extent, name: ExtentName::dense("norms", Some(1)) }).collect();
+    let dense: Vec<DenseLocation> = layers[1]
+        .iter()
+        .cloned()
+        .map(|extent| DenseLocation { extent, name: ExtentName::dense("norms", Some(1)) })
+        .collect();
     let open = |expert_slots| {
         let experts = ExpertDirectory::new(&layers).expect("valid");
         let policy = PolicyKind::Lru.build(experts.shape()).expect("online");
