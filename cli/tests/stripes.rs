@@ -92,8 +92,8 @@ fn converted_so_and_named_without_numbers() {
     assert_fails(&convert("n.sluice", &["--volumes", &nowhere]), 1, &["nowhere"]);
     assert_fails(&convert("n.sluice", &["--volumes", &drives.at("a")]), 2, &["2 to 16 volumes"]);
     let twice = format!("{0},{0}", drives.at("a"));
-    assert_fails(&convert("n.sluice", &["--volumes", &twice, "--shares", "1,1"]), 1, &["named twice"]);
-    assert_fails(&convert("n.sluice", &["--volumes", &list, "--shares", "1,2,3"]), 1, &["3 shares"]);
+    assert_fails(&convert("n.sluice", &["--volumes", &twice, "--shares", "1,1"]), 2, &["named twice"]);
+    assert_fails(&convert("n.sluice", &["--volumes", &list, "--shares", "1,2,3"]), 2, &["3 shares"]);
     assert_fails(&convert("n.sluice", &["--volumes", &list, "--shares", "0,1"]), 2, &["--shares"]);
     assert_fails(&convert("n.sluice", &["--shares", "1,1"]), 2, &["--volumes"]);
     assert_fails(&convert("n.sluice", &["--volumes", &list, "--split-size", "1GB"]), 2, &["--split-size"]);
