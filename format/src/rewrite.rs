@@ -272,7 +272,7 @@ fn plan(model: &ModelFile, metadata: &Metadata) -> Result<Pending, FormatError> 
     let superblocks: Vec<_> = std::iter::once(&superblock).chain(others).collect();
     check_tiling(&superblocks, model.extent_table()).map_err(layout)?;
     let folders = model.volumes()[0].folders().to_vec();
-    let page = superblock.to_page_with(&folders).map_err(layout)?;
+    let page = superblock.page_with(&folders).map_err(layout)?;
     Ok(Pending { superblock, folders, page, metadata: bytes })
 }
 

@@ -121,7 +121,7 @@ impl Superblock {
     ///
     /// # Errors
     /// In words: folders whose names do not fit into the page, or that cannot be written.
-    pub(crate) fn to_page_with(&self, folders: &[PathBuf]) -> Result<Vec<u8>, String> {
+    pub(crate) fn page_with(&self, folders: &[PathBuf]) -> Result<Vec<u8>, String> {
         let mut text = Vec::new();
         for folder in folders {
             let name = folder.as_os_str().as_bytes();

@@ -272,7 +272,7 @@ impl FileWriter {
         // The first volume comes last: without it, the others are no model.
         for (volume, sb) in superblocks.iter().enumerate().rev() {
             let folders: &[PathBuf] = if volume == 0 && count > 1 { &self.folders } else { &[] };
-            let page = sb.to_page_with(folders).map_err(|e| layout_error(Region::Superblock, &e))?;
+            let page = sb.page_with(folders).map_err(|e| layout_error(Region::Superblock, &e))?;
             self.io(volume, "write its superblock", self.file(volume).write_all_at(&page, 0))?;
             self.io(volume, "sync it", self.syncer.all(self.file(volume)))?;
         }
