@@ -26,6 +26,7 @@ mod sampling;
 mod saved;
 mod size;
 mod stage;
+mod striping;
 mod terminal;
 mod text_files;
 mod types;
@@ -99,6 +100,7 @@ enum Command {
     Synth(commands::synth::Args),
     Set(commands::set::Args),
     Upgrade(commands::upgrade::Args),
+    Restripe(commands::restripe::Args),
     Run(Box<commands::run::Args>),
     Chat(Box<commands::chat::Args>),
     Serve(Box<commands::serve::Args>),
@@ -133,6 +135,7 @@ fn find_models(command: &mut Command) -> Result<(), CliError> {
         Command::Verify(args) => (vec![&mut args.file], false),
         Command::Set(args) => (vec![&mut args.file], false),
         Command::Upgrade(args) => (vec![&mut args.file], false),
+        Command::Restripe(args) => (vec![&mut args.file], false),
         Command::Logits(args) => (vec![&mut args.file], false),
         Command::Perplexity(args) => (vec![&mut args.file], false),
         Command::Compare(args) => (vec![&mut args.reference, &mut args.other], false),
@@ -189,6 +192,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Synth(args) => commands::synth::run(&args),
         Command::Set(args) => commands::set::run(&args),
         Command::Upgrade(args) => commands::upgrade::run(&args),
+        Command::Restripe(args) => commands::restripe::run(&args),
         Command::Run(args) => commands::run::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
         Command::Serve(args) => commands::serve::run(&args),

@@ -129,8 +129,8 @@ pub enum FormatError {
     },
     /// A volume is missing.
     #[error(
-        "{path} is missing: {named} is one of the {count} volumes of a model, and all are needed. Put it beside the others, or a \
-         link to it: {source}"
+        "{path} is missing: {named} is one of the {count} volumes of a model, and all are needed. Put it there or beside the first \
+         one, or a link to it; if its drive is mounted elsewhere now, name its folder in the variable SLUICE_VOLUMES: {source}"
     )]
     MissingVolume {
         /// The missing file.

@@ -32,5 +32,6 @@ mod segments;
 mod sequences;
 mod session_store;
 mod sessions;
+mod stripes;
 mod synth;
 mod thrift;

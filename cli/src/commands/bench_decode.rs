@@ -37,6 +37,7 @@ Examples:
   sluice bench decode r1.sluice --budget 8GiB --compare prefetch --pairs 8
   sluice bench decode r1.sluice --budget 32GiB --sequences 32 -n 16
   sluice bench decode r1.sluice --budget 16GiB --drive 7GB/s,80us
+  sluice bench decode /mnt/a/r1-00001-of-00002.sluice --budget 16GiB --drive 7GB/s --drive 3GB/s
   sluice bench decode bf16.sluice --budget 16GiB --drive 1GB/s --compressed";
 
 /// Tokens per second, bytes per token, and achieved against attainable bandwidth
@@ -58,9 +59,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = parse_count, conflicts_with_all = ["compare", "plot"])]
     sequences: Option<NonZeroUsize>,
 
-    /// Take experts from a simulated drive of this speed and latency, such as 7GB/s,80us (the latency is 80us if not given)
+    /// Take experts from a simulated drive of this speed and latency, such as 7GB/s,80us (the latency is 80us if not given); for a striped model,
+    /// given once for all volumes, or once for each
     #[arg(long, value_name = "SPEED[,LATENCY]", value_parser = parse_drive, conflicts_with_all = ["compare", "plot", "engine"])]
-    drive: Option<DriveSpeed>,
+    drive: Vec<DriveSpeed>,
 
     /// On the simulated drive, compress the experts, whatever the file does
     #[arg(long, requires = "drive")]
@@ -218,8 +220,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if let Some(what) = args.compare {
         return compare(args, what, total);
     }
-    if let Some(speed) = args.drive {
-        return bench_drive::run(args, speed, args.sequences.map_or(1, NonZeroUsize::get), total);
+    if !args.drive.is_empty() {
+        return bench_drive::run(args, &args.drive, args.sequences.map_or(1, NonZeroUsize::get), total);
     }
     if let Some(sequences) = args.sequences {
         return bench_batch::run(args, sequences.get(), total);
@@ -291,7 +293,7 @@ impl Decoder {
 /// Tokens that go through one sequence, warm-up included, as far as the model can take them.
 fn total_tokens(args: &Args) -> Result<usize, CliError> {
     let most = ModelFile::open(&args.file)?.spec().max_positions;
-    let measured = match (args.compare, args.drive) {
+    let measured = match (args.compare, args.drive.first()) {
         (Some(_), _) => args.n.checked_mul(args.pairs),
         // As many again, of which none waits for the drive.
         (None, Some(_)) => args.n.checked_mul(2),
@@ -374,9 +376,11 @@ fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, each: &[Token],
     }
 }
 
-/// Random direct reads of the model file, as the decoder makes them.
+/// Random direct reads of the model file, as the decoder makes them. A striped model is read from several drives at the same time, which
+/// are measured one after the other: together they are as fast as the one that needs longest for its part of an expert lets them be.
 pub(crate) struct Drive {
-    bench: DiskBench,
+    /// Of each drive: the reads, and its part of the experts.
+    benches: Vec<(DiskBench, f64)>,
     point: Point,
     rates: Vec<f64>,
 }
@@ -385,13 +389,30 @@ impl Drive {
     pub(crate) fn open(file: &Path, config: &IoConfig) -> Result<Self, CliError> {
         let engine = if cfg!(target_os = "linux") { BenchEngine::Uring } else { BenchEngine::Pread };
         let point = Point { engine, pattern: Pattern::Random, block_bytes: config.chunk_bytes, depth: config.depth };
-        let bench = DiskBench::open(file, DirectMode::default()).map_err(unmeasured)?;
-        Ok(Drive { bench, point, rates: Vec::new() })
+        let model = ModelFile::open(file).ok().filter(ModelFile::is_striped);
+        let volumes = match &model {
+            Some(model) => model.volumes().iter().map(|volume| volume.path()).zip(model.expert_shares()).collect(),
+            None => vec![(file, 1.0)],
+        };
+        let mut benches: Vec<(DiskBench, f64)> = Vec::with_capacity(volumes.len());
+        for (path, share) in volumes {
+            let bench = DiskBench::open(path, DirectMode::default()).map_err(unmeasured)?;
+            match benches.iter_mut().find(|(other, _)| other.device().is_same(bench.device())) {
+                Some((_, sum)) => *sum += share,
+                None => benches.push((bench, share)),
+            }
+        }
+        benches.retain(|(_, share)| *share > 0.0 || model.is_none());
+        Ok(Drive { benches, point, rates: Vec::new() })
     }
 
     pub(crate) fn visit(&mut self) -> Result<(), CliError> {
-        let visit = self.bench.visit(&self.point, Duration::from_millis(700)).map_err(unmeasured)?;
-        self.rates.push(visit.bytes as f64 / visit.elapsed.as_secs_f64());
+        let mut slowest = f64::INFINITY;
+        for (bench, share) in &mut self.benches {
+            let visit = bench.visit(&self.point, Duration::from_millis(700)).map_err(unmeasured)?;
+            slowest = slowest.min(visit.bytes as f64 / visit.elapsed.as_secs_f64() / *share);
+        }
+        self.rates.push(slowest);
         Ok(())
     }
 

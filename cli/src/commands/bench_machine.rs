@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
 
+use sluice_format::ModelFile;
 use sluice_kernels::{Kernels, ThreadPool, WeightType};
 use sluice_model::RuntimeError;
 use sluice_model::memory::{Bytes, SystemMemory, available_memory};
@@ -107,14 +108,38 @@ fn measure(args: &Args) -> Result<MachineFile, CliError> {
     ))
 }
 
-/// Bytes per second of the drive below a file, if it has been calibrated.
+/// Bytes per second of the drive below a file, if it has been calibrated. Of a model that is striped over several drives: of all of them
+/// together, as fast as the one that needs longest for its part of an expert lets them be.
 pub(crate) fn drive(file: &Path) -> Result<Option<f64>, CliError> {
-    let failed = |source| CliError::File { path: file.to_owned(), action: "find its drive", source };
-    let opened = DataFile::open(file, DirectMode::Never).map_err(|e| CliError::Failure(e.to_string()))?;
-    let device = DeviceId::of(&opened).map_err(failed)?;
     // Calibrations that cannot be read are as good as none.
-    let store = CalibrationStore::of_user().ok();
-    Ok(store.and_then(|store| store.find(&device).ok().flatten()).map(|known| known.bytes_per_second))
+    let Ok(store) = CalibrationStore::of_user() else { return Ok(None) };
+    let Some(model) = ModelFile::open(file).ok().filter(ModelFile::is_striped) else { return calibrated(&store, file) };
+    let mut drives: Vec<(DeviceId, &Path, f64)> = Vec::new();
+    for (volume, share) in model.volumes().iter().zip(model.expert_shares()) {
+        let device = device(volume.path())?;
+        match drives.iter_mut().find(|(other, ..)| other.is_same(&device)) {
+            Some((.., sum)) => *sum += share,
+            None => drives.push((device, volume.path(), share)),
+        }
+    }
+    let mut slowest = f64::INFINITY;
+    for (_, path, share) in drives.into_iter().filter(|(.., share)| *share > 0.0) {
+        let Some(rate) = calibrated(&store, path)? else { return Ok(None) };
+        slowest = slowest.min(rate / share);
+    }
+    Ok(slowest.is_finite().then_some(slowest))
+}
+
+/// Bytes per second of the drive below a file or folder, if it has been calibrated.
+pub(crate) fn calibrated(store: &CalibrationStore, path: &Path) -> Result<Option<f64>, CliError> {
+    Ok(store.find(&device(path)?).ok().flatten().map(|known| known.bytes_per_second))
+}
+
+/// The drive below a file or folder.
+fn device(path: &Path) -> Result<DeviceId, CliError> {
+    let failed = |source| CliError::File { path: path.to_owned(), action: "find its drive", source };
+    let opened = DataFile::open(path, DirectMode::Never).map_err(|e| CliError::Failure(e.to_string()))?;
+    DeviceId::of(&opened).map_err(failed)
 }
 
 fn describe(machine: &MachineFile) -> String {

@@ -84,6 +84,10 @@ fn examine(root: &Path, path: &Path) -> Result<Vec<Finding>, CliError> {
     findings.push(limits::io_uring(root, &try_uring()));
     findings.extend(limits::open_files(root));
     findings.extend(storage(root, path, &folder));
+    for other in other_volumes(path) {
+        let folder = drive::folder_of(&other).map_err(CliError::file(&other, "find it"))?;
+        findings.extend(storage(root, &other, &folder));
+    }
     findings.push(processor::processor(root, std::thread::available_parallelism().map_or(1, usize::from)));
     findings.push(processor::instructions(&Kernels::detect()));
     findings.extend(model);
@@ -103,6 +107,13 @@ fn model(path: &Path) -> (Option<Finding>, Option<Needs>) {
     let needs = Needs::of(spec, file.extents(), CONTEXT.min(spec.max_positions), KvType::default());
     let is = format!("{}, {}, can be opened", spec.family, Bytes(file.file_bytes()));
     (Some(Finding::ok("model", is)), Some(needs))
+}
+
+/// The volumes of a striped model behind the first, which usually lie on drives of their own.
+fn other_volumes(path: &Path) -> Vec<PathBuf> {
+    let model = if path.is_dir() { None } else { ModelFile::open(path).ok().filter(ModelFile::is_striped) };
+    let volumes = model.iter().flat_map(|model| model.volumes()).skip(1);
+    volumes.map(|volume| volume.path().to_owned()).collect()
 }
 
 /// Filesystem, direct reads, drive and calibration of a model file, or of a folder for some.

@@ -81,14 +81,14 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 }
 
 /// What runs have learned of the experts is true of the new file as well. Without it, the first run is slower.
-fn carry_counts(src: &Path, dst: &Path) {
+pub(crate) fn carry_counts(src: &Path, dst: &Path) {
     let carried = ModelFile::open(dst).map(|model| counts::carry(src, dst, model.state_id()));
     if let Ok(Err(e)) = carried {
         note(&format_args!("note: what runs have learned about the experts is not known of the new file: {e}"));
     }
 }
 
-fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {
+pub(crate) fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {
     if !s.written {
         return format!(
             "{}: nothing to do; it is of version {FORMAT_VERSION} of the format already, and as was asked for\n",

@@ -12,7 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sluice_format::{Codec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
+use sluice_format::{
+    Codec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, Stripe, open_regular,
+};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
 use crate::cache::{PageCount, PagePool, PagesFull};
@@ -31,7 +33,7 @@ use crate::session::{self, Binding, SegmentFile, SessionError};
 use crate::{
     LayerTimes, Model, ModelError, ModelOptions, RewindError, Sequence, Thrift, Weights, dense_extents, opened_extents,
 };
-use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, Tuning};
+use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, StripeRead, Tuning};
 use sluice_storage::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Packed, PolicyKind, PoolError, Storage, StorageConfig,
     Workers,
@@ -669,12 +671,12 @@ fn open_storage(
 ) -> Result<Storage, RuntimeError> {
     let opened = opened_extents(file.spec(), file.extents(), options.prediction);
     let dense: Vec<_> =
-        dense_extents(&opened).iter().map(|e| DenseLocation { extent: location(e), name: name(e) }).collect();
+        dense_extents(&opened).iter().map(|e| DenseLocation { extent: location(file, e), name: name(e) }).collect();
     let layers = file.spec().layers.len() + usize::from(options.prediction);
     let layers = file.spec().all_layers().take(layers).enumerate().map(|(layer, spec)| {
         let count = spec.ffn.moe.as_ref().map_or(0, |m| m.experts as u32);
         let experts = (0..count).filter_map(|e| file.extent(ExtentKind::Expert, layer as u32, e));
-        experts.map(location).collect::<Vec<_>>()
+        experts.map(|e| location(file, e)).collect::<Vec<_>>()
     });
     let experts = ExpertDirectory::new(&layers.collect::<Vec<_>>())?;
     let config = StorageConfig {
@@ -695,7 +697,9 @@ fn open_storage(
 }
 
 /// Where an extent is, and what its bytes become.
-fn location(e: &ExtentRecord) -> ExtentLocation {
+fn location(file: &ModelFile, e: &ExtentRecord) -> ExtentLocation {
+    let read = |s: &Stripe| StripeRead { file: s.volume, offset: s.offset, len: s.len as usize, checksum: s.checksum };
+    let stripes = file.stripes(e);
     let packed = Packed { logical_len: e.logical_len, padded_len: e.padded_len, checksum: e.logical_checksum };
     ExtentLocation {
         file: e.volume,
@@ -703,6 +707,7 @@ fn location(e: &ExtentRecord) -> ExtentLocation {
         len: e.stored_len,
         checksum: e.checksum,
         packed: (e.codec == Codec::Planes).then_some(packed),
+        stripes: (stripes.len() > 1).then(|| stripes.iter().map(read).collect()),
     }
 }
 

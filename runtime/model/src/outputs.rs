@@ -260,6 +260,7 @@ mod tests {
             len: 2 * PAGE_BYTES as u64,
             checksum: xxh3_64(&extent(id)) ^ u64::from(damaged == Some(id)),
             packed: None,
+            stripes: None,
         };
         let directory = ExpertDirectory::new(&[(0..experts).map(locate).collect()]).unwrap();
         let arena = Pool::reserve(&directory, experts.into()).unwrap();

@@ -84,6 +84,7 @@ fn passes_do_not_allocate_in_steady_state() {
         len: EXPERT_BYTES as u64,
         checksum: xxh3_64(bytes),
         packed: None,
+        stripes: None,
     };
     let layer: Vec<_> = bytes.chunks(EXPERT_BYTES).enumerate().map(locate).collect();
     for kind in [EngineKind::Auto, EngineKind::Pread] {

@@ -472,7 +472,9 @@ impl<'a> Worker<'a> {
         }
         let (expected, got) = (active.read.checksum, active.hasher.digest());
         if !verify || got == expected {
-            self.shared.counters.extents.fetch_add(1, Relaxed);
+            // An extent counts once, in the lane of its first stripe.
+            let extents = u64::from(active.filling.is_first());
+            self.shared.counters.extents.fetch_add(extents, Relaxed);
             self.end(request, Ok(()));
         } else if active.read_again {
             let ExtentRead { name: extent, offset, len, file, .. } = active.read;

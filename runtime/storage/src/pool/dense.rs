@@ -14,7 +14,7 @@ use sluice_checksum::xxh3_64;
 
 use super::unpack::Unpacker;
 use super::{DenseLocation, PoolError, Started, Workers};
-use crate::io::{Arena, Check, Class, ExtentRead, IoError, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
+use crate::io::{Arena, Check, Class, IoError, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
 
 /// Slots of the ring: one in use by each of the two extents that a feed-forward part needs at once, and two that are being
 /// filled meanwhile.
@@ -339,7 +339,9 @@ fn read_all(
         (0..places.len()).filter(|&i| places[i].is_some()).partition(|&i| locations[i].extent.packed.is_some());
     let mut pending = Vec::with_capacity(plain.len());
     for &i in &plain {
-        pending.extend(places[i].take().map(|slot| (i, io.submit(slot, read_of(&locations[i], Class::Demand)))));
+        let DenseLocation { extent, name } = &locations[i];
+        let slot = places[i].take();
+        pending.extend(slot.map(|slot| (i, extent.submit(io, slot, Class::Demand, Check::Here, *name))));
     }
     for (i, read) in pending {
         match read.and_then(PendingRead::finish) {
@@ -409,20 +411,8 @@ fn unpack(
 }
 
 fn submit(io: &Scheduler, slot: Slot, location: &DenseLocation, class: Class) -> Result<PendingRead, PoolError> {
-    io.submit(slot, read_of(location, class)).map_err(|failure| (*failure.error).into())
-}
-
-fn read_of(location: &DenseLocation, class: Class) -> ExtentRead {
-    let DenseLocation { extent, name } = *location;
-    ExtentRead {
-        file: extent.file,
-        offset: extent.offset,
-        len: extent.len as usize,
-        checksum: extent.checksum,
-        class,
-        check: Check::Here,
-        name,
-    }
+    let submitted = location.extent.submit(io, slot, class, Check::Here, location.name);
+    submitted.map_err(|failure| (*failure.error).into())
 }
 
 /// Keeps a dense extent in memory while it is used.

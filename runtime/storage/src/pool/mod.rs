@@ -48,7 +48,7 @@ use self::policy::Pass;
 use self::prefetch::Prefetches;
 use self::settle::Verdict;
 use self::unpack::Unpacker;
-use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
+use crate::io::{Arena, Check, Class, ExtentName, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
 
 /// The table's entry for an expert that has no slot.
 const ABSENT: u32 = u32::MAX;
@@ -378,22 +378,14 @@ impl Pool {
         let Content::Empty(slot) = self.slots[number as usize].take() else { unreachable!("a vacated slot is empty") };
         let location = self.directory.location(expert);
         let ExpertKey { layer, expert: id } = self.directory.key(expert);
+        let name = ExtentName::expert(layer, id);
         let (slot, target) = match location.packed {
             Some(_) => (self.staging.pop().expect("whoever starts a read has made sure of it"), Some(slot)),
             None => (slot, None),
         };
-        let read = ExtentRead {
-            file: location.file,
-            offset: location.offset,
-            len: usize::try_from(location.len).unwrap_or(usize::MAX),
-            checksum: location.checksum,
-            class,
-            // The stored bytes must be right before they are decompressed; the receiver verifies the decompressed
-            // ones.
-            check: if target.is_some() && check == Check::ByReceiver { Check::Here } else { check },
-            name: ExtentName::expert(layer, id),
-        };
-        match self.io.submit(slot, read) {
+        // The stored bytes must be right before they are decompressed; the receiver verifies the decompressed ones.
+        let verified = if target.is_some() && check == Check::ByReceiver { Check::Here } else { check };
+        match location.submit(&self.io, slot, class, verified, name) {
             Ok(read) => {
                 self.slots[number as usize] = Content::Loading { expert, read, check, target };
                 self.table[expert.index()] = number;

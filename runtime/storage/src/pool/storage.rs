@@ -28,7 +28,8 @@ pub struct StorageConfig {
     pub tuning: Vec<Tuning>,
     /// Whether to bypass the page cache.
     pub direct: DirectMode,
-    /// A simulated drive, which replaces the files for experts and has the same contents for each of them.
+    /// A simulated drive, which replaces the files for experts and has the same contents for each of them; a model that is striped has one
+    /// for each volume.
     #[cfg(feature = "sim")]
     pub simulated: Option<SimulatedDrive>,
     /// The decompressed contents of that drive, if they are compressed.
@@ -116,9 +117,19 @@ fn read_lanes(
     if let Some(drive) = &config.simulated {
         let read_into = if config.simulated_packed.is_some() { &mut memory.staging } else { &mut memory.experts };
         read_into.fill(drive.contents());
-        let (numbers, io) = ((0..files.len() as u16).collect(), &config.tuning[0].config);
-        let engine = Box::new(drive.engine(files, experts.places(), io.depth));
-        return Ok(vec![Lane { engine, files: numbers, config: io.clone() }]);
+        let io = &config.tuning[0].config;
+        if !experts.is_striped() {
+            let numbers = (0..files.len() as u16).collect();
+            let engine = Box::new(drive.engine(0, files, experts.places(), io.depth));
+            return Ok(vec![Lane { engine, files: numbers, config: io.clone() }]);
+        }
+        let lane = |(number, file): (u16, DataFile)| {
+            let own = experts.places().into_iter().filter(|(file, _)| *file == number);
+            let places = own.map(|(_, range)| (0, range)).collect();
+            let engine = Box::new(drive.engine(usize::from(number), vec![file], places, io.depth));
+            Lane { engine, files: vec![number], config: io.clone() }
+        };
+        return Ok((0..).zip(files).map(lane).collect());
     }
     let Memory { experts: slots, staging, dense, tables } = memory;
     let arenas = [&*slots, staging, &dense.pinned, &dense.ring, &dense.staging, tables];
