@@ -69,6 +69,13 @@ fn quarter(w: &[&[u8]; N], at: usize) -> __m128i {
 }
 
 #[inline]
+#[target_feature(enable = "avx2")]
+fn two_quarters(w: &[&[u8]; N], at: usize) -> (__m128i, __m128i) {
+    let both = load16(w[0], at);
+    (both, _mm_unpackhi_epi64(both, both))
+}
+
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn bf16s(bits: __m128i) -> __m256 {
     cast_back(widen_bf16(bits))
