@@ -102,6 +102,15 @@ impl Stream {
         Stream { next: groups[0].scales.as_ptr().wrapping_add(N * group), scales, groups: N, large: is_large() }
     }
 
+    /// For groups without strips; asks for what is beside all their values.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    pub(super) fn whole<const N: usize>(groups: &[Group<'_>; N]) -> Self {
+        let mut stream = Stream::new(groups, STRIP);
+        stream.scales();
+        stream
+    }
+
     /// Asks for what is beside the values of a strip.
     #[inline]
     #[target_feature(enable = "sse")]
@@ -123,9 +132,10 @@ impl Stream {
         self.bytes(self.scales + self.groups * STRIP * ROW_GROUP * codes.block_len());
     }
 
+    /// Asks for so many bytes.
     #[inline]
     #[target_feature(enable = "sse")]
-    fn bytes(&mut self, len: usize) {
+    pub(super) fn bytes(&mut self, len: usize) {
         for line in (0..len).step_by(64) {
             ask(self.large, self.next.wrapping_add(line));
         }

@@ -84,7 +84,7 @@ fn bf16s(bits: __m128i) -> __m256 {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn e4m3s(codes: __m128i) -> __m256 {
-    mul_ps(f16s(_mm256_castsi256_si128(e4m3_to_f16(codes))), set1_ps(256.0))
+    mul_ps(f16s(_mm256_castsi256_si128(e4m3_to_f16::<true>(codes))), set1_ps(256.0))
 }
 
 #[inline]

@@ -89,7 +89,7 @@ fn bf16s(bits: __m256i) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn e4m3s(codes: __m128i) -> __m512 {
-    mul_ps(f16s(e4m3_to_f16(codes)), set1_ps(256.0))
+    mul_ps(f16s(e4m3_to_f16::<true>(codes)), set1_ps(256.0))
 }
 
 #[inline]

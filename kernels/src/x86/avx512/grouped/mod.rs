@@ -251,9 +251,11 @@ fn floats<const T: usize>(ty: Grouped, w: &Pair<'_>, x: &[&[f32]; T]) -> [__m512
 fn e4m3<const LEN: usize, const T: usize>(ty: Grouped, w: &Pair<'_>, x: &[&[f32]; T]) -> [__m512; T] {
     let mut terms = Terms::new(ty);
     let mut total = [_mm512_setzero_ps(); T];
+    let mut ahead = Stream::new(w, w[0].values.len() / (BLOCK * ROW_GROUP));
     let len = STRIP * BLOCK * ROW_GROUP;
     for (strip, (a, b)) in w[0].values.chunks(len).zip(w[1].values.chunks(len)).enumerate() {
         terms.fill(ty, w, strip);
+        ahead.strip(ty.codes());
         let pairs = a.chunks_exact(LEN * ROW_GROUP).zip(b.chunks_exact(LEN * ROW_GROUP));
         for (i, (a, b)) in pairs.enumerate() {
             let sum = columns::<FP8, T>(a, b, parts(x, strip * STRIP * BLOCK + i * LEN, LEN));
