@@ -132,6 +132,13 @@ impl Stream {
         self.bytes(self.scales + self.groups * STRIP * ROW_GROUP * codes.block_len());
     }
 
+    /// The next lines, as many as `len` bytes take, for whoever asks for them one by one.
+    pub(super) fn lines(&mut self, len: usize) -> Lines {
+        let lines = Lines { next: self.next, large: self.large };
+        self.next = self.next.wrapping_add(len);
+        lines
+    }
+
     /// Asks for so many bytes.
     #[inline]
     #[target_feature(enable = "sse")]
@@ -140,6 +147,22 @@ impl Stream {
             ask(self.large, self.next.wrapping_add(line));
         }
         self.next = self.next.wrapping_add(len);
+    }
+}
+
+/// Lines that are asked for one by one, where all at once would hold up the arithmetic.
+#[derive(Clone, Copy)]
+pub(super) struct Lines {
+    next: *const u8,
+    large: bool,
+}
+
+impl Lines {
+    /// Asks for line `i`.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    pub(super) fn ask(self, i: usize) {
+        ask(self.large, self.next.wrapping_add(64 * i));
     }
 }
 

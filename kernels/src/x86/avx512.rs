@@ -8,7 +8,7 @@ mod codebook;
 mod grouped;
 mod update;
 
-use super::ahead::{Ahead, Stream};
+use super::ahead::{Ahead, Lines, Stream};
 use super::avx2::Avx2;
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
 use super::{
@@ -155,15 +155,14 @@ fn put<const T: usize>(rows: [__m512; T], out: &mut [[f32; 2 * ROW_GROUP]]) {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn unblocked_tokens<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[f32]; T]) -> [__m512; T] {
     if TY != FP8 {
-        return columns::<TY, T>(w[0].values, w[1].values, x);
+        return sums::<TY, T, true>(w[0].values, w[1].values, x, None);
     }
     let mut total = [_mm512_setzero_ps(); T];
     let block = FP8_BLOCK * ROW_GROUP;
     let mut ahead = Stream::whole(w);
     for (c, (a, b)) in w[0].values.chunks(block).zip(w[1].values.chunks(block)).enumerate() {
-        ahead.bytes(2 * a.len());
         let (first, len) = (c * FP8_BLOCK, a.len() / ROW_GROUP);
-        let sum = columns::<TY, T>(a, b, parts(&x, first, len));
+        let sum = e4m3_columns::<T>(a, b, parts(&x, first, len), ahead.lines(2 * a.len()));
         let scale_a = _mm512_set1_ps(256.0 * f32_at(w[0].scales, c));
         let scale = _mm512_mask_mov_ps(scale_a, 0xff00, _mm512_set1_ps(256.0 * f32_at(w[1].scales, c)));
         for t in 0..T {
@@ -173,10 +172,14 @@ fn unblocked_tokens<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[f32]; T]) 
     total
 }
 
+/// Columns of `fp8`; `ahead` is asked for, a line for each four.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn columns<const TY: u8, const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> [__m512; T] {
-    if TY == FP8 && !has_nan(a) && !has_nan(b) { sums::<TY, T, false>(a, b, x) } else { sums::<TY, T, true>(a, b, x) }
+fn e4m3_columns<const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T], ahead: Lines) -> [__m512; T] {
+    if has_nan(a) || has_nan(b) {
+        return sums::<FP8, T, true>(a, b, x, Some(ahead));
+    }
+    sums::<FP8, T, false>(a, b, x, Some(ahead))
 }
 
 /// Whether there is a NaN among e4m3 codes. One look at many codes is cheaper than one at each.
@@ -192,18 +195,26 @@ fn has_nan(codes: &[u8]) -> bool {
     _mm512_cmpeq_epi8_mask(largest, magnitude) != 0 || rest.iter().any(|code| code & 0x7f == 0x7f)
 }
 
-/// [`columns`]; of `fp8`, `NAN` says whether there may be one.
+/// Columns of an unblocked type. Of `fp8`, `NAN` says whether there may be one, and the lines to ask for come along.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn sums<const TY: u8, const T: usize, const NAN: bool>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> [__m512; T] {
+fn sums<const TY: u8, const T: usize, const NAN: bool>(
+    a: &[u8],
+    b: &[u8],
+    x: [&[f32]; T],
+    ahead: Option<Lines>,
+) -> [__m512; T] {
     let step = const { four_columns(TY) };
     let cols = x[0].len();
     let quads = in_fours(&x, cols);
     let mut s = [[_mm512_setzero_ps(); 4]; T];
     for (i, (a, b)) in a.chunks_exact(step).zip(b.chunks_exact(step)).take(cols / 4).enumerate() {
-        if TY != FP8 {
-            prefetch(a);
-            prefetch(b);
+        match ahead {
+            Some(ahead) => ahead.ask(i),
+            None => {
+                prefetch(a);
+                prefetch(b);
+            }
         }
         let w = four::<TY, NAN>(a, b);
         for t in 0..T {
