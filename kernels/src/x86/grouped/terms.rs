@@ -1,10 +1,37 @@
 //! The terms of a strip, decoded, for vectors of any width.
 
+/// Decodes group `$i`, to which `$per_group` blocks belong, of scales of format `$s` with `$z` beside them. A macro, so that it
+/// becomes part of the loops over groups, whatever compilers make of its size.
+macro_rules! group {
+    ($terms:ident, $planes:ident, $i:expr, $per_group:expr, $s:ident, $z:ident) => {{
+        let at = $i * const { ROW_GROUP * group_len($s, $z) };
+        let (zeros, blocks) = (at + const { ROW_GROUP * scale_len($s) }, $i * $per_group..($i + 1) * $per_group);
+        let a = mul_ps(numbers::<$s>($planes, at), $terms.unit);
+        let rest = match $z {
+            NONE => None,
+            BYTE => {
+                let number = sub_epi32($terms.middle, cvtepu8_epi32(quarter($planes, zeros)));
+                // Where blocks have two halves, each has a group of its own.
+                Some($terms.pair(blocks.start, number))
+            }
+            BIAS => Some(cast(numbers::<$s>($planes, zeros))),
+            _ => Some(minus(mul_ps(a, numbers::<$s>($planes, zeros)))),
+        };
+        for block in blocks {
+            $terms.a[block] = a;
+            if let Some(rest) = rest {
+                $terms.rest[block] = rest;
+            }
+        }
+    }};
+}
+
 /// The type `Terms` for one instruction set, and `row_factors`.
 ///
 /// Who calls it provides `N`, the row groups of a vector, `bias`, what was added to the integers of a type, `wide`, `half` and
-/// `quarter`, which load 32, 16 and 8 bytes of each row group, `two_quarters`, which loads twice 8 bytes that lie side by side, `f16s`, `bf16s`, `e4m3s` and `e8m0s`, which make of them one
-/// number per row, and the intrinsics under the names that they have without `_mm256_` or `_mm512_`.
+/// `quarter`, which load 32, 16 and 8 bytes of each row group, `two_quarters`, which loads two times 8 bytes that are neighbours,
+/// `f16s`, `bf16s`, `e4m3s` and `e8m0s`, which make of them one number per row, and the intrinsics under the names that they have
+/// without `_mm256_` or `_mm512_`.
 macro_rules! terms {
     ($features:tt, $floats:ty, $integers:ty) => {
         /// What the blocks of a strip multiply and add, by block of 16 or 32 columns.
@@ -111,42 +138,23 @@ macro_rules! terms {
                     4 if self.per_group == 2 => self.constant_groups::<S, Z, 4>(&planes),
                     2 if self.per_group == 4 => self.constant_groups::<S, Z, 2>(&planes),
                     _ => {
+                        let planes = &planes;
                         for i in 0..n {
-                            self.group::<S, Z>(&planes, i, self.per_group);
+                            group!(self, planes, i, self.per_group, S, Z);
                         }
                     }
                 }
             }
 
-            /// `G` groups, the blocks of a strip shared out among them, at most one group to a block.
-            #[inline]
+            /// `G` groups, the blocks of a strip shared out among them, at most one group to a block. A function by itself: as parts of
+            /// [`fill`](Self::fill), there are so many that compilers leave what they call in functions of their own.
+            #[inline(never)]
             #[target_feature(enable = $features)]
             fn constant_groups<const S: u8, const Z: u8, const G: usize>(&mut self, planes: &[&[u8]; N]) {
-                let planes = each!(planes[0]; N, i => &planes[i][..const { G * ROW_GROUP * group_len(S, Z) }]);
+                let planes = &each!(planes[0]; N, i => &planes[i][..const { G * ROW_GROUP * group_len(S, Z) }]);
                 for i in 0..G {
-                    self.group::<S, Z>(&planes, i, const { if G < STRIP { STRIP / G } else { 1 } });
+                    group!(self, planes, i, const { if G < STRIP { STRIP / G } else { 1 } }, S, Z);
                 }
-            }
-
-            /// Group `i`, to which `per_group` blocks belong.
-            #[inline]
-            #[target_feature(enable = $features)]
-            fn group<const S: u8, const Z: u8>(&mut self, planes: &[&[u8]; N], i: usize, per_group: usize) {
-                let at = i * const { ROW_GROUP * group_len(S, Z) };
-                let (zeros, first) = (at + const { ROW_GROUP * scale_len(S) }, i * per_group);
-                let a = mul_ps(numbers::<S>(planes, at), self.unit);
-                self.a[first..first + per_group].fill(a);
-                let rest = match Z {
-                    NONE => return,
-                    BYTE => {
-                        let number = sub_epi32(self.middle, cvtepu8_epi32(quarter(planes, zeros)));
-                        // Where blocks have two halves, each has a group of its own.
-                        self.pair(first, number)
-                    }
-                    BIAS => cast(numbers::<S>(planes, zeros)),
-                    _ => minus(mul_ps(a, numbers::<S>(planes, zeros))),
-                };
-                self.rest[first..first + per_group].fill(rest);
             }
 
             /// Per 32 columns a byte each for `s` and `m`.

@@ -71,8 +71,7 @@ fn quarter(w: &[&[u8]; N], at: usize) -> __m128i {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn two_quarters(w: &[&[u8]; N], at: usize) -> (__m128i, __m128i) {
-    let both = load16(w[0], at);
-    (both, _mm_unpackhi_epi64(both, both))
+    (quarter(w, at), quarter(w, at + 8))
 }
 
 #[inline]
