@@ -10,27 +10,29 @@ use std::sync::OnceLock;
 /// Bytes of a first-level cache that can hold what is asked for a pair of row groups ahead, beside what is being multiplied.
 const LARGE: u32 = 48 << 10;
 
-/// Whether this processor's first-level cache of data is large, so that requests go there; else they go to the second level.
+/// Whether this is a processor of AMD's with a large first-level cache of data, so that requests go there; else they go to the
+/// second level.
 ///
 /// A request to the second level waits in a buffer of the first all the same, and is loaded from there later on. With 48 KiB
 /// (Zen 5, one thread, a pair of 36 KiB) 4-bit types read 1.15 to 1.2 times as fast with requests to the first level; with 32 KiB
-/// they read half as fast, so processors that say nothing count as small.
+/// they read half as fast. Those of others have not been measured.
 fn is_large() -> bool {
     static LARGE_CACHE: OnceLock<bool> = OnceLock::new();
-    *LARGE_CACHE.get_or_init(|| [4, 0x8000_001d].into_iter().any(|leaf| first_level_bytes(leaf) >= LARGE))
+    *LARGE_CACHE.get_or_init(|| first_level_bytes() >= LARGE)
 }
 
-/// Bytes of the first-level cache of data as a leaf of `cpuid` has them: 4 is Intel's, 0x8000001d AMD's. 0 if it has none.
-fn first_level_bytes(leaf: u32) -> u32 {
-    // Whoever has not got a leaf may answer with another.
-    if cpuid(leaf & 0x8000_0000, 0).eax < leaf {
+/// Bytes of the first-level cache of data, as AMD's processors say it; 0 for others.
+fn first_level_bytes() -> u32 {
+    const EXTENDED: u32 = 0x8000_0000;
+    const CACHES: u32 = 0x8000_001d;
+    if cpuid(EXTENDED, 0).eax < CACHES {
         return 0;
     }
     (0..4)
-        .map(|sub| cpuid(leaf, sub))
+        .map(|sub| cpuid(CACHES, sub))
         // Type in the lowest five bits, 1 being data, then three bits of level.
         .find(|of| of.eax & 0xff == 0b001_00001)
-        .map_or(0, |of| ((of.ebx >> 22) + 1) * ((of.ebx >> 12 & 0x3ff) + 1) * ((of.ebx & 0xfff) + 1) * (of.ecx + 1))
+        .map_or(0, |of| ((of.ebx >> 22) + 1) * (((of.ebx >> 12) & 0x3ff) + 1) * ((of.ebx & 0xfff) + 1) * (of.ecx + 1))
 }
 
 fn cpuid(leaf: u32, sub: u32) -> CpuidResult {
@@ -74,12 +76,14 @@ impl Ahead {
 
     /// Asks for as much as block `g` of type `TY` takes in `N` groups. Padding and the scales of rows are no part of a block:
     /// of the last value plane, as many bytes are left to the CPU's own prediction.
+    ///
+    /// Several `TOKENS` are bound by arithmetic: they save the question where to.
     #[inline]
     #[target_feature(enable = "sse")]
-    pub(super) fn block<const TY: u8, const N: usize>(&self, g: usize) {
+    pub(super) fn block<const TY: u8, const N: usize, const TOKENS: usize>(&self, g: usize) {
         let len = const { N * (block_bytes(TY) + scale_bytes(TY)) };
         for line in (0..len).step_by(64) {
-            ask(self.large, self.next.wrapping_add(g * len + line));
+            ask(TOKENS == 1 && self.large, self.next.wrapping_add(g * len + line));
         }
     }
 }

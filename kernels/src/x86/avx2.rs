@@ -392,7 +392,7 @@ fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&
         if TY == Q8 {
             in_streams(values)
         } else {
-            ahead.block::<TY, 1>(g)
+            ahead.block::<TY, 1, T>(g)
         }
         let dots = match (V, TY) {
             (true, _) => vnni::dots::<TY, T>(values, &x, g),

@@ -343,7 +343,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]
     let ahead = Ahead::new(w);
     let pairs = blocks_of::<TY>(&w[0]).zip(blocks_of::<TY>(&w[1]));
     for (g, ((a, a_scales), (b, b_scales))) in (0..blocks).zip(pairs) {
-        ahead.block::<TY, 2>(g);
+        ahead.block::<TY, 2, T>(g);
         let words = words(&x, g);
         // Integers are made unsigned by their bias, which the sum of x takes out again.
         let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t][g].sum));
