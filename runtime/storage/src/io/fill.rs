@@ -140,6 +140,7 @@ impl Filling {
         state.phase.store(ReadPhase::Reading as u32, SeqCst);
         *state.error.lock().unwrap_or_else(PoisonError::into_inner) = None;
         slot.len = 0;
+        slot.prepare();
         let filling = Filling {
             map: Arc::clone(&slot.map),
             state,
@@ -321,6 +322,7 @@ impl Arriving {
         match self.phase() {
             ReadPhase::Ready => {
                 self.slot.len = self.len;
+                self.slot.has_memory();
                 Ok(self.slot)
             }
             ReadPhase::Failed => {

@@ -178,6 +178,12 @@ impl ExpertDirectory {
         ExpertKey { layer: self.layers[layer as usize], expert }
     }
 
+    /// Whether there is an expert with this index: layers can have fewer than the largest.
+    #[must_use]
+    pub fn exists(&self, index: Key) -> bool {
+        self.locations[index.index()].is_some()
+    }
+
     /// Where the expert with this index is.
     ///
     /// # Panics
