@@ -57,6 +57,10 @@ pub(crate) struct EngineArgs {
     #[arg(long, hide_short_help = true)]
     pub(crate) no_prefetch: bool,
 
+    /// Do not fill the expert cache with the most used experts while there is nothing to do
+    #[arg(long, hide_short_help = true)]
+    pub(crate) no_warm: bool,
+
     /// Compute with f32 activations throughout: slower; for comparison with reference implementations
     #[arg(long)]
     pub(crate) exact: bool,
@@ -86,7 +90,7 @@ pub(crate) enum EngineChoice {
 }
 
 impl EngineArgs {
-    /// Opens the model for a sequence of `context` tokens. Reads all dense weights: seconds, for a large model.
+    /// Opens the model for a sequence of `context` tokens, and begins to read its dense weights.
     pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
         self.open_as(path, &self.options(context))
     }
@@ -196,6 +200,7 @@ impl EngineArgs {
             simulated: None,
             simulated_packed: None,
             yields: Yields::default(),
+            no_warm: self.no_warm,
             mark_every: None,
             prediction: false,
             thrift: self.thrift(),

@@ -151,8 +151,12 @@ impl Phase {
 /// The whole report.
 #[derive(Debug, Serialize)]
 pub(crate) struct Profile {
-    /// Time to open the model: checks, memory, dense weights.
+    /// Time to open the model: checks, the plan of the memory. Dense weights are still being read then.
     pub(crate) open_seconds: f64,
+    /// Time from the start of the command until the first token had been shown; `None` if there is no token.
+    pub(crate) first_token_seconds: Option<f64>,
+    /// Bytes of experts, dense weights and embedding read until then.
+    pub(crate) first_token_bytes_read: Option<u64>,
     pub(crate) prefill: Phase,
     pub(crate) decode: Phase,
     /// What became of proposed tokens.
@@ -218,9 +222,13 @@ pub(crate) fn lossy(engine: &Engine) -> Option<String> {
 }
 
 impl Profile {
-    pub(crate) fn new(engine: &Engine, generation: &Generation, open_seconds: f64) -> Profile {
+    /// `started`: when the command did; the model had been opened `open_seconds` later.
+    pub(crate) fn new(engine: &Engine, generation: &Generation, started: Instant, open_seconds: f64) -> Profile {
+        let first = generation.first_token;
         Profile {
             open_seconds,
+            first_token_seconds: first.map(|first| first.at.saturating_duration_since(started).as_secs_f64()),
+            first_token_bytes_read: first.map(|first| first.bytes_read),
             prefill: generation.prefill.clone(),
             decode: generation.decode.clone(),
             drafts: generation.drafts,
@@ -279,14 +287,14 @@ impl Profile {
         }
         let _ = writeln!(out, "reads     {}", self.read_path);
         let _ = writeln!(out, "          {}", self.read_tuning.line());
-        let _ = writeln!(
-            out,
-            "computes  {} on {}; opened in {}, {} of dense weights",
-            self.isa,
-            counted(self.threads, "thread"),
-            seconds(self.open_seconds),
-            Bytes(memory.dense),
-        );
+        let _ = writeln!(out, "computes  {} on {}", self.isa, counted(self.threads, "thread"));
+        let _ = write!(out, "start     opened in {}", seconds(self.open_seconds));
+        if let (Some(after), Some(read)) = (self.first_token_seconds, self.first_token_bytes_read) {
+            let (after, read) = (seconds(after), Bytes(read));
+            let _ = write!(out, "; the first token came {after} after the start, when {read} had been read");
+        }
+        out.push('
+');
         out
     }
 }

@@ -50,10 +50,18 @@ fn the_profile_adds_up() {
     assert_eq!(number(&plain["expert_bytes_read"]), number(&plain["misses"]) * expert);
     assert_eq!((&profile["memory"]["requested"], &profile["threads"]), (&(8 << 20).into(), &2.into()));
     assert!(profile["read_path"].as_str().unwrap().contains("pread"));
+    // The first token comes after the prompt, and before the others.
+    let seconds = |value: &Value| value.as_f64().unwrap();
+    let first = seconds(&profile["first_token_seconds"]);
+    assert!(first >= seconds(&profile["open_seconds"]) + seconds(&profile["prefill"]["seconds"]) * 0.9);
+    let read = number(&profile["first_token_bytes_read"]);
+    let of_prompt = number(&profile["prefill"]["expert_bytes_read"]);
+    assert!(read > of_prompt && read <= of_prompt + number(&profile["dense_bytes_read"]), "{read}, {of_prompt}");
 
     let output = sluice(&[&args[..], &["--profile"]].concat());
     let said = stderr(&output);
-    for word in ["prefill", "decode", "tokens/s", "per token", "in memory", "requested 8.0 MiB"] {
+    for word in ["prefill", "decode", "tokens/s", "per token", "in memory", "requested 8.0 MiB", "the first token came"]
+    {
         assert!(said.contains(word), "{word}: {said}");
     }
     assert_eq!(stdout(&output), format!("{}\n", report["text"].as_str().unwrap()));

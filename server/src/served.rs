@@ -66,7 +66,7 @@ pub struct Encoded {
 }
 
 impl Served {
-    /// Opens a model: reads its dense parts, which takes a while.
+    /// Opens a model and begins to read its dense parts; the first answer waits for them.
     ///
     /// # Errors
     /// What is wrong with the file, its text files, or the memory.

@@ -11,6 +11,7 @@ mod dependencies;
 mod drafts;
 mod estimate;
 mod families;
+mod first_token;
 mod forms;
 mod fuzz_regressions;
 mod generations;

@@ -109,6 +109,7 @@ impl Batch {
     /// `tokens`: of each of `count` sequences.
     pub(super) fn open(file: &Path, options: EngineOptions, count: usize, tokens: usize) -> Result<Self, CliError> {
         let engine = Engine::open(file, &EngineOptions { sequences: Some(count), ..options })?;
+        engine.wait_for_dense()?;
         let vocab = engine.spec().vocab_size;
         let streams = (0..count as u64).map(|seed| token_stream(seed, tokens, vocab)).collect();
         Ok(Batch { sequences: (0..count).map(|_| engine.new_sequence()).collect(), engine, streams })

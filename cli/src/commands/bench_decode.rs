@@ -258,6 +258,8 @@ struct Decoder {
 impl Decoder {
     fn open(file: &Path, options: &EngineOptions, tokens: usize) -> Result<Self, CliError> {
         let engine = Engine::open(file, &EngineOptions { context: Some(tokens), ..options.clone() })?;
+        // The drive is measured, and nothing else may use it then.
+        engine.wait_for_dense()?;
         let stream = token_stream(0, tokens, engine.spec().vocab_size);
         Ok(Decoder { sequence: engine.new_sequence(), engine, stream, logits: Vec::new() })
     }

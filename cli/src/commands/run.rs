@@ -186,7 +186,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         }
     })?;
     recorder.map(Recorder::finish).transpose()?;
-    let profile = Profile::new(&engine, &generation, open_seconds);
+    let profile = Profile::new(&engine, &generation, started, open_seconds);
     report(args, &request, &generation, &profile, engine.spec().max_positions)?;
     if let Some(file) = &args.profile_svg {
         profile.chart(&engine.spec().family).write(file)?;

@@ -302,6 +302,11 @@ impl Scheduler {
         self.proposer.failure()
     }
 
+    /// Whether there is no generation, running, saved or in the queue.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.saved.is_empty() && self.shared.lock().queue.is_empty()
+    }
+
     /// Waits until there is something to do; false once the scheduler has been closed and nothing is left.
     pub fn wait(&self) -> bool {
         self.wait_for(None) == Work::Ready
@@ -332,7 +337,7 @@ impl Scheduler {
         Work::Ready
     }
 
-    /// The engine has given its memory back, so that reports of it are out of date.
+    /// The engine has given its memory back, or other experts are in memory, so that reports of it are out of date.
     pub(super) fn outdate_report(&self) {
         self.shared.board.outdate();
     }

@@ -77,6 +77,8 @@ pub struct EngineOptions {
     pub simulated_packed: Option<sluice_storage::pool::Packed>,
     /// Whether the budget shrinks while the system is short of memory.
     pub yields: Yields,
+    /// Whether [`Engine::warm`] does nothing.
+    pub no_warm: bool,
     /// While a prompt is read, a sequence with room for marks makes one by itself each time it has read this many tokens; `None`: 2048. So a
     /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
     pub mark_every: Option<usize>,
@@ -195,6 +197,8 @@ pub struct Stats {
     pub dense_bytes_read: u64,
     /// Experts chosen in place of the routers' own, because those in memory were preferred ([`Thrift::preference`]).
     pub replaced: u64,
+    /// Experts read while there was nothing to do ([`Engine::warm`]).
+    pub warmed: u64,
 }
 
 /// An opened model.
@@ -221,13 +225,19 @@ pub struct Engine {
     allowed_slots: usize,
     /// Watches the system's memory, if the budget follows it.
     pressure: Option<PressureWatch>,
+    /// What was known when it was looked last how much memory slots can still take.
+    looked: Option<budget::Look>,
+    /// When the last step ended.
+    stepped: Option<Instant>,
+    warms: bool,
 }
 
 impl Engine {
-    /// Opens a model: checks the file, plans the memory, reads the dense parts.
+    /// Opens a model: checks the file, plans the memory, and begins to read the dense parts. Each layer of the first step waits for
+    /// its own dense parts only. Memory of expert slots is taken as they are filled.
     ///
     /// # Errors
-    /// See [`RuntimeError`].
+    /// See [`RuntimeError`]. A dense part that cannot be read, or is damaged, is an error of the first step that needs it.
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
         let file = ModelFile::open(path)?;
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
@@ -290,6 +300,9 @@ impl Engine {
             wanted,
             allowed_slots,
             pressure,
+            looked: None,
+            stepped: None,
+            warms: !options.no_warm,
         })
     }
 
@@ -365,6 +378,15 @@ impl Engine {
             return Ok(());
         }
         counts::save(self.file.path(), self.file.state_id(), &counts)
+    }
+
+    /// Waits until all dense parts that stay are in memory, and verified. No step needs this: it is for measurements, and for callers
+    /// who want to know at once whether they are sound.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Pool`] for the first dense part that cannot be read or is damaged.
+    pub fn wait_for_dense(&self) -> Result<(), RuntimeError> {
+        Ok(self.storage.dense.wait_for_all()?)
     }
 
     /// An empty sequence for as many tokens as the memory plan gives each. It has no pages yet: there can be more sequences than
@@ -561,6 +583,8 @@ impl Engine {
             self.room(pages, spans).map_err(ModelError::from)?;
         }
         self.wake_up()?;
+        self.storage.pool.stop_warming();
+        self.limit_new_memory();
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
@@ -568,7 +592,9 @@ impl Engine {
         spans.iter_mut().for_each(|span| span.sequence.settle());
         (self.compute.observer, self.compute.cancel) = (None, None);
         self.compute.threads.cancel_by(None);
-        self.time += started.elapsed();
+        let ended = Instant::now();
+        self.time += ended - started;
+        self.stepped = Some(ended);
         Ok(outcome?)
     }
 
@@ -637,6 +663,7 @@ impl Engine {
                 + self.model.embedding_bytes_read()
                 + self.storage.tables.bytes_read(),
             replaced: self.model.replaced(),
+            warmed: pool.warmed,
         }
     }
 }
@@ -660,7 +687,7 @@ fn prepare(rows: &Rows, spans: &mut [Span<'_>]) -> Result<(), PagesFull> {
     take(spans)
 }
 
-/// Opens the storage: dense parts in memory, as many expert slots as the plan has. `paths`: the files that the extents lie in, by
+/// Opens the storage: dense parts on their way into memory, as many expert slots as the plan has. `paths`: the files that the extents lie in, by
 /// volume, each with its tuning.
 fn open_storage(
     paths: &[PathBuf],

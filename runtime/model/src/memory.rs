@@ -268,6 +268,15 @@ impl MemoryPlan {
         Some(PagePool::new(Layout::new(&model, self.kv_type), &self.prediction_pages))
     }
 
+    /// Bytes of available memory that slots leave alone while they are filled for the first time.
+    pub(crate) fn left_alone(&self) -> u64 {
+        match self.requested {
+            None => headroom(self.available),
+            // Much of the overhead has been taken by then.
+            Some(_) => OVERHEAD / 2,
+        }
+    }
+
     /// Bytes that will be allocated.
     pub fn used(&self) -> u64 {
         self.dense + self.dense_ring + self.kv_cache + self.scratch + self.staging + self.slots as u64 * self.slot_len
@@ -518,9 +527,14 @@ impl fmt::Display for Bytes {
 fn effective_budget(requested: Option<u64>, everything: u64, available: u64) -> u64 {
     // A user who states a budget knows what else the machine does, but not that the program itself takes memory too.
     match requested {
-        None => everything.min(available.saturating_sub((available / HEADROOM.0).max(HEADROOM.1.min(available / 2)))),
+        None => everything.min(available.saturating_sub(headroom(available))),
         Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
     }
+}
+
+/// What is left to the system of so much available memory when no budget is given.
+fn headroom(available: u64) -> u64 {
+    (available / HEADROOM.0).max(HEADROOM.1.min(available / 2))
 }
 
 #[cfg(test)]

@@ -571,7 +571,7 @@ impl Model {
         // A prompt will need most experts of the next layer anyway.
         let decoder = &self.layers[..self.spec.layers.len()];
         let wanted = rows.generate() && ffn.prefetches();
-        let next = next_routed(decoder, index).filter(|(_, l)| wanted && dense_parts.is_pinned(l.router));
+        let next = next_routed(decoder, index).filter(|(_, l)| wanted && dense_parts.is_here(l.router));
         let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
             let (norm, extent) = (l.ffn.router_norm().or(l.residual.norm()), router.bytes());

@@ -219,6 +219,7 @@ impl Filling {
             ends
         }));
         slot.len = 0;
+        slot.prepare();
         let mut before = 0;
         for (stripe, &(len, chunk_bytes)) in stripes.iter().enumerate() {
             each(Filling {
@@ -411,6 +412,7 @@ impl Arriving {
         match self.phase() {
             ReadPhase::Ready => {
                 self.slot.len = self.len;
+                self.slot.has_memory();
                 Ok(self.slot)
             }
             ReadPhase::Failed => {

@@ -18,6 +18,9 @@ const CHUNK_BYTES_MAX: usize = 16 << 20;
 pub enum Class {
     /// The router has asked for it, and a caller waits.
     Demand,
+    /// It is certain to be asked for, but nobody waits for it yet. Reads of this class use the drive's full depth, but demand reads
+    /// overtake them.
+    Certain,
     /// It will probably be asked for.
     Prefetch,
 }
@@ -458,7 +461,7 @@ impl PendingRead {
         }
     }
 
-    /// Turns a prefetch read into a demand read.
+    /// Turns a read of another class into a demand read.
     pub fn promote(&self) {
         if !self.is_done() {
             self.stripes().for_each(|stripe| stripe.shared.send(Command::Promote(stripe.id)));

@@ -77,6 +77,19 @@ pub struct DenseLocation {
     pub name: ExtentName,
 }
 
+impl DenseLocation {
+    /// Queues its read into a slot.
+    pub(super) fn submit(
+        &self,
+        io: &Scheduler,
+        slot: Slot,
+        class: Class,
+        check: Check,
+    ) -> Result<PendingRead, ReadFailure> {
+        self.extent.submit(io, slot, class, check, self.name)
+    }
+}
+
 /// One routed expert of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ExpertKey {
@@ -200,6 +213,12 @@ impl ExpertDirectory {
     pub fn key(&self, index: Key) -> ExpertKey {
         let (layer, expert) = self.shape.expert(index);
         ExpertKey { layer: self.layers[layer as usize], expert }
+    }
+
+    /// Whether there is an expert with this index: layers can have fewer than the largest.
+    #[must_use]
+    pub fn exists(&self, index: Key) -> bool {
+        self.locations[index.index()].is_some()
     }
 
     /// Where the expert with this index is.

@@ -18,6 +18,7 @@
 mod dense;
 mod directory;
 mod error;
+mod load;
 mod order;
 mod parts;
 pub mod policy;
@@ -27,6 +28,7 @@ mod sectors;
 mod settle;
 mod storage;
 mod unpack;
+mod warm;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -48,6 +50,7 @@ use self::policy::Pass;
 use self::prefetch::Prefetches;
 use self::settle::Verdict;
 use self::unpack::Unpacker;
+use self::warm::Warming;
 use crate::io::{Arena, Check, Class, ExtentName, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
 
 /// The table's entry for an expert that has no slot.
@@ -72,6 +75,10 @@ pub struct PoolStats {
     pub prefetched_used: u64,
     /// Of these, lost their slot, or were given up, without having been requested.
     pub prefetched_wasted: u64,
+    /// Experts read while there was nothing to do ([`Pool::warm`]).
+    pub warmed: u64,
+    /// How often a slot without memory was filled, and took some.
+    pub new_slots: u64,
 }
 
 /// The router's choice, in the form that policies need.
@@ -124,11 +131,14 @@ pub struct Pool {
     free: Vec<u32>,
     /// Empty slots whose memory has been given back to the system; not free.
     away: Vec<u32>,
+    /// How many free slots without memory may take some.
+    new_slots: usize,
     /// Staging slots that no read is using.
     staging: Vec<Slot>,
     unpacker: Unpacker,
     pass: PassState,
     prefetches: Prefetches,
+    warming: Warming,
     stats: PoolStats,
 }
 
@@ -150,11 +160,11 @@ struct PassState {
 }
 
 impl Pool {
-    /// Takes memory for `slots` slots, at most one per expert.
+    /// Reserves addresses for `slots` slots, at most one per expert. Each takes memory when it is filled first.
     ///
     /// # Errors
     /// [`PoolError::NoRoom`] without a slot for a model with experts, [`PoolError::Io`] if the system does not
-    /// give the memory.
+    /// give the addresses.
     pub fn reserve(directory: &ExpertDirectory, slots: usize) -> Result<Arena, PoolError> {
         let slots = slots.min(directory.len() as usize);
         if slots == 0 && !directory.is_empty() {
@@ -163,16 +173,17 @@ impl Pool {
         Ok(Arena::uniform(directory.slot_bytes(), slots, "experts")?)
     }
 
-    /// Takes memory for `slots` staging slots, at least two where experts are compressed: one is decompressed while one is read.
+    /// Reserves addresses for `slots` staging slots, at least two where experts are compressed: one is decompressed while one is
+    /// read.
     ///
     /// # Errors
-    /// [`PoolError::Io`] if the system does not give the memory.
+    /// [`PoolError::Io`] if the system does not give the addresses.
     pub fn reserve_staging(directory: &ExpertDirectory, slots: usize) -> Result<Arena, PoolError> {
         let slots = if directory.staging_bytes() == 0 { 0 } else { slots.clamp(2, 2.max(directory.len() as usize)) };
         Ok(Arena::uniform(directory.staging_bytes(), slots, "compressed experts")?)
     }
 
-    /// A pool on the memory that [`reserve`](Self::reserve) and [`reserve_staging`](Self::reserve_staging) took. All slots are empty. The policy is for
+    /// A pool on what [`reserve`](Self::reserve) and [`reserve_staging`](Self::reserve_staging) reserved. All slots are empty. The policy is for
     /// [`ExpertDirectory::shape`].
     ///
     /// # Panics
@@ -209,7 +220,9 @@ impl Pool {
             table: vec![ABSENT; directory.shape().keys()],
             free: (0..slots.len() as u32).rev().collect(),
             away: Vec::with_capacity(slots.len()),
+            new_slots: usize::MAX,
             prefetches: Prefetches::new(slots.len(), directory.shape().keys()),
+            warming: Warming::default(),
             slots,
             staging,
             unpacker: Unpacker::new(Arc::new(Serial), packed),
@@ -291,6 +304,7 @@ impl Pool {
         routing: &Routing<'_>,
     ) -> Result<LayerPass<'_>, PoolError> {
         assert!(experts.is_sorted_by(|a, b| a < b), "experts have to be strictly ascending");
+        self.stop_warming();
         // Only a pass that was leaked instead of dropped leaves anything to do here.
         self.end_pass();
         self.settle_prefetches();
@@ -402,8 +416,14 @@ impl Pool {
 
     /// An empty slot, by eviction if need be; `None` if every slot is in use.
     fn vacate(&mut self) -> Option<u32> {
-        if let Some(number) = self.free.pop() {
-            return Some(number);
+        // Slots with memory are at the end of the list.
+        if let Some(&number) = self.free.last() {
+            let is_new = self.is_absent(number);
+            if !is_new || self.new_slots > 0 || !self.is_in_use() {
+                self.new_slots = self.new_slots.saturating_sub(usize::from(is_new));
+                self.stats.new_slots += u64::from(is_new);
+                return self.free.pop();
+            }
         }
         let victim = self.policy.victim()?;
         self.policy.evict(victim);
@@ -416,6 +436,11 @@ impl Pool {
             other => panic!("the policy chose {victim:?}, which is in use or absent: {other:?}"),
         }
         Some(number)
+    }
+
+    /// Whether there is anything in any slot, or on its way.
+    fn is_in_use(&self) -> bool {
+        self.slots.iter().any(|content| matches!(content, Content::Loading { .. } | Content::Resident { .. }))
     }
 
     /// Marks the slot of a read as free, and the staging slot `read` if there is another `target`.

@@ -1,11 +1,10 @@
-//! How many slots have memory: a pool can give memory back to the system while it runs, and take it again.
+//! How many slots may have memory: a pool can give memory back to the system while it runs, and take it again.
 //!
-//! The experts that leave are those that the policy would evict next. Slots without memory keep their addresses.
+//! The experts that leave are those that the policy would evict next. Slots without memory keep their addresses. A slot takes
+//! memory when it is filled, so others can have taken what the system had when the pool was made:
+//! [`Pool::limit_new_memory`] says how many slots may still take some.
 
-use std::io;
-
-use super::{Content, Pool, PoolError};
-use crate::io::IoError;
+use super::{Content, Pool};
 
 impl Pool {
     /// Number of slots with which the pool was made.
@@ -14,20 +13,35 @@ impl Pool {
         self.slots.len()
     }
 
-    /// Slots that have memory.
+    /// Slots that may have memory.
     #[must_use]
     pub fn slot_count(&self) -> usize {
         self.slots.len() - self.away.len()
     }
 
-    /// Gives memory back to the system, or takes it again, until `slots` slots have memory, but at most those with which the
-    /// pool was made. Call it between passes. Prefetches are ended if their slots are needed.
-    ///
-    /// # Errors
-    /// [`PoolError::Io`] when the system does not give memory; [`slot_count`](Self::slot_count) says how far it went.
-    pub fn resize(&mut self, slots: usize) -> Result<(), PoolError> {
+    /// Empty slots that have no memory and may take some: those that have never been filled, above all.
+    #[must_use]
+    pub fn unfilled(&self) -> usize {
+        self.free.iter().filter(|&&number| self.is_absent(number)).count()
+    }
+
+    /// Lets this many slots without memory take some from now on. Beyond that, experts leave slots that have memory, as if the
+    /// others did not exist; only if no slot is in use, one takes memory all the same, because a pass needs one.
+    pub fn limit_new_memory(&mut self, slots: usize) {
+        self.new_slots = slots;
+    }
+
+    pub(super) fn is_absent(&self, number: u32) -> bool {
+        matches!(&self.slots[number as usize], Content::Empty(slot) if slot.is_absent())
+    }
+
+    /// Gives memory back to the system, or allows to take it again, until `slots` slots may have memory, but at most those with
+    /// which the pool was made. Call it between passes. Prefetches are ended if their slots are needed.
+    pub fn resize(&mut self, slots: usize) {
+        self.stop_warming();
         self.end_pass();
         self.settle_prefetches();
+        self.drop_unfilled(self.slot_count().saturating_sub(slots));
         while self.slot_count() > slots {
             // Nothing is pinned between passes: a slot that is not available is lost with the I/O thread.
             let Some(number) = self.vacate().or_else(|| self.reclaim_prefetch().then(|| self.vacate()).flatten())
@@ -36,21 +50,29 @@ impl Pool {
             };
             self.give_back(number);
         }
-        for slot in &mut self.staging {
-            // If the system does not give the memory at once, it comes page by page.
-            let _ = if slots == 0 { slot.give_back() } else { slot.take_again() };
+        if slots == 0 {
+            // If the system does not take the pages, they stay in memory.
+            self.staging.iter_mut().for_each(|slot| _ = slot.give_back());
         }
-        while self.slot_count() < slots
-            && let Some(&number) = self.away.last()
-        {
-            self.take_again(number).map_err(|source| {
-                PoolError::Io(IoError::Memory { bytes: self.directory.slot_bytes(), what: "experts", source })
-            })?;
-            self.away.pop();
-            self.free.push(number);
-        }
+        let more = slots.saturating_sub(self.slot_count()).min(self.away.len());
+        let returned = self.away.split_off(self.away.len() - more);
+        // At the beginning: slots that have memory are filled first.
+        self.free.splice(0..0, returned);
         self.io.wake();
-        Ok(())
+    }
+
+    /// Lets up to this many slots go that have no memory anyway.
+    fn drop_unfilled(&mut self, most: usize) {
+        let Pool { free, away, slots, .. } = self;
+        let mut left = most;
+        free.retain(|&number| {
+            let goes = left > 0 && matches!(&slots[number as usize], Content::Empty(slot) if slot.is_absent());
+            if goes {
+                left -= 1;
+                away.push(number);
+            }
+            !goes
+        });
     }
 
     /// Gives up the memory of an empty slot.
@@ -60,12 +82,5 @@ impl Pool {
             let _ = slot.give_back();
         }
         self.away.push(number);
-    }
-
-    fn take_again(&mut self, number: u32) -> io::Result<()> {
-        match &mut self.slots[number as usize] {
-            Content::Empty(slot) => slot.take_again(),
-            _ => Ok(()),
-        }
     }
 }

@@ -52,11 +52,11 @@ pub struct Storage {
 }
 
 impl Storage {
-    /// Opens the files, takes all memory, starts the engines and reads the dense parts.
+    /// Opens the files, reserves addresses for all slots, starts the engines and begins to read the dense parts.
     ///
     /// # Errors
-    /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, memory or engine are not available, [`PoolError::Read`]
-    /// if a dense part cannot be read; with a simulated drive, [`PoolError::Directory`] if its contents are not as long as an expert.
+    /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, addresses or engine are not available,
+    /// [`PoolError::Read`] if the file ends before a dense part does; with a simulated drive, [`PoolError::Directory`] if its contents are not as long as an expert.
     ///
     /// # Panics
     /// Unless there is a file, and a tuning for each.

@@ -9,6 +9,9 @@ use super::*;
 use crate::io::sim::{Fault, FaultKind, SimDrive};
 use crate::io::{DirectMode, IoConfig, PAGE_BYTES, ReadError, Tuning};
 
+mod load;
+mod warm;
+
 const LAYERS: u32 = 4;
 const EXPERTS: u32 = 12;
 /// Staging slots of pools here.

@@ -66,4 +66,8 @@ impl Policy for Lfu {
     fn victim(&mut self) -> Option<Key> {
         self.order.winner()
     }
+
+    fn lateness(&self, key: Key) -> Option<u64> {
+        (self.counts[key.index()] > 0).then(|| self.score(key))
+    }
 }

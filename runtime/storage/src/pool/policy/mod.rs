@@ -133,6 +133,12 @@ pub trait Policy: fmt::Debug + Send {
     /// The resident key to evict next; `None` when all are pinned. Does not evict it.
     fn victim(&mut self) -> Option<Key>;
 
+    /// How late a key is expected to be used, resident or not: what has more is evicted before what has less. `None` if nothing is known
+    /// that would speak for the key, or the policy knows nothing of keys that are not resident.
+    fn lateness(&self, _key: Key) -> Option<u64> {
+        None
+    }
+
     /// What the policy wants to remember until the next start, as bytes; empty if nothing.
     fn export(&self) -> Vec<u8> {
         Vec::new()

@@ -169,6 +169,11 @@ impl Policy for NextUse {
         self.order.winner()
     }
 
+    fn lateness(&self, key: Key) -> Option<u64> {
+        let known = self.rates[key.index()].iter().any(|&rate| rate > 0.0);
+        known.then(|| self.scores[key.index()])
+    }
+
     /// Magic, layers, experts, then the counts of every key; all little-endian, four bytes each.
     fn export(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEAD + self.rates.len() * RATES * 4 + self.beyond.len());
