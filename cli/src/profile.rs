@@ -293,8 +293,7 @@ impl Profile {
             let (after, read) = (seconds(after), Bytes(read));
             let _ = write!(out, "; the first token came {after} after the start, when {read} had been read");
         }
-        out.push('
-');
+        out.push('\n');
         out
     }
 }
