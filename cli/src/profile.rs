@@ -260,7 +260,7 @@ impl Profile {
         let requested = memory.requested.map_or("not limited".to_owned(), |r| Bytes(r).to_string());
         let experts = match memory.experts {
             0 => String::new(),
-            all => format!(", {} of {all} experts of {}", memory.slots, Bytes(memory.slot_len)),
+            all => format!(", experts {} ({} of {all})", Bytes(memory.slot_bytes), memory.slots),
         };
         let _ = writeln!(
             out,

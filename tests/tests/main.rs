@@ -33,6 +33,7 @@ mod segments;
 mod sequences;
 mod session_store;
 mod sessions;
+mod sizes;
 mod stripes;
 mod synth;
 mod thrift;

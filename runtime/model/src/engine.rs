@@ -35,8 +35,8 @@ use crate::{
 };
 use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, StripeRead, Tuning};
 use sluice_storage::pool::{
-    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Packed, PolicyKind, PoolError, Storage, StorageConfig,
-    Workers,
+    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Packed, PolicyKind, PoolError, SlotPlan, Storage,
+    StorageConfig, Workers,
 };
 
 /// How to open a model.
@@ -222,7 +222,7 @@ pub struct Engine {
     rows: Rows,
     wanted: Vec<usize>,
     /// Expert slots that the budget allows; there are fewer while the system is short of memory.
-    allowed_slots: usize,
+    allowed_slots: SlotPlan,
     /// Watches the system's memory, if the budget follows it.
     pressure: Option<PressureWatch>,
     /// What was known when it was looked last how much memory slots can still take.
@@ -282,7 +282,7 @@ impl Engine {
             Yields::Never => false,
         };
         let pressure = yields.then(PressureWatch::new).flatten();
-        let allowed_slots = memory.slots;
+        let allowed_slots = memory.slot_plan.clone();
         Ok(Engine {
             file,
             memory,
@@ -707,7 +707,7 @@ fn open_storage(
     });
     let experts = ExpertDirectory::new(&layers.collect::<Vec<_>>())?;
     let config = StorageConfig {
-        expert_slots: memory.slots,
+        expert_slots: memory.slot_plan.clone(),
         staging_slots: memory.staging_slots,
         pinned: memory.pinned.clone(),
         tables: ngrams::tables(file),

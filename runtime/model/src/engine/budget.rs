@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use sluice_storage::io::trim_heap;
+use sluice_storage::pool::SlotPlan;
 
 use super::{Engine, RuntimeError};
 use crate::memory::{Bytes, MIN_SLOTS, MemoryPlan, Wish, available_memory};
@@ -26,7 +27,7 @@ pub(super) struct Look {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the budget cannot become {} while the model is open: dense parts, keys and values and scratch take {}, and {MIN_SLOTS} experts \
-     must fit, so the least is {}. Open the model with less context to need less",
+     of each size must fit, so the least is {}. Open the model with less context to need less",
     Bytes(*.asked), Bytes(*.fixed), Bytes::at_least(*.least)
 )]
 pub struct ShrinkError {
@@ -45,22 +46,26 @@ impl MemoryPlan {
     }
 
     /// Expert slots that a budget of `bytes` holds; `None` if it is below the least.
-    fn slots_of(&self, bytes: u64) -> Option<usize> {
-        if bytes < self.least() {
-            return None;
-        }
-        let slots = (bytes - self.fixed()).checked_div(self.slot_len).unwrap_or(0);
-        Some(usize::try_from(slots).unwrap_or(usize::MAX).min(self.most_slots))
+    fn slots_of(&self, bytes: u64) -> Option<SlotPlan> {
+        self.most_slots.within(bytes.checked_sub(self.fixed())?)
     }
 
-    /// The least budget that the plan can shrink to: dense parts, keys and values, scratch, and two experts.
+    /// Changes the slots, as far as the plan says what there is.
+    fn set_slots(&mut self, slots: SlotPlan) {
+        self.slots = slots.slots();
+        self.slot_bytes = slots.bytes();
+        self.slot_plan = slots;
+        self.effective = self.used();
+    }
+
+    /// The least budget that the plan can shrink to: dense parts, keys and values, scratch, and two experts of each size of slots.
     pub fn least(&self) -> u64 {
-        self.fixed() + MIN_SLOTS.min(self.most_slots) as u64 * self.slot_len
+        self.fixed() + self.most_slots.least_bytes()
     }
 
     /// The largest budget that it can grow to: the one that it was opened with.
     pub fn most(&self) -> u64 {
-        self.fixed() + self.most_slots as u64 * self.slot_len
+        self.fixed() + self.most_slots.bytes()
     }
 }
 
@@ -75,24 +80,20 @@ impl Engine {
         let plan = &self.memory;
         let refused = ShrinkError { asked: bytes, fixed: plan.fixed(), least: plan.least() };
         let slots = plan.slots_of(bytes).ok_or(refused)?;
-        self.allowed_slots = slots;
         if self.is_at_rest() {
             // Nothing is held now; the next step has as many slots as the plan then has.
-            self.count_slots(slots);
+            self.memory.set_slots(slots.clone());
         } else {
-            self.resize(slots);
+            self.resize(&slots);
         }
+        self.allowed_slots = slots;
         Ok(())
     }
 
-    fn resize(&mut self, slots: usize) {
-        self.storage.pool.resize(slots);
-        self.count_slots(self.storage.pool.slot_count());
-    }
-
-    fn count_slots(&mut self, slots: usize) {
-        self.memory.slots = slots;
-        self.memory.effective = self.memory.used();
+    fn resize(&mut self, slots: &SlotPlan) {
+        self.storage.pool.resize(&slots.counts());
+        let slots = slots.with_counts(self.storage.pool.slot_counts());
+        self.memory.set_slots(slots);
     }
 
     /// Gives the memory of a model at rest back to the system: expert slots, dense parts, scratch, and pages that no sequence has.
@@ -101,7 +102,7 @@ impl Engine {
     pub fn release_idle(&mut self) {
         self.storage.dense.give_back();
         self.storage.tables.give_back();
-        self.storage.pool.resize(0);
+        self.storage.pool.resize(&[]);
         self.model.give_back(&self.compute);
         self.pages.give_back();
         self.prediction_pages.iter().for_each(|pages| pages.give_back());
@@ -118,7 +119,8 @@ impl Engine {
         if self.is_at_rest() {
             self.storage.dense.take_again()?;
             self.storage.tables.take_again();
-            self.resize(self.memory.slots);
+            let slots = self.memory.slot_plan.clone();
+            self.resize(&slots);
         }
         Ok(())
     }
@@ -136,8 +138,7 @@ impl Engine {
         self.looked = Some(Look { at: now, taken });
         if self.storage.pool.unfilled() > 0 {
             let others = self.storage.dense.missing_bytes() + self.memory.left_alone();
-            let slots = available_memory().saturating_sub(others) / self.memory.slot_len;
-            self.storage.pool.limit_new_memory(usize::try_from(slots).unwrap_or(usize::MAX));
+            self.storage.pool.limit_new_memory(available_memory().saturating_sub(others));
         }
     }
 
@@ -162,24 +163,26 @@ impl Engine {
     /// budget has changed.
     pub fn heed_pressure(&mut self) -> bool {
         let Some(watch) = &mut self.pressure else { return false };
-        let wish = watch.look(Instant::now(), self.memory.slots < self.allowed_slots);
+        let wish = watch.look(Instant::now(), self.memory.slot_bytes < self.allowed_slots.bytes());
         self.follow(wish)
     }
 
-    /// Changes the number of expert slots by an eighth of what the model was opened with or [`Engine::set_budget`] has allowed: down to
-    /// the least, or up to that number. True if it has changed.
+    /// Changes the bytes of expert slots by an eighth of what the model was opened with or [`Engine::set_budget`] has allowed: down to
+    /// the least, or up to that. True if they have changed.
     pub fn follow(&mut self, wish: Wish) -> bool {
-        let (before, most) = (self.memory.slots, self.allowed_slots);
-        // At least one: small models have few.
-        let step = (most / 8).max(1);
-        let slots = match wish {
+        let (before, most) = (self.memory.slot_bytes, self.allowed_slots.bytes());
+        // Whole slots, and at least one: small models have few.
+        let len = self.memory.slot_len.max(1);
+        let step = (most / 8 / len).max(1) * len;
+        let bytes = match wish {
             Wish::Keep => return false,
-            Wish::Less => before.saturating_sub(step).max(MIN_SLOTS.min(most)),
-            Wish::More => (before + step).min(most),
+            Wish::Less => before.saturating_sub(step).max(self.allowed_slots.least_bytes()),
+            Wish::More => before + step,
         };
-        if slots != before && !self.is_at_rest() {
-            self.resize(slots);
+        let slots = self.allowed_slots.within(bytes).filter(|slots| *slots != self.memory.slot_plan);
+        if let Some(slots) = slots.filter(|_| !self.is_at_rest()) {
+            self.resize(&slots);
         }
-        self.memory.slots != before
+        self.memory.slot_bytes != before
     }
 }

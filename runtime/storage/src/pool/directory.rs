@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::PoolError;
 use super::policy::{Key, Shape};
+use super::{PoolError, SlotPlan};
 use crate::io::{
     Check, Class, ExtentName, ExtentRead, PAGE_BYTES, PendingRead, ReadFailure, Scheduler, Slot, StripeRead,
 };
@@ -111,6 +111,8 @@ pub struct ExpertDirectory {
     /// By routed layer: the layer of the model.
     layers: Vec<u32>,
     experts: u32,
+    /// By routed layer: bytes of the largest expert in memory.
+    layer_bytes: Vec<usize>,
     slot_bytes: usize,
     staging_bytes: usize,
 }
@@ -133,11 +135,13 @@ impl ExpertDirectory {
             routed: vec![None; layers.len()],
             layers: routed_layers,
             experts: layers.iter().map(|l| l.len() as u32).sum(),
+            layer_bytes: Vec::with_capacity(layers.len()),
             slot_bytes: 0,
             staging_bytes: 0,
         };
         for (number, &layer) in (0u32..).zip(&directory.layers) {
             directory.routed[layer as usize] = Some(number);
+            directory.layer_bytes.push(0);
             for (expert, location) in (0u32..).zip(&layers[layer as usize]) {
                 let len = usize::try_from(location.len).unwrap_or(usize::MAX);
                 if len == 0 || !len.is_multiple_of(PAGE_BYTES) {
@@ -147,6 +151,8 @@ impl ExpertDirectory {
                 if in_memory == 0 || !in_memory.is_multiple_of(PAGE_BYTES) {
                     return Err(refuse("an expert's length in memory has to be a multiple of 4096"));
                 }
+                let largest = &mut directory.layer_bytes[number as usize];
+                *largest = in_memory.max(*largest);
                 directory.slot_bytes = directory.slot_bytes.max(in_memory);
                 if location.packed.is_some() {
                     directory.staging_bytes = directory.staging_bytes.max(len);
@@ -181,10 +187,21 @@ impl ExpertDirectory {
         self.staging_bytes
     }
 
-    /// Bytes of a slot: the largest expert's.
+    /// Bytes of the largest expert in memory, and so of a slot that holds any.
     #[must_use]
     pub fn slot_bytes(&self) -> usize {
         self.slot_bytes
+    }
+
+    /// Bytes of the largest expert of every routed layer in memory.
+    pub fn layer_bytes(&self) -> impl Iterator<Item = usize> {
+        self.layer_bytes.iter().copied()
+    }
+
+    /// Slots that hold any expert, at most one for each.
+    #[must_use]
+    pub fn uniform_slots(&self, slots: usize) -> SlotPlan {
+        SlotPlan::uniform(self.slot_bytes as u64, slots, self.experts as usize)
     }
 
     /// The number of a routed layer, counting only those.

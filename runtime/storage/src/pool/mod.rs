@@ -13,8 +13,12 @@
 //! turn comes, by the threads that wait for it. So it has no parts that are handed out early. It is settled like the others: its
 //! decompressed bytes must have their checksum as well.
 //!
+//! Slots can have several sizes, where experts do ([`SlotPlan`]). All experts of a layer go into slots of one size; slots of one
+//! size are a size class.
+//!
 //! Everything is allocated when the pool is made; a pass allocates nothing.
 
+mod classes;
 mod dense;
 mod directory;
 mod error;
@@ -31,10 +35,12 @@ mod unpack;
 mod warm;
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use sluice_checksum::xxh3_64;
 
+pub use classes::{LEAST_SLOTS, LayerSize, SlotClass, SlotPlan};
 pub use dense::{DenseGuard, DenseHandle, DenseParts, DenseStats, RING_SLOTS};
 pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation, Packed};
 pub use error::PoolError;
@@ -120,6 +126,25 @@ impl Content {
     }
 }
 
+/// The slots of a size class. Their numbers follow each other.
+struct Slots {
+    /// Bytes of each.
+    bytes: usize,
+    /// Their numbers.
+    numbers: Range<u32>,
+    /// Empty ones that can be filled; those with memory at the end.
+    free: Vec<u32>,
+    /// Empty ones whose memory has been given back to the system; not free.
+    away: Vec<u32>,
+}
+
+impl Slots {
+    /// Those that may have memory.
+    fn count(&self) -> usize {
+        self.numbers.len() - self.away.len()
+    }
+}
+
 /// The expert slots, and what is in them.
 pub struct Pool {
     io: Arc<Scheduler>,
@@ -128,11 +153,12 @@ pub struct Pool {
     slots: Vec<Content>,
     /// Slot of each expert, or [`ABSENT`].
     table: Vec<u32>,
-    free: Vec<u32>,
-    /// Empty slots whose memory has been given back to the system; not free.
-    away: Vec<u32>,
-    /// How many free slots without memory may take some.
-    new_slots: usize,
+    /// Of each size class the slots, ascending by size.
+    classes: Vec<Slots>,
+    /// The size class of each routed layer.
+    class_of_layer: Vec<u8>,
+    /// How many bytes free slots without memory may take.
+    new_bytes: u64,
     /// Staging slots that no read is using.
     staging: Vec<Slot>,
     unpacker: Unpacker,
@@ -160,17 +186,20 @@ struct PassState {
 }
 
 impl Pool {
-    /// Reserves addresses for `slots` slots, at most one per expert. Each takes memory when it is filled first.
+    /// Reserves addresses for slots. Each takes memory when it is filled first.
     ///
     /// # Errors
     /// [`PoolError::NoRoom`] without a slot for a model with experts, [`PoolError::Io`] if the system does not
     /// give the addresses.
-    pub fn reserve(directory: &ExpertDirectory, slots: usize) -> Result<Arena, PoolError> {
-        let slots = slots.min(directory.len() as usize);
-        if slots == 0 && !directory.is_empty() {
+    pub fn reserve(directory: &ExpertDirectory, slots: &SlotPlan) -> Result<Arena, PoolError> {
+        if slots.slots() == 0 && !directory.is_empty() {
             return Err(PoolError::NoRoom);
         }
-        Ok(Arena::uniform(directory.slot_bytes(), slots, "experts")?)
+        let sizes = slots
+            .classes()
+            .iter()
+            .flat_map(|class| std::iter::repeat_n(usize::try_from(class.len).unwrap_or(usize::MAX), class.slots));
+        Ok(Arena::carve(sizes, "experts")?)
     }
 
     /// Reserves addresses for `slots` staging slots, at least two where experts are compressed: one is decompressed while one is
@@ -188,20 +217,26 @@ impl Pool {
     ///
     /// # Panics
     /// If the arenas' slots are smaller than an expert, or there are none for a model that has
-    /// experts.
+    /// experts, or the sizes of slots do not ascend.
     #[must_use]
     pub fn new(
         io: Arc<Scheduler>,
         arena: Arena,
         staging: Arena,
         directory: ExpertDirectory,
-        policy: Box<dyn Policy>,
+        mut policy: Box<dyn Policy>,
     ) -> Pool {
-        let slots: Vec<Content> = arena.into_slots().into_iter().map(Content::Empty).collect();
-        let large_enough =
-            |content: &Content| matches!(content, Content::Empty(slot) if slot.capacity() >= directory.slot_bytes());
-        assert!(slots.iter().all(large_enough), "slots are smaller than an expert");
+        let slots = arena.into_slots();
         assert!(!slots.is_empty() || directory.is_empty(), "a pool without slots");
+        let classes = size_classes(&slots);
+        let class_of_layer = directory.layer_bytes().map(|bytes| {
+            let class = classes.partition_point(|class| class.bytes < bytes);
+            assert!(class < classes.len(), "slots are smaller than an expert");
+            class as u8
+        });
+        let class_of_layer: Vec<u8> = class_of_layer.collect();
+        policy.classify(&class_of_layer);
+        let slots: Vec<Content> = slots.into_iter().map(Content::Empty).collect();
         let staging = staging.into_slots();
         let packed = directory.staging_bytes() > 0;
         let staged = staging.iter().all(|slot| slot.capacity() >= directory.staging_bytes());
@@ -218,9 +253,9 @@ impl Pool {
             io,
             policy,
             table: vec![ABSENT; directory.shape().keys()],
-            free: (0..slots.len() as u32).rev().collect(),
-            away: Vec::with_capacity(slots.len()),
-            new_slots: usize::MAX,
+            classes,
+            class_of_layer,
+            new_bytes: u64::MAX,
             prefetches: Prefetches::new(slots.len(), directory.shape().keys()),
             warming: Warming::default(),
             slots,
@@ -354,7 +389,7 @@ impl Pool {
             if !self.can_stage(expert) {
                 return;
             }
-            let Some(number) = self.vacate() else { return };
+            let Some(number) = self.vacate(self.class_of(expert)) else { return };
             self.pass.todo.pop_front();
             let damaged = self.pass.damaged.iter().position(|&damaged| damaged == expert);
             let check = match damaged {
@@ -414,18 +449,31 @@ impl Pool {
         }
     }
 
-    /// An empty slot, by eviction if need be; `None` if every slot is in use.
-    fn vacate(&mut self) -> Option<u32> {
+    /// The size class of an expert's slot.
+    fn class_of(&self, expert: Key) -> u8 {
+        self.class_of_layer[self.directory.shape().expert(expert).0 as usize]
+    }
+
+    /// The slots of the size of this one.
+    fn class_of_slot(&mut self, number: u32) -> &mut Slots {
+        let at = self.classes.partition_point(|class| class.numbers.end <= number);
+        &mut self.classes[at]
+    }
+
+    /// An empty slot of a size class, by eviction if need be; `None` if every slot is in use.
+    fn vacate(&mut self, class: u8) -> Option<u32> {
         // Slots with memory are at the end of the list.
-        if let Some(&number) = self.free.last() {
+        let slots = &self.classes[usize::from(class)];
+        if let Some(&number) = slots.free.last() {
             let is_new = self.is_absent(number);
-            if !is_new || self.new_slots > 0 || !self.is_in_use() {
-                self.new_slots = self.new_slots.saturating_sub(usize::from(is_new));
+            let bytes = slots.bytes as u64;
+            if !is_new || self.new_bytes >= bytes || !self.is_in_use(class) {
+                self.new_bytes = self.new_bytes.saturating_sub(if is_new { bytes } else { 0 });
                 self.stats.new_slots += u64::from(is_new);
-                return self.free.pop();
+                return self.classes[usize::from(class)].free.pop();
             }
         }
-        let victim = self.policy.victim()?;
+        let victim = self.policy.victim_in(class)?;
         self.policy.evict(victim);
         self.stats.evictions += 1;
         self.count_wasted(victim);
@@ -438,9 +486,12 @@ impl Pool {
         Some(number)
     }
 
-    /// Whether there is anything in any slot, or on its way.
-    fn is_in_use(&self) -> bool {
-        self.slots.iter().any(|content| matches!(content, Content::Loading { .. } | Content::Resident { .. }))
+    /// Whether there is anything in any slot of a size class, or on its way.
+    fn is_in_use(&self, class: u8) -> bool {
+        let Range { start, end } = self.classes[usize::from(class)].numbers;
+        self.slots[start as usize..end as usize]
+            .iter()
+            .any(|content| matches!(content, Content::Loading { .. } | Content::Resident { .. }))
     }
 
     /// Marks the slot of a read as free, and the staging slot `read` if there is another `target`.
@@ -458,7 +509,7 @@ impl Pool {
     fn put_back(&mut self, number: u32, slot: Option<Slot>) {
         if let Some(slot) = slot {
             self.slots[number as usize] = Content::Empty(slot);
-            self.free.push(number);
+            self.class_of_slot(number).free.push(number);
         }
     }
 
@@ -564,7 +615,7 @@ impl Pool {
             if self.pass.todo.is_empty() {
                 return Ok(None);
             }
-            if !self.reclaim_prefetch() {
+            if !self.reclaim_for_pass() {
                 return Err(PoolError::NoSlots);
             }
         }
@@ -616,6 +667,25 @@ impl Pool {
             }
         }
     }
+}
+
+/// The slots of an arena by size.
+fn size_classes(slots: &[Slot]) -> Vec<Slots> {
+    let mut first = 0;
+    let classes = slots.chunk_by(|a, b| a.capacity() == b.capacity()).map(|slots| {
+        let numbers = first..first + slots.len() as u32;
+        first = numbers.end;
+        Slots {
+            bytes: slots[0].capacity(),
+            free: numbers.clone().rev().collect(),
+            away: Vec::with_capacity(slots.len()),
+            numbers,
+        }
+    });
+    let classes: Vec<Slots> = classes.collect();
+    assert!(classes.is_sorted_by(|a, b| a.bytes < b.bytes), "the sizes of slots have to ascend");
+    assert!(classes.len() <= usize::from(u8::MAX), "too many sizes of slots");
+    classes
 }
 
 /// One pass over one layer. Dropping it ends the pass; what was read stays in the pool.

@@ -6,7 +6,9 @@ use std::sync::Arc;
 #[cfg(feature = "sim")]
 use super::Packed;
 use super::dense::DenseMemory;
-use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError, SectorCache, TableLocation, Workers};
+use super::{
+    DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError, SectorCache, SlotPlan, TableLocation, Workers,
+};
 #[cfg(feature = "sim")]
 use crate::io::sim::SimulatedDrive;
 use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, open_lanes};
@@ -14,8 +16,8 @@ use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, 
 /// How to open the storage of a model.
 #[derive(Clone, Debug)]
 pub struct StorageConfig {
-    /// Expert slots; the pool makes at most one per expert.
-    pub expert_slots: usize,
+    /// Expert slots.
+    pub expert_slots: SlotPlan,
     /// Staging slots for compressed experts; at least two are made if there are such experts, and none otherwise.
     pub staging_slots: usize,
     /// For each dense extent, whether it stays in memory; the others are streamed.
@@ -75,7 +77,7 @@ impl Storage {
             experts.hold(drive.contents(), config.simulated_packed)?;
         }
         let mut memory = Memory {
-            experts: Pool::reserve(&experts, config.expert_slots)?,
+            experts: Pool::reserve(&experts, &config.expert_slots)?,
             staging: Pool::reserve_staging(&experts, config.staging_slots)?,
             dense: DenseParts::reserve(dense, &config.pinned)?,
             tables: SectorCache::reserve(&config.tables, config.sectors)?,

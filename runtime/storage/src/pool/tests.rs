@@ -10,6 +10,7 @@ use crate::io::sim::{Fault, FaultKind, SimDrive};
 use crate::io::{DirectMode, IoConfig, PAGE_BYTES, ReadError, Tuning};
 
 mod load;
+mod sizes;
 mod warm;
 
 const LAYERS: u32 = 4;
@@ -365,6 +366,7 @@ fn storage_opens_loads_and_serves() {
         .collect();
     let open = |expert_slots| {
         let experts = ExpertDirectory::new(&layers).expect("valid");
+        let expert_slots = experts.uniform_slots(expert_slots);
         let policy = PolicyKind::Lru.build(experts.shape()).expect("online");
         let paths = [path.clone()];
         let (tuning, direct) = (vec![Tuning::default()], DirectMode::default());

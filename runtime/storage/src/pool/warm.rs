@@ -29,11 +29,11 @@ impl Pool {
         self.settle_prefetches();
         self.settle_warm();
         while !self.warming.failed && self.has_room_to_warm() {
-            let Some(expert) = self.soonest_absent() else { break };
-            if !self.can_stage(expert) || !self.is_worth_a_slot(expert) {
+            let Some(expert) = self.soonest_worth_reading() else { break };
+            if !self.can_stage(expert) {
                 break;
             }
-            let Some(number) = self.vacate() else { break };
+            let Some(number) = self.vacate(self.class_of(expert)) else { break };
             match self.start_read(number, expert, Class::Prefetch, Check::ByReceiver) {
                 Ok(()) => self.warming.open.push(number),
                 Err(_) => self.warming.failed = true,
@@ -90,20 +90,38 @@ impl Pool {
         open < OPEN_MAX && (open == 0 || open * self.directory.slot_bytes() < OPEN_BYTES)
     }
 
-    /// The absent expert that the policy expects soonest.
-    fn soonest_absent(&self) -> Option<Key> {
+    /// The absent expert that the policy expects soonest among those that there are slots for.
+    fn soonest_worth_reading(&mut self) -> Option<Key> {
+        let mut soonest: Option<(u64, Key)> = None;
+        for class in (0u8..).take(self.classes.len()) {
+            if let Some(absent) = self.soonest_absent(class)
+                && soonest.is_none_or(|soonest| absent < soonest)
+                && self.is_worth_a_slot(absent.1)
+            {
+                soonest = Some(absent);
+            }
+        }
+        soonest.map(|(_, key)| key)
+    }
+
+    /// The absent expert of a size class that the policy expects soonest, and how late that is.
+    fn soonest_absent(&self, class: u8) -> Option<(u64, Key)> {
         let absent = self.table.iter().enumerate().filter(|(_, slot)| **slot == ABSENT);
-        let keys = absent.map(|(index, _)| Key(index as u32)).filter(|&key| self.directory.exists(key));
+        let keys = absent.map(|(index, _)| Key(index as u32));
+        let keys = keys.filter(|&key| self.directory.exists(key) && self.class_of(key) == class);
         let late = keys.filter_map(|key| Some((self.policy.lateness(key)?, key)));
-        late.min().map(|(_, key)| key)
+        late.min()
     }
 
     /// Whether there is an empty slot for an expert, or one with an expert that is expected later.
     fn is_worth_a_slot(&mut self, expert: Key) -> bool {
-        if self.free.last().is_some_and(|&number| !self.is_absent(number) || self.new_slots > 0) {
+        let class = self.class_of(expert);
+        let slots = &self.classes[usize::from(class)];
+        let may_take = self.new_bytes >= slots.bytes as u64;
+        if slots.free.last().is_some_and(|&number| !self.is_absent(number) || may_take) {
             return true;
         }
-        let Some(victim) = self.policy.victim() else { return false };
+        let Some(victim) = self.policy.victim_in(class) else { return false };
         match (self.policy.lateness(expert), self.policy.lateness(victim)) {
             (Some(expert), Some(victim)) => expert < victim,
             // Nothing speaks for the other one.

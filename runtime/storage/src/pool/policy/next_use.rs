@@ -165,8 +165,12 @@ impl Policy for NextUse {
         self.order.unpin(key, self.scores[key.index()]);
     }
 
-    fn victim(&mut self) -> Option<Key> {
-        self.order.winner()
+    fn classify(&mut self, classes: &[u8]) {
+        self.order.classify(self.shape, classes);
+    }
+
+    fn victim_in(&mut self, class: u8) -> Option<Key> {
+        self.order.winner(class)
     }
 
     fn lateness(&self, key: Key) -> Option<u64> {

@@ -199,11 +199,11 @@ fn a_slot_takes_memory_when_it_is_first_filled() {
     run_pass(&mut pool, 1, &[0, 3, 4]).expect("no faults");
     assert_eq!(pool.unfilled(), 9, "hits take none");
     // The smaller pool loses slots without memory first, and no expert.
-    pool.resize(4);
+    pool.resize(&[4]);
     assert_eq!((pool.resident_count(), pool.unfilled(), pool.slot_count()), (3, 1, 4));
-    pool.resize(2);
+    pool.resize(&[2]);
     assert_eq!((pool.resident_count(), pool.unfilled()), (2, 0));
-    pool.resize(12);
+    pool.resize(&[12]);
     assert_eq!((pool.resident_count(), pool.unfilled()), (2, 10));
 }
 
@@ -211,14 +211,14 @@ fn a_slot_takes_memory_when_it_is_first_filled() {
 fn slots_beyond_what_the_system_has_stay_empty() {
     let drive = SimDrive::new(vec![model().0]);
     let all: Vec<u32> = (0..EXPERTS).collect();
-    for allowed in [0, 1, 3, 12] {
+    for allowed in [0u64, 1, 3, 12] {
         let mut pool = pool(&drive, 12, 2);
-        pool.limit_new_memory(allowed);
+        pool.limit_new_memory(allowed * pool.directory().slot_bytes() as u64);
         for layer in 1..=LAYERS {
             assert_eq!(run_pass(&mut pool, layer, &all).expect("no faults").len(), all.len());
         }
-        assert_eq!(pool.unfilled(), 12 - allowed.max(1), "a pass needs one slot");
-        pool.limit_new_memory(usize::MAX);
+        assert_eq!(pool.unfilled(), 12 - allowed.max(1) as usize, "a pass needs one slot");
+        pool.limit_new_memory(u64::MAX);
         run_pass(&mut pool, 1, &all).expect("no faults");
         assert_eq!(pool.unfilled(), 0);
     }

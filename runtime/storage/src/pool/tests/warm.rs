@@ -132,7 +132,7 @@ fn a_fault_ends_it_until_the_next_pass() {
 fn memory_that_the_system_does_not_have_is_not_filled() {
     let drive = SimDrive::new(vec![model().0]);
     let mut pool = warm_pool(&drive, 30, 1);
-    pool.limit_new_memory(7);
+    pool.limit_new_memory(7 * pool.directory().slot_bytes() as u64);
     warm_to_the_end(&mut pool);
     assert_eq!((pool.resident_count(), pool.unfilled()), (7, 23));
     let (resident, absent) = lateness(&pool);
@@ -144,7 +144,10 @@ fn a_policy_that_remembers_nothing_warms_nothing() {
     let drive = SimDrive::new(vec![model().0]);
     let directory = ExpertDirectory::new(&model().1).expect("valid");
     let io = Arc::new(Scheduler::start(Box::new(drive.engine(4, 1)), config()).expect("a thread"));
-    let (arena, staging) = (Pool::reserve(&directory, 20).expect("addresses"), Pool::reserve_staging(&directory, 2));
+    let (arena, staging) = (
+        Pool::reserve(&directory, &directory.uniform_slots(20)).expect("addresses"),
+        Pool::reserve_staging(&directory, 2),
+    );
     let policy = PolicyKind::Lru.build(directory.shape()).expect("online");
     let mut pool = Pool::new(io, arena, staging.expect("addresses"), directory, policy);
     run_pass(&mut pool, 1, &[0, 1, 2]).expect("no faults");
