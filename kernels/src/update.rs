@@ -12,6 +12,9 @@ pub(crate) const TALL: usize = 12;
 /// Columns of a tile.
 pub(crate) const WIDE: usize = 16;
 
+/// Numbers of each column that are put in order at once.
+const PART: usize = 16;
+
 /// A tile of `C`.
 pub(crate) type UpdateTile = [[f32; WIDE]; TALL];
 
@@ -45,8 +48,17 @@ impl<const W: usize> Stripes<W> {
             let first = stripe * W;
             if first + W <= width {
                 let columns: [&[f32]; W] = std::array::from_fn(|i| &column(first + i)[..depth]);
-                for (k, row) in data.iter_mut().enumerate() {
-                    *row = columns.map(|column| column[k]);
+                let (parts, rest) = data.as_chunks_mut::<PART>();
+                let whole = parts.len() * PART;
+                for (part, data) in parts.iter_mut().enumerate() {
+                    // Numbers of known count need no checks.
+                    let part = columns.map(|column| column[part * PART..].first_chunk::<PART>().expect("a whole part"));
+                    for (k, row) in data.iter_mut().enumerate() {
+                        *row = part.map(|column| column[k]);
+                    }
+                }
+                for (k, row) in rest.iter_mut().enumerate() {
+                    *row = columns.map(|column| column[whole + k]);
                 }
             } else {
                 for i in first..width {

@@ -6,7 +6,6 @@
 use std::time::Instant;
 
 use sluice_model::Engine;
-use sluice_model::rows::Phase;
 
 use super::predicted::{self, Asked, Predicted, Wanted};
 use super::scheduler::{Running, Scheduler};
