@@ -58,6 +58,11 @@ fn prompt(engine: &Engine, number: u32, length: usize) -> Vec<u32> {
     (0..length as u32).map(|i| (i * 7919 + i * i * 31 + number * 104_729 + 13) % vocab).collect()
 }
 
+/// A prompt for the demo model.
+fn words(number: u32, length: usize) -> Vec<u32> {
+    (0..length as u32).map(|i| (i * 7919 + number * 104_729 + 13) % 1536).collect()
+}
+
 /// All logits of tokens that are appended to a sequence, at most `most` in a step.
 fn append(engine: &mut Engine, sequence: &mut Sequence, tokens: &[u32], phase: Phase, most: usize) -> Vec<f32> {
     let mut logits = Vec::new();
@@ -288,7 +293,7 @@ fn the_next_turn_of_a_conversation_reads_the_last_answer_again() {
     let folder = tempfile::tempdir().unwrap();
     let kept = |store| SchedulerOptions { store, ..SchedulerOptions::default() };
     let mut one = house(&model, 2, 400, kept(None));
-    let mut text = prompt(&one.engine, 1, 80);
+    let mut text = words(1, 80);
     let mut seen = 0;
     for turn in 2..6 {
         let heard = ask(&mut one, Request::new(text.clone(), 20));
@@ -303,7 +308,7 @@ fn the_next_turn_of_a_conversation_reads_the_last_answer_again() {
         assert_eq!(ask(&mut alone, Request::new(text.clone(), 20)).said(), heard.said(), "turn {turn}");
         seen = text.len();
         text.extend(&heard.ids);
-        text.extend(prompt(&one.engine, turn, 15));
+        text.extend(words(turn, 15));
     }
     let texts = store(folder.path()).texts(one.engine.binding());
     assert!(texts.iter().flatten().all(|&token| token < 1536), "tokens without phases");
@@ -312,10 +317,10 @@ fn the_next_turn_of_a_conversation_reads_the_last_answer_again() {
 #[test]
 fn drafts_and_interruptions_change_no_text() {
     let model = demo();
-    let request = |number: u32, house: &House| {
+    let request = |number: u32| {
         let temperature = [0.0, 1.0][number as usize % 2];
         // The prompt repeats itself, so that it proposes something.
-        let mut tokens = prompt(&house.engine, number, 40);
+        let mut tokens = words(number, 40);
         tokens.extend_from_within(..);
         Request {
             sampling: SamplerConfig { temperature, seed: number.into(), ..SamplerConfig::default() },
@@ -325,16 +330,16 @@ fn drafts_and_interruptions_change_no_text() {
     };
     for number in 0..4 {
         let mut alone = house(&model, 1, 110, SchedulerOptions::default());
-        let want = ask(&mut alone, request(number, &alone));
+        let want = ask(&mut alone, request(number));
         assert!(!want.shifts.is_empty(), "{want:?}");
         for drafts in [Drafts::Lookup, Drafts::Off] {
             let scheduling = SchedulerOptions { drafts, draft_tokens: Some(3), kept: 0, ..SchedulerOptions::default() };
             let mut drafted = house(&model, 1, 110, scheduling.clone());
-            assert_eq!(ask(&mut drafted, request(number, &drafted)).said(), want.said(), "{number}, {drafts:?}");
+            assert_eq!(ask(&mut drafted, request(number)).said(), want.said(), "{number}, {drafts:?}");
             for cut in [1, 7, 31, 59] {
                 let sampled = want.ids[..cut].iter().map(|&id| Sampled { id, logprob: None, top: Vec::new() });
                 let mut resumed = house(&model, 1, 110, scheduling.clone());
-                let request = Request { sampled: sampled.collect(), ..request(number, &resumed) };
+                let request = Request { sampled: sampled.collect(), ..request(number) };
                 assert_eq!(ask(&mut resumed, request).said(), want.said(), "{number}, {drafts:?}, {cut}");
             }
         }
@@ -350,22 +355,22 @@ fn who_waits_for_pages_says_the_same() {
     let case = (wishes, 1usize..3, 1usize..300, any::<bool>());
     let config = ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() };
     let outcome = proptest::test_runner::TestRunner::new(config).run(&case, |(wishes, sequences, rows, spills)| {
-        let request = |house: &House, number: usize| {
+        let request = |number: usize| {
             // Some begin with the same text.
-            let tokens = prompt(&house.engine, number as u32 / 2, wishes[number].0);
+            let tokens = words(number as u32 / 2, wishes[number].0);
             Request {
                 sampling: SamplerConfig { temperature: 0.9, seed: number as u64, ..SamplerConfig::default() },
                 ..Request::new(tokens, wishes[number].1)
             }
         };
         let mut alone = house(&model, 1, CONTEXT, SchedulerOptions { kept: 0, ..SchedulerOptions::default() });
-        let want: Vec<Heard> = (0..wishes.len()).map(|i| ask(&mut alone, request(&alone, i))).collect();
+        let want: Vec<Heard> = (0..wishes.len()).map(|i| ask(&mut alone, request(i))).collect();
         let spill = spills.then(|| spill.path().to_owned());
         let scheduling = SchedulerOptions { prompt_rows: rows, spill, ..SchedulerOptions::default() };
         let mut crowded = house(&model, sequences, CONTEXT, scheduling);
         let mut ids = Vec::new();
         for (number, &(_, _, pause)) in wishes.iter().enumerate() {
-            ids.push(crowded.submit(request(&crowded, number)));
+            ids.push(crowded.submit(request(number)));
             (0..pause).for_each(|_| _ = crowded.turn());
         }
         crowded.run();
