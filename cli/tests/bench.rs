@@ -1,12 +1,10 @@
 //! `sluice bench disk`, what it leaves behind for `sluice run`, and the command line of `sluice bench`.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+use crate::common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 use serde_json::{Value, json};
 
 /// Runs the program with a cache folder of its own.

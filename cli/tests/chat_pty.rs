@@ -1,17 +1,15 @@
 //! `sluice chat` under a pseudo-terminal: what is typed, and what the screen shows and the drive has afterwards.
 
-mod common;
-#[path = "common/pty.rs"]
-mod pty;
+use crate::common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use common::{assert_fails, sluice, stderr, stdout};
+use crate::common::{assert_fails, sluice, stderr, stdout};
+use crate::pty::Terminal;
 use nix::sys::signal::Signal;
-use pty::Terminal;
 use serde_json::Value;
 use sluice_model::memory::Bytes;
 use sluice_model::{Engine, EngineOptions, Prefetch};

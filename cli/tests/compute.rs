@@ -1,12 +1,10 @@
 //! The commands that compute: run, logits, perplexity, demo.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::process::Output;
 
-use common::{
+use crate::common::{
     assert_fails, copy_checkpoint, demo_checkpoint, demo_model, expected, json, sluice, sluice_with_input, stderr,
     stdout,
 };

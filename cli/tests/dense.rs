@@ -1,10 +1,8 @@
 //! Models without experts: nothing is said of experts that there are not, and types for them are refused everywhere alike.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
-use common::{assert_fails, demo_checkpoint, json, sluice, stderr, stdout};
+use crate::common::{assert_fails, demo_checkpoint, json, sluice, stderr, stdout};
 
 fn dense() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/llama")

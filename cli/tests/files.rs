@@ -1,12 +1,10 @@
 //! The commands that work on files: convert, inspect, verify.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+use crate::common::{assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
 #[test]
 fn convert_says_what_it_did() {

@@ -1,12 +1,10 @@
 //! What every command has in common: versions, suggestions, quiet, progress for programs, colours.
 
-mod common;
-
 use std::fs;
 use std::io::Read as _;
 use std::process::{Command, Output, Stdio};
 
-use common::{assert_fails, demo_checkpoint, demo_model, json, open_terminal, sluice, stderr, stdout};
+use crate::common::{assert_fails, demo_checkpoint, demo_model, json, open_terminal, sluice, stderr, stdout};
 use serde_json::Value;
 
 #[test]

@@ -1,13 +1,6 @@
 //! The program and the hub: a server on this machine that does what lines and servers do, and a program that is killed.
 
-#[path = "common/mod.rs"]
-mod common;
-#[path = "../../hub/tests/common/server.rs"]
-mod server;
-#[path = "../../hub/tests/common/shards.rs"]
-mod shards;
-#[path = "../../hub/tests/common/watch.rs"]
-mod watch;
+use crate::common;
 
 use std::fs;
 use std::path::Path;
@@ -16,9 +9,10 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
-use common::{assert_fails, demo_checkpoint, json, stderr, stdout};
-use server::{Faults, Files, Server};
-use watch::Watch;
+use crate::common::{assert_fails, demo_checkpoint, json, stderr, stdout};
+use crate::hub_common::server::{Faults, Files, Server};
+use crate::hub_common::shards;
+use crate::hub_common::watch::Watch;
 
 /// A program that knows this server, with a folder of models of its own.
 fn command(server: &Server, home: &Path, args: &[&str]) -> Command {
@@ -174,7 +168,8 @@ fn pull_makes_a_folder_that_convert_takes() {
     assert_fails(&sluice(&server, home.path(), &args), 1, &["gated", "HF_TOKEN"]);
     let offline = command(&server, home.path(), &args).env("HF_HUB_OFFLINE", "1").output().unwrap();
     assert_fails(&offline, 1, &["HF_HUB_OFFLINE"]);
-    let pulled = command(&server, home.path(), &args).env("HF_TOKEN", server::TOKEN).output().unwrap();
+    let pulled =
+        command(&server, home.path(), &args).env("HF_TOKEN", crate::hub_common::server::TOKEN).output().unwrap();
     assert!(stdout(&pulled).contains("verified"), "{}", stdout(&pulled));
     assert!(!server.seen().token_leaked.load(Ordering::Relaxed));
     let dst = home.path().join("pulled.sluice");
@@ -182,7 +177,8 @@ fn pull_makes_a_folder_that_convert_takes() {
     assert!(fs::read(dst).unwrap() == expected);
     let some = home.path().join("some");
     let args = ["pull", "hf:a/b", "--to", some.to_str().unwrap(), "--include", "*.json", "--exclude", "tok*", "--json"];
-    let pulled = command(&server, home.path(), &args).env("HF_TOKEN", server::TOKEN).output().unwrap();
+    let pulled =
+        command(&server, home.path(), &args).env("HF_TOKEN", crate::hub_common::server::TOKEN).output().unwrap();
     let wanted = files.keys().filter(|p| p.ends_with(".json") && !p.starts_with("tok")).count();
     assert_eq!(json(&pulled)["files"], wanted);
 }

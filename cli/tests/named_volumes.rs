@@ -1,11 +1,9 @@
 //! Models in volumes: named by the name that they would have as one file, and what is known of them goes with them.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
-use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+use crate::common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
 /// What `convert` names as the least size of a volume of the demo model.
 fn least(dst: &str) -> String {

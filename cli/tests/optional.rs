@@ -1,15 +1,14 @@
 //! Facilities that not every filesystem has (locks, syncs, the free space) are missed with a remark, and not the end. The
 //! program runs under a filter that makes these calls fail as the kernel does where they do not exist.
-#![cfg(target_os = "linux")]
 
-mod common;
+use crate::common;
 
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use common::{demo_checkpoint, stderr, stdout};
+use crate::common::{demo_checkpoint, stderr, stdout};
 
 /// A system call by its number, and the error that it gives.
 type Lack = (libc::c_long, i32);

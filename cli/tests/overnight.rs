@@ -1,8 +1,6 @@
 //! `sluice batch` and `sluice ask`: killed at random moments, the same command goes on, and the results are the bytes of a run that was
 //! left alone.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
@@ -11,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use common::{assert_fails, demo_model, sluice, stderr, stdout};
+use crate::common::{assert_fails, demo_model, sluice, stderr, stdout};
 use serde_json::{Value, json};
 
 /// Requests of the acceptance test.

@@ -1,14 +1,12 @@
 //! `convert` killed by the system, and what `verify --source` says of sources.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::{FileExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::{assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+use crate::common::{assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
 /// The demo checkpoint with all signs changed: another model of the same shape.
 fn other_checkpoint(folder: &Path) {

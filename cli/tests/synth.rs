@@ -1,12 +1,12 @@
 //! The commands about models that are not there: plan, synth.
 
-mod common;
+use crate::common;
 
 use std::path::Path;
 
 use std::fs;
 
-use common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
+use crate::common::{assert_fails, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
 #[test]
 fn synth_writes_a_file_that_runs() {

@@ -1,12 +1,10 @@
 //! What a model says cannot command the terminal that shows it.
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::process::{Command, Stdio};
 
-use common::{copy_checkpoint, open_terminal, sluice, stdout};
+use crate::common::{copy_checkpoint, open_terminal, sluice, stdout};
 use serde_json::Value;
 
 /// A token that the demo model writes often.

@@ -1,11 +1,11 @@
 //! Text as users meet it: what the files beside tokenizer.json change, special tokens, and `sluice tokenize`.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, sluice_with_input, stdout};
+use crate::common::{
+    assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, sluice_with_input, stdout,
+};
 use serde_json::{Value, json};
 
 fn read(path: &Path) -> Value {

@@ -1,11 +1,11 @@
 //! The command line itself: help, exit codes, closed pipes.
 
-mod common;
+use crate::common;
 
 use std::io::Read as _;
 use std::process::{Command, Stdio};
 
-use common::{assert_fails, demo_model, sluice, sluice_with_input, stderr, stdout};
+use crate::common::{assert_fails, demo_model, sluice, sluice_with_input, stderr, stdout};
 
 const COMMANDS: [&str; 13] = [
     "convert",

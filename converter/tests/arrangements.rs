@@ -1,9 +1,7 @@
 //! What mlx-lm makes of a checkpoint before it saves it, family by family: converted, it is the same file content.
 
-mod common;
-
-use common::safetensors::{Tensor, Tensors, read_dir, write_dir};
-use common::{Content, Noise, Synthetic, content, fixture, options};
+use crate::common::safetensors::{Tensor, Tensors, read_dir, write_dir};
+use crate::common::{Content, Noise, Synthetic, content, fixture, options};
 use serde_json::{Value, json};
 use sluice_converter::{ConvertError, Summary, convert};
 

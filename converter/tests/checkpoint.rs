@@ -1,12 +1,12 @@
 //! Which files make a checkpoint, and what is said when they do not agree or are something else.
 
-mod common;
+use crate::common;
 
 use std::fs;
 use std::path::Path;
 
-use common::safetensors::{Tensor, Tensors, encode, write_dir};
-use common::{Content, Synthetic, content, options};
+use crate::common::safetensors::{Tensor, Tensors, encode, write_dir};
+use crate::common::{Content, Synthetic, content, options};
 use serde_json::{Value, json};
 use sluice_converter::synth::Geometry;
 use sluice_converter::{ConvertError, Options, Summary, convert, no_model, plan};

@@ -1,10 +1,8 @@
 //! Every form of weights that checkpoints are published in means the numbers that its description says: each is written
 //! here by code of its own, next to a checkpoint that holds the same numbers in f32.
 
-mod common;
-
-use common::safetensors::{Tensor, Tensors, e4m3, write_dir};
-use common::{Content, Noise, Synthetic, content, options};
+use crate::common::safetensors::{Tensor, Tensors, e4m3, write_dir};
+use crate::common::{Content, Noise, Synthetic, content, options};
 use serde_json::{Value, json};
 use sluice_converter::{ConvertError, Summary, convert};
 use sluice_format::{ExtentKind, WeightType};

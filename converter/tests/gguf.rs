@@ -1,14 +1,12 @@
 //! GGUF files give the models of the checkpoints that they were made of.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::gguf::{Described, Origin, Value, Written, file, read_head, with_metadata_of};
-use common::safetensors::{Tensor, Tensors, read_dir, read_file, values, write_dir};
-use common::{Content, Noise, content, fixture, joined};
+use crate::common::gguf::{Described, Origin, Value, Written, file, read_head, with_metadata_of};
+use crate::common::safetensors::{Tensor, Tensors, read_dir, read_file, values, write_dir};
+use crate::common::{Content, Noise, content, fixture, joined};
 use proptest::prelude::*;
 use serde_json::json;
 use sluice_converter::provenance::Comparison;

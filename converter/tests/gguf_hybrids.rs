@@ -2,11 +2,9 @@
 //! `minimax.py`, `mimo.py`, `deepseek.py` and `dots1.py` beside it) writes them: they give the models of the checkpoints that
 //! they were made of.
 
-mod common;
-
-use common::gguf::{Origin, Value, Written};
-use common::safetensors::{Tensors, values};
-use common::written::{F32, check, float, floats, golden, metadata};
+use crate::common::gguf::{Origin, Value, Written};
+use crate::common::safetensors::{Tensors, values};
+use crate::common::written::{F32, check, float, floats, golden, metadata};
 use serde_json::{Value as Json, json};
 
 const I32: u32 = 26;

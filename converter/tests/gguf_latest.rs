@@ -1,13 +1,11 @@
 //! GGUF files of the families that came last, as llama.cpp's converter (`conversion/bailing.py`, `nemotron.py`, `mimo.py`, `step3.py`,
 //! `phi.py`, `gemma.py` and `qwen4exp.py`) writes them: they give the models of the checkpoints that they were made of.
 
-mod common;
-
 use std::fs;
 
-use common::gguf::{Origin, Value, Written, alternate, file};
-use common::safetensors::{Tensor, Tensors, values};
-use common::written::{F32, Renaming, add_one, check, float, floats, golden, metadata};
+use crate::common::gguf::{Origin, Value, Written, alternate, file};
+use crate::common::safetensors::{Tensor, Tensors, values};
+use crate::common::written::{F32, Renaming, add_one, check, float, floats, golden, metadata};
 use serde_json::{Value as Json, json};
 use sluice_converter::{Options, plan};
 

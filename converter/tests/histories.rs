@@ -3,8 +3,6 @@
 //!
 //! `SLUICE_HISTORIES` is how many histories are played (default: 200), `SLUICE_HISTORIES_SEED` which ones (default: 1).
 
-mod common;
-
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, symlink};
@@ -14,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
-use common::{Noise, Synthetic, options, safetensors};
+use crate::common::{Noise, Synthetic, options, safetensors};
 use nix::sys::stat::Mode;
 use sluice_converter::{ConvertError, Options, Progress, Summary, convert};
 

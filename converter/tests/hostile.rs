@@ -1,11 +1,9 @@
 //! Checkpoints that are incomplete, damaged or malicious: always an error that names the file or tensor, never a panic.
 
-mod common;
-
 use std::path::Path;
 
-use common::safetensors::{Tensor, Tensors, encode, read_dir, write_dir};
-use common::{Synthetic, fixture, options};
+use crate::common::safetensors::{Tensor, Tensors, encode, read_dir, write_dir};
+use crate::common::{Synthetic, fixture, options};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use sluice_converter::{ConvertError, Options, TypeChoice, convert, plan};

@@ -1,10 +1,10 @@
 //! What tools leave in published checkpoints: it changes nothing where the tensors say all, and is refused by name where
 //! leaving it out would change the model.
 
-mod common;
+use crate::common;
 
-use common::safetensors::{Tensor, Tensors, read_dir, write_dir};
-use common::{Content, Noise, Synthetic, content, fixture, options};
+use crate::common::safetensors::{Tensor, Tensors, read_dir, write_dir};
+use crate::common::{Content, Noise, Synthetic, content, fixture, options};
 use serde_json::{Value, json};
 use sluice_converter::{ConvertError, Summary, convert, plan};
 

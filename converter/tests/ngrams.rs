@@ -1,12 +1,12 @@
 //! Tables of n-grams: what a checkpoint says of them is checked, and every row is in the file.
 
-mod common;
+use crate::common;
 
 use std::fs;
 use std::path::Path;
 
-use common::fixture;
-use common::safetensors::{Tensor, Tensors, read_dir, values, write_dir};
+use crate::common::fixture;
+use crate::common::safetensors::{Tensor, Tensors, read_dir, values, write_dir};
 use serde_json::{Value, json};
 use sluice_converter::{Options, convert, plan};
 use sluice_format::sectors::{SectorId, Sectors};

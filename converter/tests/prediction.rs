@@ -1,11 +1,9 @@
 //! Prediction layers: carried where they are whole and understood, left out with a remark where they are not.
 
-mod common;
-
 use std::path::Path;
 
-use common::safetensors::{Tensor, Tensors, read_dir, write_dir};
-use common::{Content, content, fixture, options};
+use crate::common::safetensors::{Tensor, Tensors, read_dir, write_dir};
+use crate::common::{Content, content, fixture, options};
 use serde_json::Value;
 use sluice_converter::{Options, Plan, convert, plan};
 use sluice_format::{AttentionSpec, ExtentKind, ModelFile, ModelSpec};

@@ -1,10 +1,8 @@
 //! Types by pattern: what a recipe says is what the file has, and the file says so.
 
-mod common;
-
 use std::path::Path;
 
-use common::{Synthetic, content, options};
+use crate::common::{Synthetic, content, options};
 use sluice_converter::{Recipe, convert, plan};
 use sluice_format::{ExtentKind, ModelFile, PROVENANCE_BLOB, WeightType};
 

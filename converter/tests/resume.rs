@@ -1,7 +1,5 @@
 //! Conversions that are killed, resumed, contended, and run on other numbers of threads: the file is always the same.
 
-mod common;
-
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -9,8 +7,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::killed::{self, KillAt};
-use common::{Noise, Synthetic, options};
+use crate::common::killed::{self, KillAt};
+use crate::common::{Noise, Synthetic, options};
 use sluice_converter::{ConvertError, Options, Progress, Summary, convert};
 
 /// Enough extents for several batches of the journal.
@@ -33,7 +31,7 @@ fn child() {
 }
 
 fn spawn(src: &Path, dst: &Path, at: KillAt) -> std::process::Child {
-    killed::spawn("child", src, dst, at, "")
+    killed::spawn("resume::child", src, dst, at, "")
 }
 
 fn reference(src: &Path, dir: &Path) -> (Vec<u8>, Summary) {

@@ -1,6 +1,6 @@
 //! What a resumed conversion believes: of its source, of its partial file, and of what lies beside the destination.
 
-mod common;
+use crate::common;
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
-use common::{Synthetic, fixture, options};
+use crate::common::{Synthetic, fixture, options};
 use sluice_converter::provenance::Comparison;
 use sluice_converter::{ConvertError, Options, Progress, Summary, convert};
 use sluice_format::{ModelFile, PROVENANCE_BLOB, SOURCE_DIGESTS_BLOB};

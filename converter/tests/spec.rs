@@ -1,10 +1,10 @@
 //! What `config.json` becomes.
 
-mod common;
+use crate::common;
 
 use std::path::Path;
 
-use common::{Synthetic, fixture, options};
+use crate::common::{Synthetic, fixture, options};
 use serde_json::{Value, json};
 use sluice_converter::synth::Geometry;
 use sluice_converter::{ConvertError, plan};

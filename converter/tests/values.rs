@@ -1,11 +1,11 @@
 //! Every number in a converted file against the checkpoint, read by code of its own.
 
-mod common;
+use crate::common;
 
 use std::path::Path;
 
-use common::safetensors::{Tensors, read_dir, values};
-use common::{Content, GOLDENS, Synthetic, content, fixture, joined, options};
+use crate::common::safetensors::{Tensors, read_dir, values};
+use crate::common::{Content, GOLDENS, Synthetic, content, fixture, joined, options};
 use sluice_converter::{Options, Summary, convert};
 use sluice_format::{AttentionSpec, ExtentKind, MlaSpec, ModelFile, ModelSpec, WeightType};
 

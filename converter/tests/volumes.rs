@@ -1,13 +1,11 @@
 //! Compressed models and models in volumes: killed and resumed, they are the files that a run without a break writes.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::killed::{self, KillAt};
-use common::{Noise, Synthetic, options};
+use crate::common::killed::{self, KillAt};
+use crate::common::{Noise, Synthetic, options};
 use sluice_converter::{ConvertError, Options, UpgradeOptions, convert, upgrade};
 use sluice_format::{FormatError, ModelFile, VolumeName};
 
@@ -32,7 +30,7 @@ fn child_of_volumes() {
 }
 
 fn spawn(src: &Path, dst: &Path, at: KillAt, compress: bool) -> std::process::Child {
-    killed::spawn("child_of_volumes", src, dst, at, &compress.to_string())
+    killed::spawn("volumes::child_of_volumes", src, dst, at, &compress.to_string())
 }
 
 #[test]

@@ -1,12 +1,10 @@
 //! Damage in transit and on the drive: every changed byte and every wrong length is noticed.
 
-mod support;
-
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 
+use crate::support::*;
 use sluice_format::*;
-use support::*;
 
 /// One bit, another bit, all bits.
 const MASKS: [u8; 3] = [0x01, 0x40, 0xff];

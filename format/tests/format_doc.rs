@@ -1,12 +1,10 @@
 //! `docs/FORMAT.md` and the code say the same, in both directions.
 
-mod support;
-
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::support::*;
 use sluice_format::fields::Field;
 use sluice_format::*;
-use support::*;
 
 /// The rows of the table that follows `*checked: NAME*`, each a list of cells without backticks.
 fn table(name: &str) -> Vec<Vec<String>> {

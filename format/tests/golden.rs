@@ -1,14 +1,12 @@
 //! Files that stay in the repository for ever: each must open and mean the same, and that of the newest version must be what the
 //! writer writes.
 
-mod support;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::support::*;
 use serde_json::{Value, json};
 use sluice_format::*;
-use support::*;
 
 fn data(name: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "tests", "data", name].iter().collect()

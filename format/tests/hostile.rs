@@ -1,12 +1,10 @@
 //! Files made to deceive: every checksum is right, what they say is not.
 
-mod support;
-
 use std::fs::OpenOptions;
 
+use crate::support::*;
 use sluice_format::fields::{superblock, table_ref};
 use sluice_format::*;
-use support::*;
 
 fn sb_set(page: &mut [u8], name: &str, value: u64) {
     let (offset, len) = at(&superblock::FIELDS, name);

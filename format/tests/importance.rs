@@ -1,14 +1,12 @@
 //! Importance files: what is written is read, what is damaged is refused, and what was not measured is made up sensibly.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use crate::support::{gqa_spec, small_spec, temp};
 use proptest::prelude::*;
 use sluice_format::*;
-use support::{gqa_spec, small_spec, temp};
 use xxhash_rust::xxh3::Xxh3;
 
 /// Offsets of the header, as in `docs/FORMAT.md`.

@@ -1,14 +1,12 @@
 //! Random hostility: fields altered, records dropped, doubled and swapped, the spec's numbers replaced, then everything sealed
 //! with right checksums so that the deeper checks are reached. Whatever opens must keep every promise of [`ModelFile`].
 
-mod support;
-
 use std::sync::OnceLock;
 
+use crate::support::*;
 use proptest::prelude::*;
 use sluice_format::fields::{Field, extent, superblock, table_ref, tensor};
 use sluice_format::*;
-use support::*;
 
 #[derive(Clone, Debug)]
 enum Mutation {

@@ -1,15 +1,13 @@
 //! Compressed extents: whatever is compressed comes back, and whatever is hostile is refused.
 
-mod support;
-
 use std::fs;
 use std::sync::OnceLock;
 
+use crate::support::*;
 use proptest::prelude::*;
 use sluice_format::fields::{extent, planes_frame, planes_head};
 use sluice_format::planes::{Frames, LEAST_GAIN, decode};
 use sluice_format::*;
-use support::*;
 
 fn compressed(content: &Content) -> (tempfile::TempDir, ModelFile) {
     let dir = tempfile::tempdir().unwrap();

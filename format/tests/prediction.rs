@@ -1,9 +1,7 @@
 //! A layer that predicts: what its spec must be, and that extents and spec agree.
 
-mod support;
-
+use crate::support::*;
 use sluice_format::*;
-use support::*;
 
 /// Asserts that the file with a prediction layer is refused once it is spoilt, with a message that contains `says`.
 fn spoilt(says: &str, spoil: impl FnOnce(&mut Image)) {

@@ -1,11 +1,9 @@
 //! What is written is what is read; what the reader would refuse is not written.
 
-mod support;
-
 use std::fs;
 
+use crate::support::*;
 use sluice_format::*;
-use support::*;
 
 #[test]
 fn a_model_comes_back_as_it_was_written() {

@@ -1,12 +1,10 @@
 //! Models in several volumes: opened by any of their names, and refused where one is missing, damaged or of another model.
 
-mod support;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::support::*;
 use sluice_format::*;
-use support::*;
 
 /// A model in four volumes or so.
 fn parts() -> (tempfile::TempDir, Vec<PathBuf>) {

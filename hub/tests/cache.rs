@@ -1,7 +1,5 @@
 //! What the hub's own programs have downloaded is used, verified, and left as it is.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use common::server::{Files, Server, digest};
-use common::{client_with, settings, shards};
+use crate::common::server::{Files, Server, digest};
+use crate::common::{client_with, settings, shards};
 use sluice_converter::{Options, convert, convert_plan, plan_source};
 use sluice_hub::{Client, Filter, HubConversion, HubError, Observer, Pull, Settings};
 

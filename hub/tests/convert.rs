@@ -1,15 +1,13 @@
 //! Conversions straight from the hub write what conversions of the same files on the drive write.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use common::server::{Faults, Files, Server};
-use common::watch::Peak;
-use common::{client, shards};
+use crate::common::server::{Faults, Files, Server};
+use crate::common::watch::Peak;
+use crate::common::{client, shards};
 use sluice_converter::{ConvertError, Options, convert, convert_plan, plan_source};
 use sluice_hub::{Client, HubConversion, HubError, Observer};
 

@@ -1,13 +1,11 @@
 //! Whatever a server answers, there is a typed error in the end, and no panic.
 
-mod common;
-
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::thread;
 use std::time::Duration;
 
-use common::{client_of, noise, settings};
+use crate::common::{client_of, noise, settings};
 use sluice_hub::{Client, HubError, Patience};
 
 /// A server that gives each connection the next of these answers, and then the last one.

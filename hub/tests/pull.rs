@@ -1,14 +1,12 @@
 //! Repositories become folders, whatever the line does.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use common::server::{Faults, Files, Server, TOKEN};
-use common::{client, client_of, noise};
+use crate::common::server::{Faults, Files, Server, TOKEN};
+use crate::common::{client, client_of, noise};
 use sluice_hub::{Filter, HubError, Observer, Pull, Reference};
 
 fn files(seed: u64) -> Files {

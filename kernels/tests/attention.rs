@@ -1,8 +1,6 @@
 //! Attention: what it is, and the same bits however its work is split.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 use std::ops::Range;
 

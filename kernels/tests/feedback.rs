@@ -1,8 +1,6 @@
 //! Error feedback: packing that knows how inputs vary together.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 
 /// Twelve uniform numbers make a normal one.

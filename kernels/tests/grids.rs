@@ -1,8 +1,6 @@
 //! ggml's grids stand for what the public decoder says they do.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 use sluice_weights::{Codes, Grouped};
 

@@ -1,8 +1,6 @@
 //! Codes of a few bits with scales per group, against the formulas of the tools that publish them.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 use sluice_weights::{Codes, GroupSize, Grouped, SUPER_BLOCK, ScaleType, Scales, Super, Zero};
 

@@ -1,9 +1,6 @@
 //! No kernel reads or writes one byte beyond its operands: behind each lies a page that may not be touched.
-#![cfg(unix)]
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 
 /// Memory that ends where an inaccessible page begins.

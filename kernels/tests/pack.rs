@@ -1,8 +1,6 @@
 //! What is packed comes out again.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 
 /// Packs row-major numbers group by group.

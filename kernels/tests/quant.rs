@@ -1,8 +1,6 @@
 //! The types that are quantised by minimising an error: `q4`, `q3` and `q2`.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 
 const TYPES: [WeightType; 3] = [WeightType::Q4, WeightType::Q3, WeightType::Q2];

@@ -1,8 +1,6 @@
 //! The same bits from every instruction set, thread count, and batch.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 
 /// Every combination of a few odd sizes with every type.

@@ -1,8 +1,6 @@
 //! Anthropic's API on a small model.
 
-mod common;
-
-use common::start;
+use crate::common::start;
 use serde_json::{Value, json};
 use sluice_server::{Guard, ServerOptions};
 

@@ -1,10 +1,8 @@
 //! Ollama's API on a small model.
 
-mod common;
-
 use std::num::NonZeroU16;
 
-use common::start;
+use crate::common::start;
 use serde_json::{Value, json};
 use sluice_model::{EngineOptions, PromptAttention, Thrift};
 use sluice_server::ServerOptions;

@@ -1,8 +1,6 @@
 //! `/v1/responses` with a real, small model: what is streamed, what is stored, and what is refused.
 
-mod common;
-
-use common::{Running, start};
+use crate::common::{Running, start};
 use serde_json::{Value, json};
 use sluice_server::{ServerOptions, SessionOptions};
 

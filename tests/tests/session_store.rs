@@ -538,7 +538,7 @@ fn what_was_kept_survives_a_kill_at_any_moment() {
         let last = || fs::read_dir(&folder).map_or(None, of);
         let before = last();
         let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child"])
+            .args(["--exact", "session_store::child"])
             .env(CHILD, &folder)
             .stdout(std::process::Stdio::null())
             .spawn()

@@ -412,7 +412,7 @@ fn a_saving_that_is_killed_leaves_the_old_session_or_the_new_one() {
     };
     for round in 0..25 {
         let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child"])
+            .args(["--exact", "sessions::child"])
             .env(CHILD, &path)
             // On a drive that is slow to sync, most are killed during the second saving: then it is the first that is there.
             .env(FIRST, (round % 2).to_string())

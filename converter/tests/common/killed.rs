@@ -68,7 +68,7 @@ impl Progress for Killer {
     }
 }
 
-/// Starts the test `child` of this program, which must call [`child`], as a process that is killed at `at`. `also` is for it.
+/// Starts the test `child` of this program (its whole name, with modules), which must call [`child`], as a process that is killed at `at`. `also` is for it.
 pub fn spawn(child: &str, src: &Path, dst: &Path, at: KillAt, also: &str) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", child, "--test-threads", "1"])

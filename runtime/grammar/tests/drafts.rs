@@ -1,8 +1,6 @@
 //! Generations with a grammar and proposed tokens: the text is the same as without these, and has its form.
 
-mod common;
-
-use common::{hash, published};
+use crate::common::{hash, published};
 use serde_json::{Value, json};
 use sluice_generate::{Draft, Finish, Generation, PromptLookup, Request, Shape};
 use sluice_grammar::{Form, Grammar, is_valid};

@@ -1,8 +1,6 @@
 //! Every form, with every kind of tokenizer: the text has the form, and ends by itself.
 
-mod common;
-
-use common::{KINDS, Outcome, Random, published};
+use crate::common::{KINDS, Outcome, Random, published};
 use serde_json::{Value, json};
 use sluice_grammar::{Form, Grammar, GrammarError, lark_json};
 

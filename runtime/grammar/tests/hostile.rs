@@ -1,10 +1,8 @@
 //! Schemas, regular expressions and grammars of strangers: an answer or an error, never a crash.
 
-mod common;
-
 use std::sync::OnceLock;
 
-use common::{Outcome, Random, published};
+use crate::common::{Outcome, Random, published};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use sluice_grammar::{Form, Grammar, GrammarError, Vocabulary, is_valid};

@@ -1,12 +1,10 @@
 //! The official test suite of JSON Schema and the schemas of real tools: what is supported is enforced, what is not is refused.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use common::{Outcome, Random, published};
+use crate::common::{Outcome, Random, published};
 use serde::Deserialize;
 use serde_json::Value;
 use sluice_grammar::{Form, Grammar, GrammarError, is_valid};

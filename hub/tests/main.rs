@@ -1,0 +1,8 @@
+//! All integration tests of this crate in one program: it links once, and its tests share the cores.
+
+mod common;
+
+mod cache;
+mod convert;
+mod hostile;
+mod pull;

@@ -1,0 +1,4 @@
+//! All integration tests of this crate in one program: it links once, and its tests share the cores.
+
+mod conversations;
+mod own_templates;

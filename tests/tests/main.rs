@@ -1,0 +1,36 @@
+//! All integration tests of this crate in one program: it links once, and its tests share the cores.
+
+mod act_order;
+mod batch;
+mod budget;
+mod cancel;
+mod chat_model;
+mod connections;
+mod corruption;
+mod dependencies;
+mod drafts;
+mod estimate;
+mod families;
+mod forms;
+mod fuzz_regressions;
+mod generations;
+mod gguf_types;
+mod hostile;
+mod invariance;
+mod kept;
+mod key_blocks;
+mod models_doc;
+mod ngrams;
+mod pages;
+mod parity;
+mod prediction;
+mod quality;
+mod report;
+mod resumed;
+mod scheduling;
+mod segments;
+mod sequences;
+mod session_store;
+mod sessions;
+mod synth;
+mod thrift;
