@@ -1,8 +1,6 @@
 //! Attention over expanded keys and values: what it is, and the same bits whatever is in a tile.
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use sluice_kernels::*;
 
 const SCALE: f32 = 0.37;

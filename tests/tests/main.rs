@@ -24,6 +24,7 @@ mod ngrams;
 mod pages;
 mod parity;
 mod prediction;
+mod prompt_attention;
 mod quality;
 mod report;
 mod resumed;
