@@ -176,7 +176,9 @@ impl EngineArgs {
             note(&format_args!("note: lossy: {thrift}; results differ from the model's own"));
         }
         if prompt_attention == PromptAttention::Expanded {
-            note(&"note: prompts are read in the expanded form of latent attention: last digits differ from the absorbed form's");
+            note(
+                &"note: prompts are read in the expanded form of latent attention: last digits differ from the absorbed form's",
+            );
         }
     }
 

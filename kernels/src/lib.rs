@@ -53,9 +53,7 @@ mod x86;
 pub use activations::{Activations, Precision};
 pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, Scores, key_blocks};
 pub use elementwise::{Activation, RopePairing, rms_norm, rope, softmax};
-pub use expanded::{
-    EXPANDED_BLOCK, EXPANDED_TILE, ExpandedKeys, ExpandedTile, Expander, Gathered, expansion_bytes,
-};
+pub use expanded::{EXPANDED_BLOCK, EXPANDED_TILE, ExpandedKeys, ExpandedTile, Expander, Gathered, expansion_bytes};
 pub use grouped::{IQ4NL, pack_row_group_grouped, pack_row_group_nibbles};
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};

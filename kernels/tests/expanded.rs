@@ -87,7 +87,13 @@ impl Case {
         let (mut max, mut sum, mut out) = (vec![f32::NEG_INFINITY; n], vec![0.0; n], vec![0.0; n * self.value]);
         for start in (0..present).step_by(EXPANDED_BLOCK) {
             let len = EXPANDED_BLOCK.min(present - start);
-            expander.expand(&k, (start, len), self.rotated, |i, row| row.copy_from_slice(self.latent(start + i)), &mut block);
+            expander.expand(
+                &k,
+                (start, len),
+                self.rotated,
+                |i, row| row.copy_from_slice(self.latent(start + i)),
+                &mut block,
+            );
             assert_eq!(block.start(), start);
             k.attend_expanded(&mut tile, &block, Gathered { max: &mut max, sum: &mut sum, out: &mut out });
         }
@@ -136,10 +142,12 @@ fn a_query_depends_on_nothing_but_what_it_sees() {
 fn what_is_not_finite_stays_with_those_who_see_it() {
     for_cases(5, 30, |case, queries, first, n, rng| {
         let at = rng.below(first + n - 1);
-        let mut bad = Case { latents: case.latents.clone(), keys: case.keys.clone(), values: case.values.clone(), ..*case };
+        let mut bad =
+            Case { latents: case.latents.clone(), keys: case.keys.clone(), values: case.values.clone(), ..*case };
         bad.latents[at * (case.rank + case.rotated)] = if rng.below(2) == 0 { f32::NAN } else { f32::INFINITY };
         for k in Kernels::available() {
-            let (good, bad) = (case.attend(k, queries, first, first + n - 1), bad.attend(k, queries, first, first + n - 1));
+            let (good, bad) =
+                (case.attend(k, queries, first, first + n - 1), bad.attend(k, queries, first, first + n - 1));
             for (i, (good, bad)) in good.chunks(case.value).zip(bad.chunks(case.value)).enumerate() {
                 match first + i > at {
                     true => assert!(bad.iter().all(|v| !v.is_finite()), "{bad:?}"),

@@ -59,7 +59,9 @@ pub fn identity(file: &ModelFile, engine: &EngineOptions, context: usize) -> Ide
     let prompts = prompt_attention.as_ref().map_or_else(String::new, |form| format!(", --prompt-attention {form}"));
     Identity {
         model: file.state_id().to_string(),
-        settings: format!("--context {context}, --kv-type {kv_type}{exact}{fewer}{prompts}, template and defaults {texts:016x}"),
+        settings: format!(
+            "--context {context}, --kv-type {kv_type}{exact}{fewer}{prompts}, template and defaults {texts:016x}"
+        ),
         lossy,
         prompt_attention,
     }

@@ -124,8 +124,7 @@ fn neither_steps_nor_threads_nor_budgets_change_a_bit() {
             let mut reference: Option<Vec<f32>> = None;
             let ways = [(200, 1, None), (1, 1, None), (7, 3, None), (95, 2, Some(least)), (97, 3, Some(2 * least))];
             for (most, threads, budget) in ways {
-                let mut engine =
-                    model.open(&EngineOptions { kv_type, threads: Some(threads), budget, ..expanded() });
+                let mut engine = model.open(&EngineOptions { kv_type, threads: Some(threads), budget, ..expanded() });
                 let tokens = prompt(&engine, 1, 200);
                 let mut sequence = engine.new_sequence();
                 let own = append(&mut engine, &mut sequence, &tokens, Phase::Prompt, most);
@@ -203,7 +202,8 @@ fn sequences_keep_what_each_token_was() {
         let want = rest(&mut engine, &mut whole);
         let mut plain = engine.new_sequence();
         append(&mut engine, &mut plain, &tokens[..150], Phase::Prompt, usize::MAX);
-        assert!(rest(&mut engine, &mut plain) != want, "{family}: what was generated makes a difference");
+        // A token that chooses its keys has the absorbed form in any case.
+        assert_eq!(rest(&mut engine, &mut plain) == want, family == "deepseek_v32", "{family}");
         drop((plain, whole));
 
         let mut again = fork.fork();

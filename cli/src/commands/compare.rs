@@ -161,7 +161,8 @@ fn report(
         }));
     }
     let lossy = lossy.map(|lossy| format!("B is lossy        {lossy}\n")).unwrap_or_default();
-    let form = form.map(|form| format!("B reads prompts   in the {form} form of latent attention\n")).unwrap_or_default();
+    let form =
+        form.map(|form| format!("B reads prompts   in the {form} form of latent attention\n")).unwrap_or_default();
     let change = (of_other / of_reference - 1.0) * 100.0;
     print(&format!(
         "divergence        {divergence:.6} nats per token (at most {max_divergence:.4})\n\

@@ -251,7 +251,8 @@ impl Engine {
         let threads = Arc::new(compute_threads(options.threads, storage.io.reading()));
         let workers: Arc<dyn Workers> = Arc::new(Unpacking(Arc::clone(&threads)));
         storage.set_workers(&workers);
-        let compute = Compute { prompt_attention, ..Compute::new(kernels, threads, precision) };
+        let mut compute = Compute::new(kernels, threads, precision);
+        compute.prompt_attention = prompt_attention;
         if !options.forget
             && let Some(counts) = counts::load(file.path(), file.state_id())
         {

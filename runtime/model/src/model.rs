@@ -99,7 +99,9 @@ pub enum ModelError {
         found: usize,
     },
     /// Inputs cannot be observed in the expanded form, which multiplies other things than the absorbed one.
-    #[error("what matrices are multiplied with can only be observed while prompts are in the absorbed form: leave --prompt-attention expanded out")]
+    #[error(
+        "what matrices are multiplied with can only be observed while prompts are in the absorbed form: leave --prompt-attention expanded out"
+    )]
     ObservedExpanded,
     /// No tokens.
     #[error("there are no tokens to compute: give a prompt of at least one token")]

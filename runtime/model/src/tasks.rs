@@ -88,13 +88,11 @@ impl Tasks {
             let fits = |&n: &usize| sharing.is_multiple_of(n) && heads / n * portions >= enough;
             let together = (1..=most.heads.min(sharing)).rev().find(fits).unwrap_or(1);
             for head in (0..heads).step_by(together) {
-                self.tasks.extend(
-                    rows.clone().step_by(portion).map(|first| Task {
-                        rows: first..(first + portion).min(rows.end),
-                        heads: head..head + together,
-                        expanded: false,
-                    }),
-                );
+                self.tasks.extend(rows.clone().step_by(portion).map(|first| Task {
+                    rows: first..(first + portion).min(rows.end),
+                    heads: head..head + together,
+                    expanded: false,
+                }));
             }
         }
         self.ends.clear();
@@ -222,7 +220,8 @@ mod tests {
                             tasks.plan_with(step, shape, in_order, |_| most, |span| span.count.min(expanded));
                             check(&tasks, rows.len(), shape, most, in_order);
                             let in_form = |task: &&Task| task.expanded;
-                            let pairs = tasks.tasks.iter().filter(in_form).map(|task| task.rows.len() * task.heads.len());
+                            let pairs =
+                                tasks.tasks.iter().filter(in_form).map(|task| task.rows.len() * task.heads.len());
                             let want: usize = counts.iter().map(|&n| n.min(expanded)).sum();
                             assert_eq!(pairs.sum::<usize>(), want * heads, "{tasks:?}");
                         }

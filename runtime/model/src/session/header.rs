@@ -218,7 +218,8 @@ impl Header {
         }
         reader.seed = sum;
         let header = Header::parse(&bytes);
-        let contradicts = u32_at(&bytes, 44) as usize != STRETCH || bytes[118..120] != [0; 2] || !header.is_consistent();
+        let contradicts =
+            u32_at(&bytes, 44) as usize != STRETCH || bytes[118..120] != [0; 2] || !header.is_consistent();
         if contradicts { Err(reader.misplaced()) } else { Ok(header) }
     }
 
