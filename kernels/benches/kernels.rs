@@ -173,14 +173,18 @@ fn attend(k: Kernels, tile: &mut QueryTile, case: &AttentionCase, keys: &KvBuffe
 fn expanded(c: &mut Criterion) {
     const POSITIONS: usize = 2048;
     const ROWS: usize = 1024;
-    const [RANK, ROTATED, PLAIN, VALUE]: [usize; 4] = [512, 64, 128, 128];
+    const RANK: usize = 512;
+    const ROTATED: usize = 64;
+    const PLAIN: usize = 128;
+    const VALUE: usize = 128;
     let numbers = |n: usize| (0..n).map(|i| (i * 7 % 97) as f32 / 97.0 - 0.5).collect::<Vec<_>>();
     let (latents, queries) = (numbers(POSITIONS * (RANK + ROTATED)), numbers(ROWS * (PLAIN + ROTATED)));
     let (keys, values) = (numbers(RANK * PLAIN), numbers(VALUE * RANK));
     let mut group = group(c, "expanded");
     group.throughput(Throughput::Elements((POSITIONS * ROWS) as u64));
     for k in vectorised() {
-        let (mut expander, mut block, mut tile) = (Expander::default(), ExpandedKeys::default(), ExpandedTile::default());
+        let (mut expander, mut block, mut tile) =
+            (Expander::default(), ExpandedKeys::default(), ExpandedTile::default());
         let (mut max, mut sum, mut out) = (vec![0.0; ROWS], vec![0.0; ROWS], vec![0.0; ROWS * VALUE]);
         group.bench_function(k.isa_name(), |b| {
             b.iter(|| {
