@@ -55,6 +55,8 @@ pub struct Identity {
     pub settings: String,
     /// What makes answers differ from the model's own, if anything does. Each result says it.
     pub lossy: Option<String>,
+    /// The form in which prompts are read, if it is not the usual one. Each result says it.
+    pub prompt_attention: Option<String>,
 }
 
 /// What a batch is.
@@ -502,8 +504,7 @@ impl Batch {
     /// Writes a result: to the output first, so that the journal never has one that the output has not.
     fn finish(&mut self, request: u32, custom_id: &str, outcome: Result<Ending, Failure>) -> Result<(), BatchError> {
         let (failed, generated) = (outcome.is_err(), outcome.as_ref().map_or(0, |ending| ending.generated));
-        let lossy = self.options.identity.lossy.as_deref();
-        let mut line = result(custom_id, outcome, lossy).to_string().into_bytes();
+        let mut line = result(custom_id, outcome, &self.options.identity).to_string().into_bytes();
         line.push(b'\n');
         self.output.append(&line)?;
         if self.options.sync == Sync::Always {
@@ -634,7 +635,7 @@ fn begin(
         BatchError::OutputExists { path: output, journal } => BatchError::JournalLost { path: journal, output },
         other => other.at_start(),
     })?;
-    let Identity { model, settings, lossy: _ } = options.identity.clone();
+    let Identity { model, settings, .. } = options.identity.clone();
     let header = Header { digest: index.digest, length: index.length, started: options.now, model, settings };
     journal.begin(&header).map_err(BatchError::at_start)?;
     let named = files.sync_folder_of(&options.output);
@@ -659,7 +660,7 @@ fn check(header: &Header, index: &Index, options: &Options, journal: &Path) -> R
 }
 
 /// A line of the output, in the form of OpenAI's batches.
-fn result(custom_id: &str, outcome: Result<Ending, Failure>, lossy: Option<&str>) -> Value {
+fn result(custom_id: &str, outcome: Result<Ending, Failure>, identity: &Identity) -> Value {
     let (status, body, error) = match outcome {
         Ok(Ending { body, .. }) => (200, body, Value::Null),
         Err(Failure { status, code, message, body }) => (status, body, json!({"code": code, "message": message})),
@@ -671,8 +672,10 @@ fn result(custom_id: &str, outcome: Result<Ending, Failure>, lossy: Option<&str>
         "response": {"status_code": status, "request_id": request_id, "body": body},
         "error": error,
     });
-    if let Some(lossy) = lossy {
-        line["lossy"] = lossy.into();
+    for (field, said) in [("lossy", &identity.lossy), ("prompt_attention", &identity.prompt_attention)] {
+        if let Some(said) = said {
+            line[field] = said.as_str().into();
+        }
     }
     line
 }

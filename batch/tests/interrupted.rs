@@ -36,7 +36,7 @@ fn options(folder: &Path, sync: Sync) -> Options {
         input: folder.join("in.jsonl"),
         output: folder.join("out.jsonl"),
         sync,
-        identity: Identity { model: "m".into(), settings: "s".into(), lossy: None },
+        identity: Identity { model: "m".into(), settings: "s".into(), ..Identity::default() },
         now: 1,
         longest_answer: None,
     }
@@ -162,7 +162,7 @@ fn what_a_run_does_not_belong_to_is_refused_and_left_alone() {
     run(&SystemFiles, &options, &Teller::default()).unwrap();
     let done = fs::read(&options.output).unwrap();
     let with = |model: &str, settings: &str| Options {
-        identity: Identity { model: model.into(), settings: settings.into(), lossy: None },
+        identity: Identity { model: model.into(), settings: settings.into(), ..Identity::default() },
         ..options.clone()
     };
     assert!(matches!(open(&with("other", "s")), Err(BatchError::OtherModel { .. })));

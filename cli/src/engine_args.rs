@@ -7,7 +7,9 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use sluice_format::ModelFile;
 use sluice_model::memory::Bytes;
-use sluice_model::{Engine, EngineOptions, KvType, Preference, Prefetch, ReadEngineKind, Thrift, Yields};
+use sluice_model::{
+    Engine, EngineOptions, KvType, Preference, Prefetch, PromptAttention, ReadEngineKind, Thrift, Yields,
+};
 use sluice_storage::pool::PolicyKind;
 use sluice_text::{TextError, Tokenizer};
 
@@ -78,6 +80,31 @@ pub(crate) struct EngineArgs {
     /// As if its config.json gave this number, such as num_experts_per_tok. (--top-k chooses among tokens.)
     #[arg(long, value_name = "N", hide_short_help = true, allow_negative_numbers = true, value_parser = parse_experts)]
     pub(crate) top_k_experts: Option<NonZeroU16>,
+
+    /// How the latent attention (MLA) of prompts is computed: expanded takes less time for long prompts
+    ///
+    /// Both are the same mathematically; their last digits differ. With expanded, what was generated is not reused as a part of a later
+    /// prompt, but read again. It has no effect in models without latent attention.
+    #[arg(long, value_name = "FORM", value_enum, default_value = "absorbed", hide_short_help = true)]
+    pub(crate) prompt_attention: PromptForm,
+}
+
+/// Names of the forms of latent attention for prompts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PromptForm {
+    /// As generated tokens are computed
+    Absorbed,
+    /// With keys and values expanded from latents, block by block
+    Expanded,
+}
+
+impl From<PromptForm> for PromptAttention {
+    fn from(form: PromptForm) -> Self {
+        match form {
+            PromptForm::Absorbed => PromptAttention::Absorbed,
+            PromptForm::Expanded => PromptAttention::Expanded,
+        }
+    }
 }
 
 /// Names of the read engines.
@@ -98,7 +125,7 @@ impl EngineArgs {
     /// As [`open`](Self::open), with options that begin with [`options`](Self::options).
     pub(crate) fn open_as(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
         let engine = self.open_with(path, options)?;
-        self.say_what_is_lossy_with(engine.thrift());
+        self.say_what_is_lossy_with(engine.thrift(), engine.prompt_attention());
         Ok(engine)
     }
 
@@ -107,9 +134,10 @@ impl EngineArgs {
         self.open_with(path, &EngineOptions { budget: Some(budget), ..self.options(context) })
     }
 
-    /// As [`open_within`](Self::open_within), with the experts that the model's routers choose.
+    /// As [`open_within`](Self::open_within), with the experts that the model's routers choose, and with prompts in the absorbed form.
     pub(crate) fn open_exactly(&self, path: &Path, context: usize, budget: u64) -> Result<Engine, CliError> {
-        let options = EngineOptions { budget: Some(budget), thrift: Thrift::default(), ..self.options(context) };
+        let (thrift, prompt_attention) = (Thrift::default(), PromptAttention::default());
+        let options = EngineOptions { budget: Some(budget), thrift, prompt_attention, ..self.options(context) };
         self.open_with(path, &options)
     }
 
@@ -120,6 +148,9 @@ impl EngineArgs {
         let engine = engine?;
         if engine.thrift() != options.thrift {
             note(&format_args!("note: in {}, {}", path.display(), engine.thrift()));
+        }
+        if engine.prompt_attention() != options.prompt_attention {
+            note(&format_args!("note: {} has no latent attention: --prompt-attention has no effect", path.display()));
         }
         let memory = engine.memory();
         if let Some(requested) = memory.requested.filter(|&requested| memory.effective < requested) {
@@ -134,11 +165,11 @@ impl EngineArgs {
 
     /// A remark on standard error if the results are not those of the file's weights alone.
     pub(crate) fn say_what_is_lossy(&self) {
-        self.say_what_is_lossy_with(self.thrift());
+        self.say_what_is_lossy_with(self.thrift(), self.prompt_attention.into());
     }
 
-    /// As [`say_what_is_lossy`](Self::say_what_is_lossy), if `thrift` is what makes a difference in the model.
-    fn say_what_is_lossy_with(&self, thrift: Thrift) {
+    /// As [`say_what_is_lossy`](Self::say_what_is_lossy), if these are what makes a difference in the model.
+    fn say_what_is_lossy_with(&self, thrift: Thrift, prompt_attention: PromptAttention) {
         if self.kv_type.is_lossy() {
             note(&format_args!(
                 "note: keys and values are rounded to {}: results differ from those with f32",
@@ -148,6 +179,22 @@ impl EngineArgs {
         if !thrift.is_exact() {
             note(&format_args!("note: lossy: {thrift}; results differ from the model's own"));
         }
+        if prompt_attention == PromptAttention::Expanded {
+            note(
+                &"note: prompts are read in the expanded form of latent attention: last digits differ from the absorbed form's",
+            );
+        }
+    }
+
+    /// Refuses prompts in the expanded form, where `command` observes what the absorbed form multiplies.
+    pub(crate) fn refuse_expanded(&self, command: &str) -> Result<(), CliError> {
+        if self.prompt_attention == PromptForm::Absorbed {
+            return Ok(());
+        }
+        let message = format!(
+            "{command} observes what matrices are multiplied with in the absorbed form: leave --prompt-attention expanded out"
+        );
+        Err(CliError::Usage(message))
     }
 
     /// Refuses other experts than the model's routers choose, where those are what `command` measures.
@@ -204,6 +251,7 @@ impl EngineArgs {
             mark_every: None,
             prediction: false,
             thrift: self.thrift(),
+            prompt_attention: self.prompt_attention.into(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 use sluice_model::memory::{Bytes, MemoryPlan};
-use sluice_model::{Engine, Stats};
+use sluice_model::{Engine, PromptAttention, Stats};
 use sluice_storage::io::TuningSource;
 
 use crate::drafts::DraftCounts;
@@ -171,6 +171,8 @@ pub(crate) struct Profile {
     pub(crate) threads: usize,
     /// How experts were chosen otherwise than the model's routers say, in words; `None` if they were not.
     pub(crate) lossy: Option<String>,
+    /// In which form prompts were read; `None`: in the usual one.
+    pub(crate) prompt_attention: Option<&'static str>,
 }
 
 /// In which pieces the file is read.
@@ -221,6 +223,12 @@ pub(crate) fn lossy(engine: &Engine) -> Option<String> {
     (!thrift.is_exact()).then(|| thrift.to_string())
 }
 
+/// The form in which prompts are read, if it is not the usual one.
+pub(crate) fn prompt_attention(engine: &Engine) -> Option<&'static str> {
+    let form = engine.prompt_attention();
+    (form != PromptAttention::default()).then(|| form.name())
+}
+
 impl Profile {
     /// `started`: when the command did; the model had been opened `open_seconds` later.
     pub(crate) fn new(engine: &Engine, generation: &Generation, started: Instant, open_seconds: f64) -> Profile {
@@ -239,6 +247,7 @@ impl Profile {
             isa: engine.isa(),
             threads: engine.threads(),
             lossy: lossy(engine),
+            prompt_attention: prompt_attention(engine),
         }
     }
 
@@ -284,6 +293,9 @@ impl Profile {
                 let all = [&self.prefill, &self.decode].map(|phase| phase.hits + phase.misses).iter().sum::<u64>();
                 let _ = writeln!(out, "          {replaced} of {all} experts were not the routers' own");
             }
+        }
+        if let Some(form) = self.prompt_attention {
+            let _ = writeln!(out, "prompts   {form} form of latent attention");
         }
         let _ = writeln!(out, "reads     {}", self.read_path);
         let _ = writeln!(out, "          {}", self.read_tuning.line());

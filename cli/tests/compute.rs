@@ -151,6 +151,29 @@ fn what_other_experts_cost_is_measured() {
 }
 
 #[test]
+fn the_form_of_prompts_is_asked_for_and_said() {
+    let args = ["run", demo_model(), "--prompt", "ROMEO:\n", "-n", "8", "--temperature", "0", "--json", "--profile"];
+    let run = |form: &str| sluice(&[&args[..], &["--prompt-attention", form]].concat());
+    for (form, said) in [("absorbed", Value::Null), ("expanded", "expanded".into())] {
+        let output = run(form);
+        assert_eq!(json(&output)["profile"]["prompt_attention"], said);
+        assert_eq!(stderr(&output).contains("expanded form of latent attention"), form == "expanded");
+    }
+    assert_fails(&run("other"), 2, &["--prompt-attention", "expanded"]);
+    let folder = tempfile::tempdir().unwrap();
+    let eval = folder.path().join("beginning.txt");
+    fs::write(&eval, &fs::read(demo_checkpoint().join("eval.txt")).unwrap()[..1000]).unwrap();
+    let text = ["--text", eval.to_str().unwrap(), "--prompt-attention", "expanded"];
+    let compared = json(&sluice(&[&["compare", demo_model(), demo_model(), "--json"], &text[..]].concat()));
+    assert_eq!(compared["prompt_attention"], "expanded");
+    let difference = compared["max_logit_difference"].as_f64().unwrap();
+    assert!(difference > 0.0 && difference < 0.5, "{compared}");
+    let imatrix = folder.path().join("importance");
+    let measured = ["calibrate", demo_model(), "--out", imatrix.to_str().unwrap()];
+    assert_fails(&sluice(&[&measured, &text[..]].concat()), 2, &["calibrate", "--prompt-attention"]);
+}
+
+#[test]
 fn drafts_are_counted_and_change_no_text() {
     let args = ["run", demo_model(), "--prompt", "ROMEO:\nROMEO:\n", "-n", "48", "--json", "--profile"];
     let run = |more: &[&str]| sluice(&[&args[..], more].concat());

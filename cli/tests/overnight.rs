@@ -336,6 +336,20 @@ fn fewer_experts_are_said_with_each_result_and_not_mixed_with_all() {
 }
 
 #[test]
+fn the_form_of_prompts_is_said_with_each_result_and_not_mixed() {
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
+    let with = |more: &[&'static str]| {
+        let mut args = run.args(more);
+        args[1] = demo_model();
+        sluice(&args)
+    };
+    stdout(&with(&["--prompt-attention", "expanded"]));
+    let result: Value = serde_json::from_str(&run.results()["line-1"]).unwrap();
+    assert_eq!(result["prompt_attention"], "expanded");
+    assert_fails(&with(&[]), 1, &["other settings", "--prompt-attention expanded"]);
+}
+
+#[test]
 fn progress_and_plan_are_there_for_programs() {
     let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 20}\n{\"prompt\": \"B\", \"max_tokens\": 20}\n");
     let done = sluice(&run.args(&["--json"]));

@@ -15,6 +15,7 @@ use sluice_checksum::xxh3_64;
 use sluice_dialect::Piece;
 use sluice_format::ModelFile;
 use sluice_generate::{GenerationError, Logprob, Priority, Report, Sampled, SchedulerOptions, Status};
+use sluice_model::PromptAttention;
 use sluice_model::engine::EngineOptions;
 use sluice_sessions::Store;
 use tokio::runtime::Handle;
@@ -54,10 +55,16 @@ pub fn identity(file: &ModelFile, engine: &EngineOptions, context: usize) -> Ide
         (!thrift.is_exact()).then(|| thrift.to_string()),
     ];
     let lossy = lossy.into_iter().flatten().reduce(|all, one| format!("{all}; {one}"));
+    let form = engine.prompt_attention.in_model(file.spec());
+    let prompt_attention = (form != PromptAttention::default()).then(|| form.to_string());
+    let prompts = prompt_attention.as_ref().map_or_else(String::new, |form| format!(", --prompt-attention {form}"));
     Identity {
         model: file.state_id().to_string(),
-        settings: format!("--context {context}, --kv-type {kv_type}{exact}{fewer}, template and defaults {texts:016x}"),
+        settings: format!(
+            "--context {context}, --kv-type {kv_type}{exact}{fewer}{prompts}, template and defaults {texts:016x}"
+        ),
         lossy,
+        prompt_attention,
     }
 }
 

@@ -25,6 +25,7 @@ mod ngrams;
 mod pages;
 mod parity;
 mod prediction;
+mod prompt_attention;
 mod quality;
 mod report;
 mod resumed;

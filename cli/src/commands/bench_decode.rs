@@ -18,7 +18,7 @@ use super::{bench_batch, bench_drive};
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
-use crate::profile::lossy;
+use crate::profile::{lossy, prompt_attention};
 use crate::progress::step_bar;
 use crate::size::{parse_count, parse_drive, parse_size};
 use crate::terminal::{print, print_json};
@@ -129,6 +129,8 @@ struct Outcome {
     prefetched_used: u64,
     /// How experts were chosen otherwise than the model's routers say, in words.
     lossy: Option<String>,
+    /// In which form prompts were read; none: in the usual one.
+    prompt_attention: Option<&'static str>,
     /// Experts that were not the routers' own, because those in memory were preferred.
     replaced: u64,
     /// Bytes read ÷ time.
@@ -360,6 +362,7 @@ fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, each: &[Token],
         prefetched: after.prefetched - before.prefetched,
         prefetched_used: after.prefetched_used - before.prefetched_used,
         lossy: lossy(engine),
+        prompt_attention: prompt_attention(engine),
         replaced: after.replaced - before.replaced,
         achieved: bytes / seconds,
         attainable,
@@ -533,6 +536,9 @@ fn table(outcomes: &[Outcome]) -> String {
         out += &regimes(o);
         if let Some(lossy) = &o.lossy {
             out += &format!("  lossy: {lossy}; {} experts were not the routers' own\n", o.replaced);
+        }
+        if let Some(form) = o.prompt_attention {
+            out += &format!("  prompts: {form} form of latent attention\n");
         }
     }
     out

@@ -187,7 +187,7 @@ fn refuse_streaming(
 ) -> Result<(), CliError> {
     let options = args.engine.options(total);
     let EngineOptions { kv_type, marks, prediction, .. } = options;
-    let demand = Demand { sequences: count, context: total, kv_type, marks, prediction };
+    let demand = Demand { sequences: count, context: total, kv_type, marks, prediction, expanding: 0 };
     let plan = MemoryPlan::new(file, budget, demand).map_err(RuntimeError::from)?;
     if plan.dense_streamed == 0 {
         return Ok(());

@@ -247,7 +247,8 @@ pub enum Work {
 impl Scheduler {
     /// A scheduler for `engine`, which its turns have to be given. Without a tokenizer there is no text.
     pub fn new(engine: &Engine, tokenizer: Option<Tokenizer>, options: SchedulerOptions) -> Self {
-        let shape = Shape { vocab: engine.spec().vocab_size, context: engine.memory().context, tokenizer };
+        let phases = engine.prompt_attention().tells_phases_apart();
+        let shape = Shape { vocab: engine.spec().vocab_size, context: engine.memory().context, tokenizer, phases };
         let forgets = engine.pages().iter().any(|pages| pages.kind.forgets());
         Scheduler {
             shared: Shared::new(shape, options.queue.map(|limit| limit.max(1))),
@@ -507,16 +508,17 @@ impl Scheduler {
             let Running { generation, sequence, events, reported, failed, .. } = running;
             let (tokens, rest) = left.split_at(count);
             left = rest;
-            let (offer, phase) = generation.offer(sequence.position());
+            let (_, phase) = generation.offer(sequence.position());
             let scores_from = (phase == Phase::Prompt && generation.scores_prompt()).then(|| sequence.position());
-            let chooses_at = scores_from.map(|_| offer.len() - 1);
+            let left_to_see = generation.len() - sequence.position();
+            let chooses_at = scores_from.map(|_| left_to_see - 1);
             let logits = match phase {
                 Phase::Draft => Want::All,
                 _ if scores_from.is_some() => Want::All,
-                _ if count == offer.len() => Want::Last,
+                _ if count == left_to_see => Want::Last,
                 _ => Want::Nothing,
             };
-            prompt_rows += if phase == Phase::Prompt { count } else { 0 };
+            prompt_rows += if phase.reads() { count } else { 0 };
             spans.push(Span { sequence, tokens, phase, logits });
             let draft = phase == Phase::Draft;
             takers.push(Taker { generation, events, reported, failed, draft, scores_from, chooses_at });
@@ -568,7 +570,7 @@ impl Scheduler {
     fn rows(&self, most: usize, takes_part: &dyn Fn(&Running) -> bool) -> Vec<usize> {
         let wanted = |prompt: bool| -> Vec<usize> {
             let of = |r: &Running| match r.generation.offer(r.sequence.position()) {
-                (tokens, phase) if (phase == Phase::Prompt) == prompt && takes_part(r) => match prompt {
+                (tokens, phase) if phase.reads() == prompt && takes_part(r) => match prompt {
                     true => tokens.len().min(self.rows_to_stop(r)),
                     false => tokens.len(),
                 },

@@ -27,11 +27,12 @@ use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
 use crate::model::HeadStep;
 use crate::ngrams;
 use crate::room;
-use crate::rows::{Cursor, Rows, Span, Want};
+use crate::rows::{Cursor, Phase, Rows, Span, Want};
 use crate::sequence::MarkLimits;
 use crate::session::{self, Binding, SegmentFile, SessionError};
 use crate::{
-    LayerTimes, Model, ModelError, ModelOptions, RewindError, Sequence, Thrift, Weights, dense_extents, opened_extents,
+    GENERATED, LayerTimes, Model, ModelError, ModelOptions, PromptAttention, RewindError, Sequence, Thrift, Weights,
+    dense_extents, opened_extents,
 };
 use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, StripeRead, Tuning};
 use sluice_storage::pool::{
@@ -88,6 +89,8 @@ pub struct EngineOptions {
     pub prediction: bool,
     /// How experts are chosen otherwise than the model's routers say, to read fewer: lossy, and the default is not to.
     pub thrift: Thrift,
+    /// In which form the latent attention (MLA) of prompts is computed.
+    pub prompt_attention: PromptAttention,
 }
 
 /// The default of [`EngineOptions::mark_every`]. A rewind to one of the latest such marks computes at most this many tokens again, or
@@ -246,7 +249,9 @@ impl Engine {
         if prediction && file.spec().prediction.is_none() {
             return Err(RuntimeError::NoPrediction { path: path.to_owned() });
         }
-        let demand = Demand { sequences, context, kv_type, marks, prediction };
+        let prompt_attention = options.prompt_attention.in_model(file.spec());
+        let expanding = if prompt_attention == PromptAttention::Expanded { thread_count(options.threads) } else { 0 };
+        let demand = Demand { sequences, context, kv_type, marks, prediction, expanding };
         let memory = plan_memory(&file, options, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
@@ -258,7 +263,8 @@ impl Engine {
         let threads = Arc::new(compute_threads(options.threads, storage.io.reading()));
         let workers: Arc<dyn Workers> = Arc::new(Unpacking(Arc::clone(&threads)));
         storage.set_workers(&workers);
-        let compute = Compute::new(kernels, threads, precision);
+        let mut compute = Compute::new(kernels, threads, precision);
+        compute.prompt_attention = prompt_attention;
         if !options.forget
             && let Some(counts) = counts::load(file.path(), file.state_id())
         {
@@ -272,7 +278,8 @@ impl Engine {
         let model = Model::new(&file, &handles, &compute, of_model)?;
         let pages = memory.page_pool(model.spec());
         let prediction_pages = memory.prediction_pool(model.spec());
-        let binding = Binding { state_id: file.state_id(), kv_type: memory.kv_type, exact: options.exact, thrift };
+        let (state_id, exact) = (file.state_id(), options.exact);
+        let binding = Binding { state_id, kv_type: memory.kv_type, exact, thrift, prompt_attention };
         let marks = MarkLimits { most: memory.marks, every: options.mark_every.unwrap_or(MARK_EVERY).max(1) };
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
@@ -319,6 +326,11 @@ impl Engine {
     /// How experts are chosen otherwise than the routers say: what of [`EngineOptions::thrift`] makes a difference in this model.
     pub fn thrift(&self) -> Thrift {
         self.binding.thrift
+    }
+
+    /// In which form prompts are read: [`EngineOptions::prompt_attention`], where it makes a difference in this model.
+    pub fn prompt_attention(&self) -> PromptAttention {
+        self.binding.prompt_attention
     }
 
     /// How the budget is spent.
@@ -458,7 +470,8 @@ impl Engine {
     /// Reads what a chain of segments has of the first of `tokens` into a new sequence: each begins inside of the one before it or at
     /// its end, and all that stands before a segment is of that text. The sequence has as many tokens as it can go on with: in models
     /// whose layers see everything all that agree, in others those up to the last mark or end of a segment. It has no marks. Nothing is
-    /// read but what the sequence needs, a few rows at the end of a segment excepted.
+    /// read but what the sequence needs, a few rows at the end of a segment excepted. Where phases are told apart, `tokens` have theirs
+    /// ([`Sequence::phased`]).
     ///
     /// # Errors
     /// As [`Engine::restore_onto`].
@@ -472,7 +485,7 @@ impl Engine {
     }
 
     /// Takes the tokens from `position` on out of a sequence. Where it cannot go there ([`Sequence::rewind_to`]), it goes to the
-    /// nearest earlier position that it can go to, and the tokens in between are computed again, under `control`.
+    /// nearest earlier position that it can go to, and the tokens in between are computed again, each in its phase, under `control`.
     ///
     /// # Errors
     /// [`RuntimeError::Rewind`] if it has fewer tokens; otherwise as [`Engine::step`], with the sequence at a position that is
@@ -484,13 +497,15 @@ impl Engine {
         control: &mut Control<'_>,
     ) -> Result<(), RuntimeError> {
         let reached = sequence.reachable(position)?;
-        let again = sequence.tokens()[reached..position].to_vec();
+        let again = sequence.phased()[reached..position].to_vec();
         sequence.rewind_to(reached)?;
-        if again.is_empty() {
-            return Ok(());
+        for run in again.chunk_by(|a, b| a & GENERATED == b & GENERATED) {
+            let phase = if run[0] & GENERATED == 0 { Phase::Prompt } else { Phase::Again };
+            let tokens: Vec<u32> = run.iter().map(|token| token & !GENERATED).collect();
+            let span = Span { sequence: &mut *sequence, tokens: &tokens, phase, logits: Want::Nothing };
+            self.step(&mut [span], control, &mut |_, _, _| {})?;
         }
-        let span = Span::prompt(sequence, &again, Want::Nothing);
-        self.step(&mut [span], control, &mut |_, _, _| {})
+        Ok(())
     }
 
     /// Appends a prompt, or a part of one, to the sequence and writes the logits of its last token, `[vocab]`.
@@ -560,6 +575,9 @@ impl Engine {
         sink: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), RuntimeError> {
         let started = Instant::now();
+        if control.inputs.is_some() && self.binding.prompt_attention == PromptAttention::Expanded {
+            return Err(ModelError::ObservedExpanded.into());
+        }
         if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
@@ -668,11 +686,16 @@ impl Engine {
     }
 }
 
-/// As many threads as were asked for, or one per core. If they take all cores, decoding leaves one to reading while there
+/// As many threads as were asked for, or one per core.
+fn thread_count(asked: Option<usize>) -> usize {
+    asked.unwrap_or_else(|| thread::available_parallelism().map_or(1, Into::into)).max(1)
+}
+
+/// A pool of [so many](thread_count) threads. If they take all cores, decoding leaves one to reading while there
 /// are reads in flight: the I/O thread needs it, and in a virtual machine so may the host that moves the bytes.
 fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool {
     let cores = thread::available_parallelism().map_or(1, Into::into);
-    let pool = ThreadPool::new(asked.unwrap_or(cores).max(1));
+    let pool = ThreadPool::new(thread_count(asked));
     if pool.threads() < cores { pool } else { pool.sparing_while(reading) }
 }
 

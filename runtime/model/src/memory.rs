@@ -115,12 +115,14 @@ pub struct Demand {
     pub marks: usize,
     /// Whether the prediction layer is opened too, with as many sequences.
     pub prediction: bool,
+    /// Threads that read prompts in the expanded form of latent attention; 0: none does.
+    pub expanding: usize,
 }
 
 impl Demand {
     /// One sequence.
     pub fn one(context: usize, kv_type: KvType) -> Self {
-        Demand { sequences: 1, context, kv_type, marks: 0, prediction: false }
+        Demand { sequences: 1, context, kv_type, marks: 0, prediction: false, expanding: 0 }
     }
 }
 
@@ -450,6 +452,8 @@ impl Need<'_> {
     fn lists(&self, rows: usize) -> u64 {
         let Demand { sequences, context, .. } = self.demand;
         let tokens = (context as u64).saturating_mul(4).saturating_mul(sequences as u64);
+        // Where phases are told apart, they are kept beside the tokens.
+        let tokens = tokens.saturating_mul(if self.demand.expanding > 0 { 2 } else { 1 });
         let tokens = tokens.saturating_mul(self.layouts().count() as u64);
         tokens.saturating_add(self.of_pages(rows, PageLayout::overhead))
     }
@@ -489,7 +493,9 @@ impl Need<'_> {
     fn scratch(&self, rows: usize, kept: u64) -> u64 {
         let passes = self.models().map(|model| Model::scratch_memory(model, rows, self.slot_len, kept));
         let prediction = self.prediction.as_ref().map_or(0, |(model, _)| Model::projection_memory(model));
-        let scratch = passes.max().unwrap_or(0) + self.looked_up + prediction;
+        let expansion = self.models().map(|model| Model::expansion_memory(model, rows)).max().unwrap_or(0);
+        let expansion = expansion.saturating_mul(self.demand.expanding as u64);
+        let scratch = passes.max().unwrap_or(0) + self.looked_up + prediction + expansion;
         scratch.saturating_add(self.lists(rows)).saturating_sub(FREE_SCRATCH)
     }
 

@@ -31,7 +31,7 @@ impl Waiting {
     /// Whether it has all tokens that `other` has.
     fn extends(&self, other: &Waiting) -> bool {
         let (own, other) = (&self.sequence, &other.sequence);
-        own.binding() == other.binding() && own.tokens().starts_with(other.tokens())
+        own.binding() == other.binding() && own.phased().starts_with(other.phased())
     }
 }
 
@@ -245,7 +245,7 @@ impl Shared {
 
     /// The part that has to be written; `None` if all is stored, which is then noted as a use.
     fn plan(&self, Waiting { sequence, title }: &Waiting) -> Option<Plan> {
-        let (binding, tokens) = (sequence.binding(), sequence.tokens());
+        let (binding, tokens) = (sequence.binding(), sequence.phased());
         let mut state = self.lock();
         let walk = state.tree.walk(binding, tokens);
         if let Some((id, _)) = walk.best.filter(|best| best.1 == tokens.len()) {
