@@ -74,7 +74,7 @@ fn options(folder: &Path) -> Options {
         input: folder.join("in.jsonl"),
         output: folder.join("out.jsonl"),
         sync: Sync::Never,
-        identity: Identity { model: "m".into(), settings: "s".into(), lossy: None },
+        identity: Identity { model: "m".into(), settings: "s".into(), ..Identity::default() },
         now: 1,
         longest_answer: None,
     }
