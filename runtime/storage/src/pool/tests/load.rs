@@ -70,9 +70,9 @@ fn what_a_caller_waits_for_overtakes_dense_extents() {
     drive.hold();
     let io = scheduler(&drive, one_by_one(), 1);
     let parts = load(&io, &dense);
-    let wanted = model().1[4][0];
+    let wanted = model().1[4][0].clone();
     let slot = Arena::uniform(wanted.len as usize, 1, "test").expect("addresses").into_slots().remove(0);
-    let read = ExtentRead {
+    let read = crate::io::ExtentRead {
         file: 0,
         offset: wanted.offset,
         len: wanted.len as usize,

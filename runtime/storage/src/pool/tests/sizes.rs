@@ -19,7 +19,7 @@ fn mixed() -> (Vec<u8>, Vec<Vec<ExtentLocation>>) {
             let bytes = vec![content(layer, expert); PAGES[layer as usize] * PAGE_BYTES];
             let (offset, len) = (file.len() as u64, bytes.len() as u64);
             file.extend_from_slice(&bytes);
-            ExtentLocation { file: 0, offset, len, checksum: xxh3_64(&bytes), packed: None }
+            ExtentLocation { file: 0, offset, len, checksum: xxh3_64(&bytes), packed: None, stripes: None }
         };
         (0..MIXED_EXPERTS).map(expert).collect()
     });
