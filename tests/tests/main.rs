@@ -1,5 +1,12 @@
 //! All integration tests of this crate in one program: it links once, and its tests share the cores.
 
+#[path = "../../converter/tests/common/gguf.rs"]
+#[allow(dead_code, missing_docs, unreachable_pub, reason = "the converter's tests use the rest of it")]
+mod gguf;
+#[path = "../../converter/tests/common/safetensors.rs"]
+#[allow(dead_code, missing_docs, unreachable_pub, reason = "the converter's tests use the rest of it")]
+mod safetensors;
+
 mod act_order;
 mod batch;
 mod budget;
