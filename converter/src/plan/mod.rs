@@ -201,13 +201,7 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
         blobs,
         hash: 0,
     };
-    if let Some(most) = options.split_size {
-        let tail = plan.tail_bytes().next_multiple_of(u64::from(options.page_size));
-        plan.layout = plan.layout.split(most, tail)?;
-    }
-    if let Some(striping) = &options.striping {
-        plan.layout = plan.layout.stripe(striping.shares().clone())?;
-    }
+    plan.layout = plan.in_volumes(options)?;
     plan.hash = plan.digest();
     Ok(plan)
 }
@@ -244,6 +238,17 @@ impl Plan {
     /// Where the model goes, if it is called `path`.
     pub(crate) fn destination<'a>(&'a self, path: &'a Path) -> Destination<'a> {
         Destination { path, striping: self.options.striping.as_ref() }
+    }
+
+    /// The layout in the volumes that are asked for.
+    fn in_volumes(&self, options: &Options) -> Result<FileLayout, ConvertError> {
+        let layout = self.layout.clone();
+        if let Some(striping) = &options.striping {
+            return Ok(layout.stripe(striping.shares().clone())?);
+        }
+        let Some(most) = options.split_size else { return Ok(layout) };
+        let tail = self.tail_bytes().next_multiple_of(u64::from(options.page_size));
+        Ok(layout.split(most, tail)?)
     }
 
     /// What the model computes.
