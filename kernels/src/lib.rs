@@ -13,9 +13,9 @@
 //!
 //! # Instruction sets
 //!
-//! The safe scalar code is the specification. AVX2 (with or without AVX-VNNI), AVX-512 and NEON kernels must agree with it bit for bit (NaN
-//! payloads excepted) and are chosen once, by [`Kernels::detect`], through tokens that can only be made where the CPU
-//! has the instructions. `unsafe` is confined to `x86/`, `neon/`, `threads.rs` and `par_slice.rs`.
+//! The safe scalar code is the specification. AVX2 (with or without AVX-VNNI), AVX-512 and NEON kernels (with or without i8mm)
+//! must agree with it bit for bit (NaN payloads excepted) and are chosen once, by [`Kernels::detect`], through tokens that can
+//! only be made where the CPU has the instructions. `unsafe` is confined to `x86/`, `neon/`, `threads.rs` and `par_slice.rs`.
 
 mod activations;
 mod attention;

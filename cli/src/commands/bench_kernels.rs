@@ -21,8 +21,8 @@ use crate::terminal::{counted, print, print_json};
 
 const EXAMPLES: &str = "\
 Every measurement takes turns with reading the same memory without computing anything, by the best of several loops, and the \
-median counts: on a busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avxvnni, avx512, neon, i8mm) measures other instructions. Products that \
-take long are cut to a part of their rows, so that the default takes a few minutes at most.
+median counts: on a busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avxvnni, avx512, neon, i8mm) measures other \
+instructions. Products that take long are cut to a part of their rows, so that the default takes a few minutes at most.
 
 Examples:
   sluice bench kernels

@@ -4,13 +4,13 @@
 //! a pair of rows and a pair of tokens stay side by side until the last block, and nothing is taken apart in between.
 
 use super::blocked::{block_scales, factor, has_offset, integers, offsets, scales_per_block, times_row_scales};
+use super::int8::smmla;
 use super::{INT4, IntLanes, Lanes, MXFP4, Q2, Q3, Q4, Q8, grouped, load, load_words, put};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{Group, Matrix, WeightType};
 use crate::vector::{block_bytes, by_halves};
 use std::arch::aarch64::*;
-use std::arch::asm;
 
 /// Tokens of a tile: what it costs to put a block in pairs is shared by all of them.
 pub(super) const TOKENS: usize = 16;
@@ -216,17 +216,4 @@ fn add_half(mut dots: IntFours, w: &Eights, x: [&QuantisedBlock; 2], half: usize
         }
     }
     dots
-}
-
-/// Adds to the sums of two rows and two tokens the products of eight columns.
-#[inline]
-#[target_feature(enable = "neon,dotprod,i8mm")]
-fn smmla(mut sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: the function enables the feature that the instruction belongs to; it touches only the registers named.
-    unsafe {
-        asm!("smmla {sums:v}.4s, {w:v}.16b, {x:v}.16b",
-            sums = inlateout(vreg) sums, w = in(vreg) w, x = in(vreg) x,
-            options(pure, nomem, nostack, preserves_flags));
-    }
-    sums
 }

@@ -1,5 +1,6 @@
 //! Asking for weights before they are needed.
 
+use super::avx2::cpuid;
 use super::grouped::{STRIP, block_len};
 use super::{block_bytes, scale_bytes};
 use crate::matrix::{Group, ROW_GROUP};
@@ -33,14 +34,6 @@ fn first_level_bytes() -> u32 {
         // Type in the lowest five bits, 1 being data, then three bits of level.
         .find(|of| of.eax & 0xff == 0b001_00001)
         .map_or(0, |of| ((of.ebx >> 22) + 1) * (((of.ebx >> 12) & 0x3ff) + 1) * ((of.ebx & 0xfff) + 1) * (of.ecx + 1))
-}
-
-fn cpuid(leaf: u32, sub: u32) -> CpuidResult {
-    #[allow(unused_unsafe, reason = "the function is safe in newer compilers than the oldest supported")]
-    // SAFETY: every x86-64 processor has the instruction.
-    unsafe {
-        __cpuid_count(leaf, sub)
-    }
 }
 
 /// Asks for a line.

@@ -90,6 +90,15 @@ impl Avx2 {
     }
 }
 
+/// What the processor says about itself.
+pub(super) fn cpuid(leaf: u32, sub: u32) -> CpuidResult {
+    #[allow(unused_unsafe, reason = "the function is safe in newer compilers than the oldest supported")]
+    // SAFETY: every x86-64 processor has the instruction.
+    unsafe {
+        __cpuid_count(leaf, sub)
+    }
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tile<const V: bool>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
     if let WeightType::Grouped(ty) = w.ty() {
