@@ -4,7 +4,7 @@ set -euo pipefail
 readonly CALLED_FROM=$PWD
 cd "$(dirname "$0")"
 
-readonly TARGETS=(model rewrite journal header index config tokenizer template importance counts session trace gguf calibration)
+readonly TARGETS=(model rewrite journal batch header index config tokenizer template importance counts session trace gguf calibration)
 
 # Further options of libFuzzer, such as -seed=1.
 read -ra OPTIONS <<<"${SLUICE_FUZZ_OPTIONS:-}"

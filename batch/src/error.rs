@@ -7,6 +7,16 @@ use std::path::{Path, PathBuf};
 /// goes on afterwards.
 #[derive(Debug, thiserror::Error)]
 pub enum BatchError {
+    /// The filesystem, before anything is done in this run.
+    #[error("{path}: cannot {action}: {source}")]
+    Start {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// What the system says.
+        source: io::Error,
+    },
     /// The filesystem.
     #[error(
         "{path}: cannot {action}: {source}. Nothing is lost: once that is mended, the same command goes on where it was"
@@ -92,6 +102,32 @@ pub enum BatchError {
         /// The journal that would belong to it.
         journal: PathBuf,
     },
+    /// There is a journal without a header, and an output with results.
+    #[error(
+        "{path}: the beginning of the journal is missing, so it does not say which requests have a result in {output}. Nothing was \
+         changed, and the results there are still good. Put a copy of the journal back to go on; without one, move both files away, and the same \
+         command begins again"
+    )]
+    JournalLost {
+        /// The journal.
+        path: PathBuf,
+        /// The output.
+        output: PathBuf,
+    },
+    /// Something has changed the journal.
+    #[error(
+        "{path}: the journal is damaged at byte {offset}, and no interruption of a run leaves such damage. Nothing was changed, and the \
+         results in the output are still good; the journal lists {results} of them in front of the damage. Put a copy of the journal back \
+         to go on; without one, move both files away, and the same command begins again"
+    )]
+    JournalDamaged {
+        /// The journal.
+        path: PathBuf,
+        /// Where the damaged record begins, in bytes.
+        offset: u64,
+        /// Results that the records in front of it list.
+        results: usize,
+    },
     /// The output does not hold what the journal says.
     #[error(
         "{path}: line {line} is not the result that this run has written. Put the file back as it was to go on, or begin another run with \
@@ -127,5 +163,13 @@ impl BatchError {
     /// An adapter for `map_err`.
     pub(crate) fn file(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> BatchError {
         move |source| BatchError::File { path: path.to_owned(), action, source }
+    }
+
+    /// The same error, where it comes before anything is done.
+    pub(crate) fn at_start(self) -> BatchError {
+        match self {
+            BatchError::File { path, action, source } => BatchError::Start { path, action, source },
+            other => other,
+        }
     }
 }

@@ -30,6 +30,12 @@ pub trait Files: Send + Sync + fmt::Debug {
     /// # Errors
     /// What the system says.
     fn sync_folder_of(&self, path: &Path) -> io::Result<()>;
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn remove(&self, path: &Path) -> io::Result<()>;
 }
 
 /// An open file.
@@ -104,6 +110,10 @@ impl Files for SystemFiles {
     fn sync_folder_of(&self, path: &Path) -> io::Result<()> {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         Syncer::default().folder(folder)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the input holds: where each request is, and in which order they are best answered. No request is kept in memory.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry as Slot;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use sluice_checksum::{Xxh3, xxh3_64, xxh3_128};
@@ -16,6 +16,9 @@ pub const LONGEST_LINE: usize = 32 << 20;
 const MOST: usize = u32::MAX as usize;
 /// What editors of some systems write before a text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+/// Most different fields of requests that are remembered, and most bytes of their names: a stranger's file can have as many as it likes.
+const MOST_FIELDS: usize = 256;
+const LONGEST_FIELD: usize = 64;
 /// Lengths of beginnings of texts, in bytes, by which requests are brought together. Less than the first is not worth it.
 const BEGINNINGS: [usize; 5] = [256, 1 << 10, 4 << 10, 16 << 10, 64 << 10];
 
@@ -46,6 +49,9 @@ pub struct Index {
     pub digest: u128,
     /// Bytes of the input.
     pub length: u64,
+    /// Fields that requests have, by the path that these name, and the first line with each. The path is empty for fields beside a body.
+    /// Of very many fields, the first ones are here.
+    pub fields: BTreeMap<(String, String), u32>,
 }
 
 /// What is gathered while the input is read.
@@ -134,6 +140,7 @@ impl Gathered {
         let lead = line.len() - line[mark..].trim_ascii_start().len();
         let fits = length <= LONGEST_LINE;
         let parsed = if fits { Line::parse(text, number) } else { Err(too_long(number)) };
+        parsed.iter().for_each(|line| self.note_fields(line, number as u32));
         let (id, wanted, beginning) = match &parsed {
             Ok(line) => (&line.custom_id, line.wanted(), line.text()),
             Err(error) => (&error.custom_id, Wanted::default(), String::new()),
@@ -154,6 +161,16 @@ impl Gathered {
         let (offset, bytes) = (begin + lead as u64, fits.then_some(text.len() as u32));
         self.index.entries.push(Entry { offset, bytes, line: number as u32, checksum: xxh3_64(text), wanted });
         Ok(())
+    }
+
+    fn note_fields(&mut self, line: &Line, number: u32) {
+        let fields = &mut self.index.fields;
+        let of_body = line.body.keys().map(|field| (line.url.as_str(), field));
+        for (url, field) in line.others.iter().map(|field| ("", field)).chain(of_body) {
+            if field.len() <= LONGEST_FIELD && url.len() <= LONGEST_FIELD && fields.len() < MOST_FIELDS {
+                fields.entry((url.to_owned(), field.clone())).or_insert(number);
+            }
+        }
     }
 
     fn finish(mut self) -> Index {
@@ -198,6 +215,26 @@ mod tests {
         assert_eq!(id, "a");
         let made_up = "{\"prompt\": \"x\"}\n{\"custom_id\": \"line-1\", \"prompt\": \"y\"}\n";
         assert!(matches!(index(made_up.as_bytes()), Err(BatchError::Duplicate { .. })));
+    }
+
+    #[test]
+    fn fields_are_remembered_with_the_first_line_that_has_them() {
+        let lines = [
+            r#"{"prompt": "a"}"#,
+            r#"{"prompt": "b", "max_token": 3}"#,
+            r#"{"url": "/v1/x", "body": {"n": 1}, "custm_id": 3}"#,
+        ];
+        let found = index(lines.join("\n").as_bytes()).unwrap().fields;
+        let field = |url: &str, name: &str| (url.to_owned(), name.to_owned());
+        let want = [
+            (field("", "custm_id"), 3),
+            (field("/v1/completions", "max_token"), 2),
+            (field("/v1/completions", "prompt"), 1),
+            (field("/v1/x", "n"), 3),
+        ];
+        assert_eq!(found, BTreeMap::from(want));
+        let many: String = (0..1000).map(|n| format!("{{\"prompt\": \"\", \"{n}\": 0}}\n")).collect();
+        assert_eq!(index(many.as_bytes()).unwrap().fields.len(), MOST_FIELDS);
     }
 
     #[test]

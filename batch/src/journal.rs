@@ -1,7 +1,8 @@
 //! The journal: what has been sampled for each request, and which results the output has.
 //!
-//! A header names the input, the model and the settings. Records follow, each with a checksum that is bound to the header. Whatever
-//! follows the last whole record, such as the half of one that a crash left, is cut off. Records are only ever appended.
+//! A header names the input, the model and the settings. Records follow, each with a checksum that is bound to the header. Records are
+//! only ever appended, so a crash can damage only the end. What follows the last whole record, such as the half of one that a crash left,
+//! is cut off. A damaged record in front of whole ones is no trace of a crash: nothing is cut then, and the run is refused.
 //!
 //! All numbers are little-endian. The header: magic, length of the rest, digest and length of the input, seconds since 1970 at which
 //! the batch began, model, settings, checksum. A record: length, kind, body, checksum.
@@ -25,12 +26,24 @@ const HEADER_FIXED: usize = 16 + 8 + 8;
 const HEADER_MOST: usize = 64 << 10;
 /// Most bytes of a record. Longer ones are not written, and what claims to be one is none.
 const RECORD_MOST: usize = 16 << 20;
+/// Bytes behind a damaged record in which a whole one is searched for. What a crash leaves of a record is shorter.
+const SEARCHED: usize = 2 * RECORD_MOST;
+/// Bytes that this search hashes at most, which bounds its time.
+const HASHED: usize = 256 << 20;
+/// A drive writes sectors of this many bytes, whole or not at all. A crash of the system leaves zeros in the place of one that was not
+/// written.
+const SECTOR: u64 = 512;
 /// Most answers of a request.
 const ANSWERS_MOST: u32 = 1 << 16;
 
 const SAMPLED: u8 = 1;
 const RESULT: u8 = 2;
 const CUT: u8 = 3;
+/// Bytes of the length that a record begins with.
+const PREFIX: usize = 4;
+/// Bytes of the bodies of results and cuts.
+const RESULT_BODY: usize = 1 + 3 * 4 + 1 + 8;
+const CUT_BODY: usize = 1 + 4;
 /// Stands for the number of likeliest tokens where no log probability was asked for.
 const NO_LOGPROB: u8 = u8::MAX;
 
@@ -135,8 +148,23 @@ impl Header {
     }
 }
 
+impl Header {
+    /// Whether the bytes in front of the last zeros of a file are too few for the header that they begin.
+    fn is_torn(written: &[u8]) -> bool {
+        let rest = written.get(JOURNAL_MAGIC.len()..).and_then(|rest| Reader(rest).u32());
+        match rest.map(|rest| rest as usize) {
+            // The length itself is cut off.
+            None => true,
+            Some(rest) => rest <= HEADER_MOST && written.len() < HEADER_START + rest + CHECKSUM,
+        }
+    }
+}
+
 impl Journal {
-    /// Locks the journal, an empty file perhaps, and reads its header; `None` if there is no whole one. Nothing is changed.
+    /// Locks the journal, an empty file perhaps, and reads its header; `None` if it was never written as a whole. Nothing is changed.
+    ///
+    /// # Errors
+    /// The filesystem's, and that the file is no journal, is damaged, or is in use.
     pub(crate) fn claim(path: &Path, file: Box<dyn OpenFile>) -> Result<(Self, Option<Header>), BatchError> {
         let io = |action| BatchError::file(path, action);
         if !file.is_regular().map_err(io("look at the journal"))? {
@@ -149,11 +177,16 @@ impl Journal {
         let count = read_full(&*file, &mut bytes, 0).map_err(io("read the journal"))?;
         bytes.truncate(count);
         let found = Header::parse(&bytes);
-        // A crash of the system can leave zeros in the place of what was not written yet.
-        let written = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-        let is_torn = JOURNAL_MAGIC.starts_with(&bytes[..written.min(JOURNAL_MAGIC.len())]);
-        if found.is_none() && !is_torn {
-            return Err(BatchError::NotAJournal { path: path.to_owned() });
+        if found.is_none() {
+            // A crash of the system can leave zeros in the place of what was not written yet.
+            let written = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            let written = &bytes[..written];
+            if !JOURNAL_MAGIC.starts_with(&written[..written.len().min(JOURNAL_MAGIC.len())]) {
+                return Err(BatchError::NotAJournal { path: path.to_owned() });
+            }
+            if !Header::is_torn(written) {
+                return Err(BatchError::JournalDamaged { path: path.to_owned(), offset: 0, results: 0 });
+            }
         }
         let (header, seed, end) = match found {
             Some((header, seed, end)) => (Some(header), seed, end as u64),
@@ -171,7 +204,10 @@ impl Journal {
         self.sync()
     }
 
-    /// Reads what follows the header, and cuts off what is no whole record. `requests`: how many there are.
+    /// Reads what follows the header, and cuts off what a crash has left behind the last whole record. `requests`: how many there are.
+    ///
+    /// # Errors
+    /// The filesystem's, and [`BatchError::JournalDamaged`] where a damaged record is no trace of a crash. Nothing is changed then.
     pub(crate) fn read(&mut self, requests: usize) -> Result<Content, BatchError> {
         let io = |action| BatchError::file(&self.path, action);
         let length = self.file.len().map_err(io("read the journal"))?;
@@ -180,34 +216,42 @@ impl Journal {
         let mut scan = Scan::new(&*self.file, self.end);
         let mut end = self.end;
         let mut record = Vec::new();
-        loop {
-            let mut prefix = [0; 4];
-            if !scan.fill(&mut prefix).map_err(io("read the journal"))? {
-                break;
+        while next_record(&mut scan, self.seed, length - end, &mut record).map_err(io("read the journal"))? {
+            let body = &record[PREFIX..record.len() - CHECKSUM];
+            if content.take(body, &mut done).is_none() {
+                // Its checksum is right, so no crash has made it.
+                return Err(self.damaged(end, &content));
             }
-            let body = u32::from_le_bytes(prefix) as usize;
-            let whole = (prefix.len() + body + CHECKSUM) as u64;
-            if body == 0 || body > RECORD_MOST || end + whole > length {
-                break;
-            }
-            record.clear();
-            record.extend(prefix);
-            record.resize(whole as usize, 0);
-            if !scan.fill(&mut record[prefix.len()..]).map_err(io("read the journal"))? {
-                break;
-            }
-            let (sealed, checksum) = record.split_last_chunk::<CHECKSUM>().expect("longer than that");
-            let is_whole = u64::from_le_bytes(*checksum) == xxh3_64_with_seed(sealed, self.seed);
-            if !is_whole || content.take(&sealed[prefix.len()..], &mut done).is_none() {
-                break;
-            }
-            end += whole;
+            end += record.len() as u64;
         }
         if end < length {
+            if !self.is_torn(end, length).map_err(io("read the journal"))? {
+                return Err(self.damaged(end, &content));
+            }
             self.cut(end)?;
         }
         self.end = end;
         Ok(content)
+    }
+
+    fn damaged(&self, offset: u64, content: &Content) -> BatchError {
+        BatchError::JournalDamaged { path: self.path.clone(), offset, results: content.results.len() }
+    }
+
+    /// Whether what begins at `from`, where no whole record is, can be what a crash has left: no whole record follows it, or a sector of
+    /// the damaged one was never written.
+    fn is_torn(&self, from: u64, length: u64) -> std::io::Result<bool> {
+        let mut bytes = vec![0; usize::try_from(length - from).unwrap_or(usize::MAX).min(SEARCHED)];
+        let count = read_full(&*self.file, &mut bytes, from)?;
+        bytes.truncate(count);
+        let next = match find_record(&bytes, self.seed) {
+            Search::Found(next) => next,
+            Search::None => return Ok(from + bytes.len() as u64 >= length),
+            Search::GivenUp => return Ok(false),
+        };
+        let first = (from.next_multiple_of(SECTOR) - from) as usize;
+        let sectors = bytes.get(first..next).unwrap_or_default().chunks_exact(SECTOR as usize);
+        Ok(sectors.into_iter().any(|sector| sector.iter().all(|byte| *byte == 0)))
     }
 
     /// Appends tokens.
@@ -258,6 +302,64 @@ impl Journal {
     fn cut(&self, length: u64) -> Result<(), BatchError> {
         self.file.cut(length).map_err(BatchError::file(&self.path, "cut the journal"))
     }
+}
+
+/// Reads the next record, with its length and checksum, into `record`; false if there is no whole one in the `left` bytes up to the end.
+fn next_record(scan: &mut Scan<'_>, seed: u64, left: u64, record: &mut Vec<u8>) -> std::io::Result<bool> {
+    let mut prefix = [0; PREFIX];
+    if !scan.fill(&mut prefix)? {
+        return Ok(false);
+    }
+    let body = u32::from_le_bytes(prefix) as usize;
+    let whole = PREFIX + body + CHECKSUM;
+    if body == 0 || body > RECORD_MOST || whole as u64 > left {
+        return Ok(false);
+    }
+    record.clear();
+    record.extend(prefix);
+    record.resize(whole, 0);
+    Ok(scan.fill(&mut record[PREFIX..])? && is_whole(record, seed))
+}
+
+/// Whether a record has the checksum that it ends with.
+fn is_whole(record: &[u8], seed: u64) -> bool {
+    let sealed = record.split_last_chunk::<CHECKSUM>();
+    sealed.is_some_and(|(sealed, checksum)| u64::from_le_bytes(*checksum) == xxh3_64_with_seed(sealed, seed))
+}
+
+/// What a search for a whole record has found.
+enum Search {
+    /// One begins here.
+    Found(usize),
+    /// There is none.
+    None,
+    /// It would take too long to say.
+    GivenUp,
+}
+
+/// Searches for a whole record behind the first byte, where there is none.
+fn find_record(bytes: &[u8], seed: u64) -> Search {
+    let mut hashed = 0;
+    for at in 1..bytes.len().saturating_sub(PREFIX + CHECKSUM) {
+        let (prefix, rest) = bytes[at..].split_first_chunk::<PREFIX>().expect("the loop ends before");
+        let body = u32::from_le_bytes(*prefix) as usize;
+        let is_plausible = match rest[0] {
+            SAMPLED => body > 1 && body <= RECORD_MOST,
+            RESULT => body == RESULT_BODY,
+            CUT => body == CUT_BODY,
+            _ => false,
+        };
+        let record = bytes[at..].get(..PREFIX + body + CHECKSUM).filter(|_| is_plausible);
+        let Some(record) = record else { continue };
+        if is_whole(record, seed) {
+            return Search::Found(at);
+        }
+        hashed += record.len();
+        if hashed > HASHED {
+            return Search::GivenUp;
+        }
+    }
+    Search::None
 }
 
 impl Content {
@@ -458,22 +560,78 @@ mod tests {
     }
 
     #[test]
-    fn no_changed_byte_is_believed() {
+    fn a_changed_byte_is_found_and_nothing_is_cut_in_front_of_whole_records() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("journal");
         sample(&path);
         let bytes = std::fs::read(&path).unwrap();
+        let start = header().to_bytes().len();
+        let records = records(&bytes[start..]);
+        let last = start + records.last().unwrap();
         for at in 0..bytes.len() {
             let mut damaged = bytes.clone();
             damaged[at] ^= 1 << (at % 8);
             std::fs::write(&path, &damaged).unwrap();
             let claimed = Journal::claim(&path, SystemFiles.open(&path, Access::Write).unwrap());
-            if let Ok((mut journal, Some(found))) = claimed {
-                assert_eq!(found, header());
-                journal.read(REQUESTS).unwrap();
-                assert!(bytes.starts_with(&std::fs::read(&path).unwrap()), "{at}");
+            let Ok((mut journal, Some(found))) = claimed else {
+                assert!(at < start, "{at}");
+                continue;
+            };
+            assert_eq!(found, header());
+            match journal.read(REQUESTS) {
+                Ok(_) => {
+                    assert!(at >= last, "{at}: a record is left out though others follow it");
+                    assert_eq!(std::fs::read(&path).unwrap(), bytes[..last], "{at}");
+                }
+                Err(BatchError::JournalDamaged { offset, .. }) => {
+                    let record = records.iter().rev().map(|record| start + record).find(|record| *record <= at);
+                    assert_eq!(Some(offset as usize), record, "{at}");
+                    assert_eq!(std::fs::read(&path).unwrap(), damaged, "{at}: nothing is changed");
+                }
+                Err(error) => panic!("{at}: {error}"),
             }
         }
+    }
+
+    /// Where the records begin.
+    fn records(bytes: &[u8]) -> Vec<usize> {
+        let next = |at: &usize| {
+            let body = u32::from_le_bytes(*bytes[*at..].first_chunk()?) as usize;
+            Some(at + PREFIX + body + CHECKSUM).filter(|next| *next < bytes.len())
+        };
+        std::iter::successors(Some(0), next).collect()
+    }
+
+    #[test]
+    fn sectors_that_a_crash_has_not_written_are_no_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("journal");
+        let (mut journal, _) = open(&path);
+        journal.begin(&header()).unwrap();
+        journal.result(&written(1)).unwrap();
+        let begin = journal.end as usize;
+        let many = (0..400).flat_map(|number| tokens(number * 2)).collect();
+        journal.sampled(&[Sampled { request: 0, answer: 0, tokens: many }]).unwrap();
+        let end = journal.end as usize;
+        journal.result(&written(2)).unwrap();
+        drop(journal);
+        let bytes = std::fs::read(&path).unwrap();
+        let sector = (begin.next_multiple_of(SECTOR as usize)..).step_by(SECTOR as usize).nth(1).unwrap();
+        assert!(sector + SECTOR as usize <= end);
+        let mut torn = bytes.clone();
+        torn[sector..sector + SECTOR as usize].fill(0);
+        std::fs::write(&path, &torn).unwrap();
+        let (mut journal, _) = open(&path);
+        assert_eq!(journal.read(REQUESTS).unwrap().results, [written(1)]);
+        assert_eq!(std::fs::read(&path).unwrap(), bytes[..begin]);
+        drop(journal);
+        let mut flipped = bytes.clone();
+        flipped[sector] ^= 1;
+        std::fs::write(&path, &flipped).unwrap();
+        let (mut journal, _) = open(&path);
+        let refused = journal.read(REQUESTS);
+        let Err(BatchError::JournalDamaged { offset, results: 1, .. }) = refused else { panic!("{refused:?}") };
+        assert_eq!(offset as usize, begin);
     }
 
     #[test]
@@ -492,6 +650,10 @@ mod tests {
         let path = folder.path().join("journal");
         sample(&path);
         let (mut journal, _) = open(&path);
-        assert_eq!(journal.read(1).unwrap().results, [], "the first record names a request that is not there");
+        let refused = journal.read(1);
+        assert!(
+            matches!(refused, Err(BatchError::JournalDamaged { results: 0, .. })),
+            "no request has the number: {refused:?}"
+        );
     }
 }

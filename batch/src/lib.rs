@@ -29,7 +29,7 @@ pub use error::BatchError;
 pub use files::{Access, Files, OpenFile, SystemFiles};
 pub use index::{Entry, Index, LONGEST_LINE};
 pub use journal::{JOURNAL_MAGIC, Token};
-pub use line::{Line, LineError, Wanted, id_of, number_of};
+pub use line::{Line, LineError, PLAIN_TOKENS, Wanted, id_of, number_of};
 pub use run::{
     Answerer, Batch, Ending, Event, Events, Failure, Identity, Job, Ongoing, Options, Progress, Summary, Sync, Watch,
 };

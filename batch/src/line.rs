@@ -6,6 +6,10 @@ use sluice_checksum::xxh3_128;
 
 /// Most bytes of a `custom_id`.
 const LONGEST_ID: usize = 512;
+/// Tokens that a body alone with a `prompt` generates unless it says how many.
+pub const PLAIN_TOKENS: u32 = 256;
+/// Tokens that OpenAI's completions generate unless they say how many.
+const COMPLETION_TOKENS: u32 = 16;
 /// Characters of a name that errors show.
 const SHOWN: usize = 80;
 
@@ -24,6 +28,8 @@ pub struct Line {
     pub body: Map<String, Value>,
     /// Whether the line was a body alone.
     pub plain: bool,
+    /// Names of further fields beside the body, which mean nothing.
+    pub others: Vec<String>,
 }
 
 /// What is wrong with a line.
@@ -42,7 +48,7 @@ pub struct LineError {
 pub struct Wanted {
     /// Bytes of the text that is to be read, as JSON.
     pub text_bytes: u32,
-    /// Most tokens of an answer, if the request says so.
+    /// Most tokens of an answer, if the request says so or its path has a usual number.
     pub max_tokens: Option<u32>,
     /// How many answers.
     pub answers: u32,
@@ -93,11 +99,10 @@ impl Line {
                 return Err(wrong(unnamed(), "invalid_custom_id", message));
             }
         };
-        let (url, body, plain) = match request_of(fields) {
-            Ok(request) => request,
-            Err((code, message)) => return Err(wrong(custom_id, code, format!("line {number}: {message}"))),
-        };
-        Ok(Line { custom_id, url, body, plain })
+        match request_of(fields) {
+            Ok(Asked { url, body, plain, others }) => Ok(Line { custom_id, url, body, plain, others }),
+            Err((code, message)) => Err(wrong(custom_id, code, format!("line {number}: {message}"))),
+        }
     }
 
     /// What it asks for.
@@ -108,10 +113,15 @@ impl Line {
             Some(Value::Array(list)) if list.iter().any(|prompt| !prompt.is_number()) => list.len() as u32,
             _ => 1,
         };
+        let usual = match (self.plain && self.body.contains_key("prompt"), self.url.as_str()) {
+            (true, _) => Some(PLAIN_TOKENS),
+            (false, "/v1/completions") => Some(COMPLETION_TOKENS),
+            _ => None,
+        };
         let answers = number("n").unwrap_or(1).max(1).saturating_mul(prompts.max(1));
         Wanted {
             text_bytes: u32::try_from(self.text().len()).unwrap_or(u32::MAX),
-            max_tokens: names.iter().find_map(|name| number(name)),
+            max_tokens: names.iter().find_map(|name| number(name)).or(usual),
             answers,
         }
     }
@@ -124,8 +134,13 @@ impl Line {
     }
 }
 
-/// Path and body of a line, and whether it was a body alone.
-type Asked = (String, Map<String, Value>, bool);
+/// A line without its name.
+struct Asked {
+    url: String,
+    body: Map<String, Value>,
+    plain: bool,
+    others: Vec<String>,
+}
 
 /// A word for programs, and what is wrong.
 type Wrong = (&'static str, String);
@@ -143,9 +158,12 @@ fn request_of(mut fields: Map<String, Value>) -> Result<Asked, Wrong> {
             let plain = PLAIN.iter().find(|(field, _)| fields.contains_key(*field));
             let message = "it has neither `url` and `body`, nor a `prompt`, `messages` or `input`";
             let (_, url) = plain.ok_or(("invalid_line", message.to_owned()))?;
-            Ok(((*url).to_owned(), fields, true))
+            Ok(Asked { url: (*url).to_owned(), body: fields, plain: true, others: Vec::new() })
         }
-        (Some(Value::String(url)), Some(Value::Object(body))) => Ok((url, body, false)),
+        (Some(Value::String(url)), Some(Value::Object(body))) => {
+            let others = fields.keys().cloned().collect();
+            Ok(Asked { url, body, plain: false, others })
+        }
         (Some(Value::String(_)), _) => Err(("invalid_body", "`body` must be a JSON object".to_owned())),
         (None | Some(Value::Null), _) => {
             Err(("missing_url", "`url` is missing: give `/v1/chat/completions`, for instance".to_owned()))

@@ -16,9 +16,9 @@ use sluice_checksum::xxh3_64;
 
 use crate::error::BatchError;
 use crate::files::{Access, Files, OpenFile};
-use crate::index::Index;
+use crate::index::{Entry, Index};
 use crate::journal::{Content, Header, Journal, Sampled, Token, Written};
-use crate::line::{Line, LineError, id_of};
+use crate::line::{Line, LineError, Wanted, id_of};
 use crate::output::Output;
 
 /// How long the runner waits for news before it looks whether it has been told to stop.
@@ -29,6 +29,8 @@ const SYNC_EVERY: Duration = Duration::from_secs(5);
 const REPORT_EVERY: Duration = Duration::from_millis(500);
 /// How far back the present rate reaches.
 const RECENT: Duration = Duration::from_secs(30);
+/// How long answers may take to end when the run is told to stop. They may have to be saved.
+const LEAVE: Duration = Duration::from_secs(120);
 /// Most events that are taken before something is written.
 const AT_ONCE: usize = 4096;
 
@@ -53,6 +55,8 @@ pub struct Identity {
     pub settings: String,
     /// What makes answers differ from the model's own, if anything does. Each result says it.
     pub lossy: Option<String>,
+    /// The form in which prompts are read, if it is not the usual one. Each result says it.
+    pub prompt_attention: Option<String>,
 }
 
 /// What a batch is.
@@ -68,6 +72,8 @@ pub struct Options {
     pub identity: Identity,
     /// Seconds since 1970, for a batch that begins.
     pub now: u64,
+    /// Most tokens of an answer whose request sets no limit, if that is known: for the longest time that is left.
+    pub longest_answer: Option<u32>,
 }
 
 /// A request for an answerer.
@@ -118,6 +124,8 @@ pub enum Event {
     },
     /// Nothing can go on, and it is not the request's fault.
     Broken {
+        /// The request that was being answered, if it was one.
+        request: Option<u32>,
         /// What is wrong.
         message: String,
     },
@@ -152,6 +160,12 @@ pub type Ongoing = Box<dyn Any + Send>;
 pub trait Answerer {
     /// Begins to answer. Every job gets an [`Event::Ended`] or an [`Event::Broken`], unless it is dropped before.
     fn begin(&self, job: Job) -> Ongoing;
+
+    /// Ends all answers that are being made, wherever they are, because the run is told to stop. If it says true, what was sampled until then
+    /// is still heard, and each job then gets an event as if it had ended, which means nothing any more.
+    fn end(&self) -> bool {
+        false
+    }
 }
 
 /// How far a run is.
@@ -175,6 +189,9 @@ pub struct Progress {
     pub mean_tokens_per_second: f64,
     /// Seconds that are left, from the mean rate and the mean length of answers so far; `None` while nothing is known of these.
     pub seconds_left: Option<f64>,
+    /// Seconds that are left at most at the mean rate: if all answers become as long as they may. `None` while nothing is known of the
+    /// rate, or if an answer has no limit.
+    pub seconds_left_at_most: Option<f64>,
 }
 
 /// Hears of the progress of a run, and stops it with `Break`.
@@ -208,6 +225,8 @@ pub struct Batch {
     finished: usize,
     /// Tokens of all results.
     answered_tokens: u64,
+    /// Tokens that requests without result can have at most; `None`: there is no limit.
+    tokens_left: Option<u64>,
     dirty: bool,
     synced: Instant,
 }
@@ -234,11 +253,12 @@ impl Options {
     /// # Errors
     /// The filesystem's, and two requests with the same name.
     pub fn index(&self, files: &dyn Files) -> Result<Index, BatchError> {
-        Index::read(&self.input, &*self.open_input(files)?)
+        Index::read(&self.input, &*self.open_input(files)?).map_err(BatchError::at_start)
     }
 
     fn open_input(&self, files: &dyn Files) -> Result<Box<dyn OpenFile>, BatchError> {
-        files.open(&self.input, Access::Read).map_err(BatchError::file(&self.input, "read the requests"))
+        let opened = files.open(&self.input, Access::Read);
+        opened.map_err(BatchError::file(&self.input, "read the requests")).map_err(BatchError::at_start)
     }
 }
 
@@ -258,30 +278,16 @@ impl Batch {
     /// [`BatchError`]. Nothing that other programs have written is changed.
     pub fn open(files: &dyn Files, options: Options) -> Result<Batch, BatchError> {
         let input = options.open_input(files)?;
-        let index = Index::read(&options.input, &*input)?;
-        let path = options.journal();
-        if open_there(files, &path)?.is_none()
-            && let Some(output) = open_there(files, &options.output)?
-        {
-            // Nothing is made where a run would not begin.
-            Output::begin(&options.output, output, &path)?;
-        }
-        let open = |path: &Path| files.open(path, Access::Write).map_err(BatchError::file(path, "open it"));
-        let (mut journal, found) = Journal::claim(&path, open(&path)?)?;
-        let output = open(&options.output)?;
-        let (started, output, content) = match found {
+        let index = Index::read(&options.input, &*input).map_err(BatchError::at_start)?;
+        let Claimed { journal, output, begun } = claim(files, &options)?;
+        let (started, journal, output, content) = match begun {
             None => {
-                let output = Output::begin(&options.output, output, &path)?;
-                let Identity { model, settings, lossy: _ } = options.identity.clone();
-                let header =
-                    Header { digest: index.digest, length: index.length, started: options.now, model, settings };
-                journal.begin(&header)?;
-                let named = files.sync_folder_of(&options.output);
-                named.map_err(BatchError::file(&options.output, "sync the folder of the results"))?;
-                (options.now, output, Content::default())
+                let (journal, output) = begin(files, &options, &index, journal, output)?;
+                (options.now, journal, output, Content::default())
             }
             Some(header) => {
-                check(&header, &index, &options, &path)?;
+                check(&header, &index, &options, &options.journal())?;
+                let mut journal = journal;
                 let mut content = journal.read(index.entries.len())?;
                 let (output, kept) = Output::resume(&options.output, output, &content.results)?;
                 if kept < content.results.len() {
@@ -291,13 +297,16 @@ impl Batch {
                     journal.sync()?;
                     content.results.truncate(kept);
                 }
-                (header.started, output, content)
+                (header.started, journal, output, content)
             }
         };
         let mut done = vec![false; index.entries.len()];
         content.results.iter().for_each(|written| done[written.request as usize] = true);
         let results = &content.results;
+        let unfinished = index.entries.iter().zip(&done).filter(|(_, done)| !**done);
+        let tokens_left: Option<u64> = unfinished.map(|(entry, _)| most_tokens(entry, &options)).sum();
         Ok(Batch {
+            tokens_left,
             failed: results.iter().filter(|written| written.failed).count(),
             finished: results.len(),
             answered_tokens: results.iter().map(|written| u64::from(written.generated)).sum(),
@@ -356,6 +365,7 @@ impl Batch {
         let mut flight = Flight { queue, ongoing: HashMap::new(), answers: 0, at_a_time, events: Events(sender) };
         let mut meter = Meter::new();
         let outcome = self.steps(answerer, &mut flight, &events, stop, &mut meter, watch);
+        let outcome = outcome.and_then(|()| self.leave(answerer, &mut flight, &events));
         // Answers that are being made end before anything else is done.
         drop(flight);
         if self.options.sync != Sync::Never {
@@ -400,6 +410,39 @@ impl Batch {
         }
     }
 
+    /// The run is over: what was sampled for requests that have no result is kept, to the last token.
+    fn leave(
+        &mut self,
+        answerer: &dyn Answerer,
+        flight: &mut Flight,
+        events: &Receiver<Event>,
+    ) -> Result<(), BatchError> {
+        if flight.ongoing.is_empty() || !answerer.end() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + LEAVE;
+        while !flight.ongoing.is_empty() && Instant::now() < deadline {
+            let first = events.recv_timeout(WAIT).ok();
+            let mut tokens = Vec::new();
+            for event in first.into_iter().chain(events.try_iter().take(AT_ONCE)) {
+                match event {
+                    Event::Sampled { request, answer, token } if flight.ongoing.contains_key(&request) => {
+                        add(&mut tokens, request, answer, token);
+                    }
+                    Event::Sampled { .. } => {}
+                    Event::Ended { request, .. } => _ = flight.ongoing.remove(&request),
+                    Event::Broken { request: Some(request), .. } => _ = flight.ongoing.remove(&request),
+                    Event::Broken { .. } => return Ok(()),
+                }
+            }
+            if !tokens.is_empty() {
+                self.journal.sampled(&tokens)?;
+                self.written()?;
+            }
+        }
+        Ok(())
+    }
+
     /// Hands out requests while there is room for more.
     fn begin_more(&mut self, answerer: &dyn Answerer, flight: &mut Flight) -> Result<(), BatchError> {
         while flight.ongoing.is_empty() || flight.answers < flight.at_a_time {
@@ -430,15 +473,10 @@ impl Batch {
                     let Some(underway) = flight.ongoing.get_mut(&request) else { continue };
                     underway.generated += 1;
                     meter.generated += 1;
-                    let known =
-                        tokens.iter_mut().rev().find(|known| known.request == request && known.answer == answer);
-                    match known {
-                        Some(known) => known.tokens.push(token),
-                        None => tokens.push(Sampled { request, answer, tokens: vec![token] }),
-                    }
+                    add(&mut tokens, request, answer, token);
                 }
                 Event::Ended { request, outcome } => ended.push((request, outcome)),
-                Event::Broken { message } => return Err(BatchError::Broken { message }),
+                Event::Broken { message, .. } => return Err(BatchError::Broken { message }),
             }
         }
         // Those that have ended need no tokens any more.
@@ -466,8 +504,7 @@ impl Batch {
     /// Writes a result: to the output first, so that the journal never has one that the output has not.
     fn finish(&mut self, request: u32, custom_id: &str, outcome: Result<Ending, Failure>) -> Result<(), BatchError> {
         let (failed, generated) = (outcome.is_err(), outcome.as_ref().map_or(0, |ending| ending.generated));
-        let lossy = self.options.identity.lossy.as_deref();
-        let mut line = result(custom_id, outcome, lossy).to_string().into_bytes();
+        let mut line = result(custom_id, outcome, &self.options.identity).to_string().into_bytes();
         line.push(b'\n');
         self.output.append(&line)?;
         if self.options.sync == Sync::Always {
@@ -478,6 +515,8 @@ impl Batch {
         })?;
         self.journal.result(&Written { request, bytes, checksum: xxh3_64(&line), failed, generated })?;
         self.done[request as usize] = true;
+        let most = most_tokens(&self.index.entries[request as usize], &self.options);
+        self.tokens_left = self.tokens_left.zip(most).map(|(left, most)| left.saturating_sub(most));
         self.finished += 1;
         self.failed += usize::from(failed);
         self.answered_tokens += u64::from(generated);
@@ -520,9 +559,88 @@ impl Batch {
             seconds: meter.began.elapsed().as_secs_f64(),
             tokens_per_second: recent,
             mean_tokens_per_second: mean,
-            seconds_left: left.filter(|left| *left == 0.0 || mean > 0.0).map(|left| left / mean.max(f64::MIN_POSITIVE)),
+            seconds_left: left.and_then(|left| seconds_for(left, mean)),
+            seconds_left_at_most: self
+                .tokens_left
+                .and_then(|most| seconds_for(most.saturating_sub(underway) as f64, mean)),
         }
     }
+}
+
+/// Adds a token to those of its answer.
+fn add(tokens: &mut Vec<Sampled>, request: u32, answer: u32, token: Token) {
+    match tokens.iter_mut().rev().find(|known| known.request == request && known.answer == answer) {
+        Some(known) => known.tokens.push(token),
+        None => tokens.push(Sampled { request, answer, tokens: vec![token] }),
+    }
+}
+
+/// Seconds for so many tokens at this rate, if there is one.
+fn seconds_for(tokens: f64, rate: f64) -> Option<f64> {
+    (tokens == 0.0 || rate > 0.0).then(|| tokens / rate.max(f64::MIN_POSITIVE))
+}
+
+/// Tokens that the answers of a request can have at most.
+fn most_tokens(entry: &Entry, options: &Options) -> Option<u64> {
+    let Wanted { max_tokens, answers, .. } = entry.wanted;
+    match (answers, max_tokens.or(options.longest_answer)) {
+        (0, _) => Some(0),
+        (answers, most) => Some(u64::from(answers) * u64::from(most?)),
+    }
+}
+
+/// The files of a run, and what its journal begins with, if it has begun.
+struct Claimed {
+    journal: Journal,
+    output: Box<dyn OpenFile>,
+    begun: Option<Header>,
+}
+
+/// Opens journal and output, which are made if they are not there; with the journal's header, if the run has begun already.
+fn claim(files: &dyn Files, options: &Options) -> Result<Claimed, BatchError> {
+    let path = options.journal();
+    let is_new = open_there(files, &path)?.is_none();
+    if is_new && let Some(output) = open_there(files, &options.output)? {
+        // Nothing is made where a run would not begin.
+        Output::begin(&options.output, output, &path)?;
+    }
+    let open = |path: &Path| files.open(path, Access::Write).map_err(BatchError::file(path, "open it"));
+    let opened = open(&path).and_then(|file| {
+        let (journal, begun) = Journal::claim(&path, file)?;
+        match open(&options.output) {
+            Ok(output) => Ok(Claimed { journal, output, begun }),
+            Err(error) => {
+                if is_new {
+                    // An empty journal says nothing, and is no obstacle for the next run.
+                    let _ = files.remove(&path);
+                }
+                Err(error)
+            }
+        }
+    });
+    if is_new { opened.map_err(BatchError::at_start) } else { opened }
+}
+
+/// Begins a run: its results are empty, and its journal names what it belongs to.
+fn begin(
+    files: &dyn Files,
+    options: &Options,
+    index: &Index,
+    mut journal: Journal,
+    output: Box<dyn OpenFile>,
+) -> Result<(Journal, Output), BatchError> {
+    let path = options.journal();
+    let output = Output::begin(&options.output, output, &path).map_err(|error| match error {
+        // There is a journal: it was opened, and has no header.
+        BatchError::OutputExists { path: output, journal } => BatchError::JournalLost { path: journal, output },
+        other => other.at_start(),
+    })?;
+    let Identity { model, settings, .. } = options.identity.clone();
+    let header = Header { digest: index.digest, length: index.length, started: options.now, model, settings };
+    journal.begin(&header).map_err(BatchError::at_start)?;
+    let named = files.sync_folder_of(&options.output);
+    named.map_err(BatchError::file(&options.output, "sync the folder of the results")).map_err(BatchError::at_start)?;
+    Ok((journal, output))
 }
 
 /// Refuses to go on with anything else than the run began with.
@@ -542,7 +660,7 @@ fn check(header: &Header, index: &Index, options: &Options, journal: &Path) -> R
 }
 
 /// A line of the output, in the form of OpenAI's batches.
-fn result(custom_id: &str, outcome: Result<Ending, Failure>, lossy: Option<&str>) -> Value {
+fn result(custom_id: &str, outcome: Result<Ending, Failure>, identity: &Identity) -> Value {
     let (status, body, error) = match outcome {
         Ok(Ending { body, .. }) => (200, body, Value::Null),
         Err(Failure { status, code, message, body }) => (status, body, json!({"code": code, "message": message})),
@@ -554,8 +672,10 @@ fn result(custom_id: &str, outcome: Result<Ending, Failure>, lossy: Option<&str>
         "response": {"status_code": status, "request_id": request_id, "body": body},
         "error": error,
     });
-    if let Some(lossy) = lossy {
-        line["lossy"] = lossy.into();
+    for (field, said) in [("lossy", &identity.lossy), ("prompt_attention", &identity.prompt_attention)] {
+        if let Some(said) = said {
+            line[field] = said.as_str().into();
+        }
     }
     line
 }

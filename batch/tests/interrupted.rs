@@ -36,8 +36,9 @@ fn options(folder: &Path, sync: Sync) -> Options {
         input: folder.join("in.jsonl"),
         output: folder.join("out.jsonl"),
         sync,
-        identity: Identity { model: "m".into(), settings: "s".into(), lossy: None },
+        identity: Identity { model: "m".into(), settings: "s".into(), ..Identity::default() },
         now: 1,
+        longest_answer: None,
     }
 }
 
@@ -87,7 +88,9 @@ fn whatever_fails_the_results_are_those_of_a_run_without() {
                 *fired.entry(fault).or_insert(0) += u32::from(has_fired);
                 match outcome {
                     Ok(summary) => assert!(!summary.interrupted && (fault == Fault::Short || !has_fired)),
-                    Err(BatchError::File { .. }) => assert!(has_fired, "seed {seed}, {fault:?}"),
+                    Err(BatchError::File { .. } | BatchError::Start { .. }) => {
+                        assert!(has_fired, "seed {seed}, {fault:?}")
+                    }
                     Err(error) => panic!("seed {seed}, {fault:?}: {error}"),
                 }
                 files.settle();
@@ -148,7 +151,7 @@ fn what_a_run_does_not_belong_to_is_refused_and_left_alone() {
     fs::write(options.journal(), "something else").unwrap();
     assert!(matches!(open(&options), Err(BatchError::NotAJournal { .. })));
     fs::write(options.journal(), "").unwrap();
-    assert!(matches!(open(&options), Err(BatchError::OutputExists { .. })));
+    assert!(matches!(open(&options), Err(BatchError::JournalLost { .. })));
     assert_eq!(fs::read(&options.output).unwrap(), b"precious\n");
     fs::remove_file(options.journal()).unwrap();
     fs::remove_file(&options.output).unwrap();
@@ -159,7 +162,7 @@ fn what_a_run_does_not_belong_to_is_refused_and_left_alone() {
     run(&SystemFiles, &options, &Teller::default()).unwrap();
     let done = fs::read(&options.output).unwrap();
     let with = |model: &str, settings: &str| Options {
-        identity: Identity { model: model.into(), settings: settings.into(), lossy: None },
+        identity: Identity { model: model.into(), settings: settings.into(), ..Identity::default() },
         ..options.clone()
     };
     assert!(matches!(open(&with("other", "s")), Err(BatchError::OtherModel { .. })));
@@ -174,6 +177,60 @@ fn what_a_run_does_not_belong_to_is_refused_and_left_alone() {
     assert_eq!(fs::read(&options.output).unwrap(), changed);
     fs::write(&options.output, &done).unwrap();
     assert!(open(&options).unwrap().is_finished());
+}
+
+#[test]
+fn a_damaged_journal_is_refused_and_the_results_stay() {
+    let want = reference();
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Never);
+    run(&SystemFiles, &options, &Teller::default()).unwrap();
+    let (journal, output) = (fs::read(options.journal()).unwrap(), fs::read(&options.output).unwrap());
+    let mut random = Random(3);
+    let mut refused = 0;
+    for _ in 0..200 {
+        let at = random.below(journal.len() as u64) as usize;
+        let mut damaged = journal.clone();
+        damaged[at] ^= 1 << random.below(8);
+        fs::write(options.journal(), &damaged).unwrap();
+        match Batch::open(&SystemFiles, options.clone()) {
+            Err(error @ (BatchError::JournalDamaged { .. } | BatchError::NotAJournal { .. })) => {
+                assert!(error.to_string().contains(&options.journal().display().to_string()));
+                assert_eq!(fs::read(options.journal()).unwrap(), damaged, "{at}");
+                assert_eq!(fs::read(&options.output).unwrap(), output, "{at}");
+                refused += 1;
+            }
+            // The length of the header, or the last record, which an interruption can leave like this.
+            Err(BatchError::JournalLost { .. }) => assert_eq!(fs::read(&options.output).unwrap(), output),
+            Ok(batch) => assert_eq!(batch.summary().finished, 59, "{at}"),
+            Err(error) => panic!("{at}: {error}"),
+        }
+        fs::write(&options.output, &output).unwrap();
+    }
+    assert!(refused > 150, "{refused}");
+    fs::write(options.journal(), &journal).unwrap();
+    run(&SystemFiles, &options, &Teller::default()).unwrap();
+    assert_eq!(results(&options), want);
+}
+
+#[test]
+fn what_does_not_begin_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = options(folder.path(), Sync::Never);
+    let refused = |options: &Options| Batch::open(&SystemFiles, options.clone()).unwrap_err().to_string();
+    assert!(!refused(&options).contains("lost"), "{}", refused(&options));
+    fs::create_dir(&options.input).unwrap();
+    assert!(!refused(&options).contains("lost"), "{}", refused(&options));
+    fs::remove_dir(&options.input).unwrap();
+    fs::write(&options.input, input()).unwrap();
+    std::os::unix::fs::symlink(folder.path().join("nowhere/out.jsonl"), &options.output).unwrap();
+    let said = refused(&options);
+    assert!(said.contains("out.jsonl: cannot open it") && !said.contains("lost"), "{said}");
+    assert!(!options.journal().exists());
+    fs::create_dir(folder.path().join("nowhere")).unwrap();
+    run(&SystemFiles, &options, &Teller::default()).unwrap();
+    assert_eq!(results(&options), reference());
 }
 
 #[test]
@@ -209,7 +266,7 @@ fn an_answerer_that_cannot_go_on_ends_the_run_and_loses_nothing() {
     struct Breaking;
     impl sluice_batch::Answerer for Breaking {
         fn begin(&self, job: sluice_batch::Job) -> sluice_batch::Ongoing {
-            job.events.send(sluice_batch::Event::Broken { message: "the drive is gone".into() });
+            job.events.send(sluice_batch::Event::Broken { request: None, message: "the drive is gone".into() });
             Box::new(())
         }
     }

@@ -19,7 +19,7 @@ use crate::commands::bench_batch::machine;
 use crate::commands::bench_decode::Drive;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
-use crate::terminal::{note, seconds};
+use crate::terminal::{counted, note, seconds};
 
 /// Requests whose texts are turned into tokens, to know how many tokens a byte is: the longest, and some of all others.
 const LONGEST: usize = 16;
@@ -35,6 +35,9 @@ const TEMPLATE: f64 = 256.0;
 const STEP: usize = 256;
 /// Bytes per second that a drive is taken to give if it cannot be measured.
 const ASSUMED: f64 = 1e9;
+/// The same for memory, and multiplications and additions per second, where only a decision depends on them.
+const ASSUMED_MEMORY: f64 = 20e9;
+const ASSUMED_ARITHMETIC: f64 = 100e9;
 
 /// How a batch is run.
 pub(crate) struct Plan {
@@ -86,23 +89,42 @@ impl Plan {
         Ok(Plan { measured: Some((rates, width, seconds)), ..self })
     }
 
+    /// From how many new tokens on it pays to save a sequence, by the rates of this machine where they were measured, and by those of an
+    /// ordinary one otherwise.
+    pub(crate) fn worth_saving(&self, args: &EngineArgs, file: &ModelFile) -> Option<usize> {
+        match &self.measured {
+            Some((rates, width, _)) => width.worth_saving(file, &self.load, rates, args.kv_type),
+            None => worth_saving(args, file, &self.load, self.sequences),
+        }
+    }
+
     /// For programs.
     pub(crate) fn to_json(&self) -> Value {
         let mut value = json!({"load": self.load, "sequences": self.sequences});
         if let Some((rates, width, seconds)) = &self.measured {
             value["machine"] = json!(rates);
             value["step"] = json!(width);
-            value["seconds_at_most_tokens"] = json!(seconds);
+            value["seconds"] = json!(seconds);
         }
         value
     }
 
     /// For people.
     pub(crate) fn describe(&self) -> String {
-        let Load { answers, prompt_tokens, answer_tokens, context } = self.load;
+        let Load { answers, prompt_tokens, answer_tokens, unlimited, context } = self.load;
+        let generated = match unlimited {
+            0 => format!("at most {answer_tokens:.0} to generate"),
+            1 => {
+                format!("about {answer_tokens:.0} to generate (an answer has no limit: {USUAL_ANSWER:.0} are assumed)")
+            }
+            n => format!(
+                "about {answer_tokens:.0} to generate ({n} answers have no limit: {USUAL_ANSWER:.0} each are assumed)"
+            ),
+        };
         let mut text = format!(
-            "{answers} answers to give, {} at a time: about {prompt_tokens:.0} tokens to read, and at most {answer_tokens:.0} to generate; \
-             a request and its answer have at most {context} tokens\n",
+            "{} to give, {} at a time: about {prompt_tokens:.0} tokens to read, and {generated}; a request and its answer have at most \
+             {context} tokens\n",
+            counted(answers, "answer"),
             self.sequences
         );
         let Some((rates, width, whole)) = &self.measured else { return text };
@@ -114,7 +136,8 @@ impl Plan {
         };
         text += &format!(
             "a step of {}: drive {} ({}), memory {} ({}), arithmetic {} ({:.0} GOP/s); it uses some {:.0} different experts, {:.0} % of \
-             them in memory\n{bound} bounds it: {:.2} tokens/s at most, so everything takes about {} if all answers are as long as they may be\n",
+             them in memory\n{bound} bounds it: {:.2} tokens/s at most, so everything takes about {} if all answers \
+             are so long\n",
             width.sequences,
             seconds(width.drive),
             rate(rates.drive),
@@ -131,7 +154,16 @@ impl Plan {
     }
 }
 
-/// How much there is to do. `context`: most tokens of a request and its answer, if somebody says so.
+/// From how many new tokens on it pays to save each of so many sequences, by the rates of an ordinary machine.
+pub(crate) fn worth_saving(args: &EngineArgs, file: &ModelFile, load: &Load, sequences: usize) -> Option<usize> {
+    let drive = calibrated(file.path()).unwrap_or(ASSUMED);
+    let rates = Rates { drive, memory: ASSUMED_MEMORY, arithmetic: ASSUMED_ARITHMETIC };
+    let width = Width::of(file, args.budget, args.kv_type, load, &rates, sequences)?;
+    width.worth_saving(file, load, &rates, args.kv_type)
+}
+
+/// How much there is to do; lines that are no requests are none of it. `context`: most tokens of a request and its answer, if somebody
+/// says so.
 pub(crate) fn load(file: &ModelFile, path: &Path, index: &Index, context: Option<usize>) -> Result<Load, CliError> {
     let tokenizer = crate::engine_args::tokenizer(file)?;
     let (mean, most) = tokens_per_byte(path, index, tokenizer.as_ref())?;
@@ -139,10 +171,11 @@ pub(crate) fn load(file: &ModelFile, path: &Path, index: &Index, context: Option
         let answer = entry.wanted.max_tokens.map_or(LONG_ANSWER, f64::from);
         f64::from(entry.wanted.text_bytes) * most + TEMPLATE + answer
     };
-    let needed = index.entries.iter().map(needed).fold(1.0, f64::max) as usize;
+    let requests = || index.entries.iter().filter(|entry| entry.wanted.answers > 0);
+    let needed = requests().map(needed).fold(1.0, f64::max) as usize;
     let context = context.unwrap_or_else(|| needed.next_multiple_of(STEP)).min(file.spec().max_positions.max(1));
-    let mut load = Load { answers: 0, prompt_tokens: 0.0, answer_tokens: 0.0, context };
-    for entry in &index.entries {
+    let mut load = Load { answers: 0, prompt_tokens: 0.0, answer_tokens: 0.0, unlimited: 0, context };
+    for entry in requests() {
         let answers = entry.wanted.answers as usize;
         let prompt = (f64::from(entry.wanted.text_bytes) * mean).min(context as f64);
         let room = context as f64 - prompt;
@@ -150,7 +183,10 @@ pub(crate) fn load(file: &ModelFile, path: &Path, index: &Index, context: Option
         // Answers to one prompt share what was read of it.
         load.prompt_tokens += prompt;
         load.answer_tokens += answers as f64 * entry.wanted.max_tokens.map_or(USUAL_ANSWER, f64::from).min(room);
+        load.unlimited += if entry.wanted.max_tokens.is_none() { answers } else { 0 };
     }
+    // These are estimates: fractions of tokens would only look precise.
+    (load.prompt_tokens, load.answer_tokens) = (load.prompt_tokens.round(), load.answer_tokens.round());
     Ok(load)
 }
 

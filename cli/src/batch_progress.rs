@@ -9,7 +9,7 @@ use sluice_generate::{Report, Status, Window};
 
 use crate::error::CliError;
 use crate::progress::count_bar;
-use crate::terminal::{can_show_bars, note, print_json_line, seconds};
+use crate::terminal::{ProgressKind, can_show_bars, note, print_json_line, say_json, seconds, wishes};
 
 /// How often somebody without a terminal is told.
 const LINES: Duration = Duration::from_secs(60);
@@ -18,7 +18,10 @@ const EVENTS: Duration = Duration::from_secs(1);
 
 /// Reports how far a run is.
 pub(crate) struct Reporter {
+    /// Whether a program reads standard output.
     json: bool,
+    /// Whether a program reads standard error (`--progress json`).
+    lines: bool,
     terminal: bool,
     bar: Option<ProgressBar>,
     told: Option<Instant>,
@@ -27,7 +30,10 @@ pub(crate) struct Reporter {
 
 impl Reporter {
     pub(crate) fn new(json: bool) -> Self {
-        Reporter { json, terminal: can_show_bars(), bar: None, told: None, finished: 0 }
+        let wishes = wishes();
+        let lines = wishes.progress == ProgressKind::Json && !wishes.is_quiet;
+        let terminal = wishes.progress == ProgressKind::Auto && !wishes.is_quiet && can_show_bars();
+        Reporter { json, lines, terminal, bar: None, told: None, finished: 0 }
     }
 
     /// Reports, if it is time to.
@@ -39,18 +45,24 @@ impl Reporter {
     ) -> Result<(), CliError> {
         let window = report.and_then(|report| report.window.as_ref());
         let union = report.and_then(|report| union_of_experts(status, report));
-        if self.json {
+        if self.json || self.lines {
             let has_more = std::mem::replace(&mut self.finished, progress.finished) != progress.finished;
             if has_more || self.is_time(EVENTS) {
                 self.told = Some(Instant::now());
-                return print_json_line(&json!({
+                let event = json!({
                     "event": "progress",
                     "progress": progress,
+                    "sequences": sequences(status),
                     "prompt_tokens_per_second": status.prompt_tokens_per_second,
                     "drive_bytes_per_second": window.map(|window| window.drive_bytes_per_second),
                     "hit_rate": window.and_then(|window| window.hit_rate),
                     "union_of_experts": union,
-                }));
+                    "restored_tokens": status.totals.restored_tokens,
+                });
+                if self.lines {
+                    say_json(&event);
+                }
+                return if self.json { print_json_line(&event) } else { Ok(()) };
             }
             return Ok(());
         }
@@ -84,9 +96,14 @@ fn union_of_experts(status: &Status, report: &Report) -> Option<f64> {
     (steps > 0).then(|| (report.total.hits + report.total.misses) as f64 / steps as f64)
 }
 
+/// Answers that are being made, without those that wait for a place.
+fn sequences(status: &Status) -> usize {
+    status.reading + status.decoding
+}
+
 fn describe(progress: &Progress, status: &Status, window: Option<&Window>, union: Option<f64>) -> String {
     let (now, mean) = (progress.tokens_per_second, progress.mean_tokens_per_second);
-    let mut parts = vec![format!("{} at a time", progress.running), format!("{now:.2} tokens/s (mean {mean:.2})")];
+    let mut parts = vec![format!("{} at a time", sequences(status)), format!("{now:.2} tokens/s (mean {mean:.2})")];
     if status.reading > 0 {
         parts.push(format!("reading {:.1} tokens/s", status.prompt_tokens_per_second));
     }
@@ -98,6 +115,8 @@ fn describe(progress: &Progress, status: &Status, window: Option<&Window>, union
     if progress.failed > 0 {
         parts.push(format!("{} failed", progress.failed));
     }
-    parts.extend(progress.seconds_left.map(|left| format!("{} left", seconds(left))));
+    // Before the first answer nobody knows how long they are.
+    let at_most = || progress.seconds_left_at_most.map(|left| format!("at most {} left", seconds(left)));
+    parts.extend(progress.seconds_left.map(|left| format!("{} left", seconds(left))).or_else(at_most));
     parts.join(", ")
 }

@@ -7,13 +7,15 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use sluice_format::ModelFile;
 use sluice_model::memory::Bytes;
-use sluice_model::{Engine, EngineOptions, KvType, Preference, Prefetch, ReadEngineKind, Thrift, Yields};
+use sluice_model::{
+    Engine, EngineOptions, KvType, Preference, Prefetch, PromptAttention, ReadEngineKind, Thrift, Yields,
+};
 use sluice_storage::pool::PolicyKind;
 use sluice_text::{TextError, Tokenizer};
 
 use crate::error::CliError;
 use crate::progress::spinner;
-use crate::size::{parse_count, parse_size};
+use crate::size::{parse_count, parse_experts, parse_size};
 use crate::terminal::note;
 
 /// How the model is opened.
@@ -57,6 +59,10 @@ pub(crate) struct EngineArgs {
     #[arg(long, hide_short_help = true)]
     pub(crate) no_prefetch: bool,
 
+    /// Do not fill the expert cache with the most used experts while there is nothing to do
+    #[arg(long, hide_short_help = true)]
+    pub(crate) no_warm: bool,
+
     /// Compute with f32 activations throughout: slower; for comparison with reference implementations
     #[arg(long)]
     pub(crate) exact: bool,
@@ -66,14 +72,39 @@ pub(crate) struct EngineArgs {
     /// 0.05, for instance, is 5 % of the distance between a token's best score and its lowest. Fewer experts are read, and the text
     /// becomes another one, which depends on what is in memory: the same request can give another text the next time. Prompts are
     /// read without it.
-    #[arg(long, value_name = "S", hide_short_help = true)]
+    #[arg(long, value_name = "S", hide_short_help = true, allow_negative_numbers = true)]
     pub(crate) expert_preference: Option<Preference>,
 
     /// Lossy: use no more than this many experts per token and layer, fewer than the model was made for
     ///
     /// As if its config.json gave this number, such as num_experts_per_tok. (--top-k chooses among tokens.)
-    #[arg(long, value_name = "N", hide_short_help = true)]
+    #[arg(long, value_name = "N", hide_short_help = true, allow_negative_numbers = true, value_parser = parse_experts)]
     pub(crate) top_k_experts: Option<NonZeroU16>,
+
+    /// How the latent attention (MLA) of prompts is computed: expanded takes less time for long prompts
+    ///
+    /// Both are the same mathematically; their last digits differ. With expanded, what was generated is not reused as a part of a later
+    /// prompt, but read again. It has no effect in models without latent attention.
+    #[arg(long, value_name = "FORM", value_enum, default_value = "absorbed", hide_short_help = true)]
+    pub(crate) prompt_attention: PromptForm,
+}
+
+/// Names of the forms of latent attention for prompts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PromptForm {
+    /// As generated tokens are computed
+    Absorbed,
+    /// With keys and values expanded from latents, block by block
+    Expanded,
+}
+
+impl From<PromptForm> for PromptAttention {
+    fn from(form: PromptForm) -> Self {
+        match form {
+            PromptForm::Absorbed => PromptAttention::Absorbed,
+            PromptForm::Expanded => PromptAttention::Expanded,
+        }
+    }
 }
 
 /// Names of the read engines.
@@ -86,7 +117,7 @@ pub(crate) enum EngineChoice {
 }
 
 impl EngineArgs {
-    /// Opens the model for a sequence of `context` tokens. Reads all dense weights: seconds, for a large model.
+    /// Opens the model for a sequence of `context` tokens, and begins to read its dense weights.
     pub(crate) fn open(&self, path: &Path, context: usize) -> Result<Engine, CliError> {
         self.open_as(path, &self.options(context))
     }
@@ -94,7 +125,7 @@ impl EngineArgs {
     /// Like [`open`](Self::open), with options that begin with [`options`](Self::options).
     pub(crate) fn open_as(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
         let engine = self.open_with(path, options)?;
-        self.say_what_is_lossy_with(engine.thrift());
+        self.say_what_is_lossy_with(engine.thrift(), engine.prompt_attention());
         Ok(engine)
     }
 
@@ -103,9 +134,10 @@ impl EngineArgs {
         self.open_with(path, &EngineOptions { budget: Some(budget), ..self.options(context) })
     }
 
-    /// As [`open_within`](Self::open_within), with the experts that the model's routers choose.
+    /// As [`open_within`](Self::open_within), with the experts that the model's routers choose, and with prompts in the absorbed form.
     pub(crate) fn open_exactly(&self, path: &Path, context: usize, budget: u64) -> Result<Engine, CliError> {
-        let options = EngineOptions { budget: Some(budget), thrift: Thrift::default(), ..self.options(context) };
+        let (thrift, prompt_attention) = (Thrift::default(), PromptAttention::default());
+        let options = EngineOptions { budget: Some(budget), thrift, prompt_attention, ..self.options(context) };
         self.open_with(path, &options)
     }
 
@@ -116,6 +148,9 @@ impl EngineArgs {
         let engine = engine?;
         if engine.thrift() != options.thrift {
             note(&format_args!("note: in {}, {}", path.display(), engine.thrift()));
+        }
+        if engine.prompt_attention() != options.prompt_attention {
+            note(&format_args!("note: {} has no latent attention: --prompt-attention has no effect", path.display()));
         }
         let memory = engine.memory();
         if let Some(requested) = memory.requested.filter(|&requested| memory.effective < requested) {
@@ -130,11 +165,11 @@ impl EngineArgs {
 
     /// Prints a note on standard error if the results differ from those of the file's weights alone.
     pub(crate) fn say_what_is_lossy(&self) {
-        self.say_what_is_lossy_with(self.thrift());
+        self.say_what_is_lossy_with(self.thrift(), self.prompt_attention.into());
     }
 
-    /// As [`say_what_is_lossy`](Self::say_what_is_lossy), if `thrift` is what makes a difference in the model.
-    fn say_what_is_lossy_with(&self, thrift: Thrift) {
+    /// As [`say_what_is_lossy`](Self::say_what_is_lossy), if these are what makes a difference in the model.
+    fn say_what_is_lossy_with(&self, thrift: Thrift, prompt_attention: PromptAttention) {
         if self.kv_type.is_lossy() {
             note(&format_args!(
                 "note: keys and values are rounded to {}: results differ from those with f32",
@@ -144,6 +179,22 @@ impl EngineArgs {
         if !thrift.is_exact() {
             note(&format_args!("note: lossy: {thrift}; results differ from the model's own"));
         }
+        if prompt_attention == PromptAttention::Expanded {
+            note(
+                &"note: prompts are read in the expanded form of latent attention: last digits differ from the absorbed form's",
+            );
+        }
+    }
+
+    /// Refuses prompts in the expanded form, where `command` observes what the absorbed form multiplies.
+    pub(crate) fn refuse_expanded(&self, command: &str) -> Result<(), CliError> {
+        if self.prompt_attention == PromptForm::Absorbed {
+            return Ok(());
+        }
+        let message = format!(
+            "{command} observes what matrices are multiplied with in the absorbed form: leave --prompt-attention expanded out"
+        );
+        Err(CliError::Usage(message))
     }
 
     /// Refuses experts other than those that the model's routers choose, if `command` measures these.
@@ -196,9 +247,11 @@ impl EngineArgs {
             simulated: None,
             simulated_packed: None,
             yields: Yields::default(),
+            no_warm: self.no_warm,
             mark_every: None,
             prediction: false,
             thrift: self.thrift(),
+            prompt_attention: self.prompt_attention.into(),
         }
     }
 }

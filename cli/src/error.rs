@@ -146,6 +146,16 @@ impl CliError {
             | CliError::Convert(ConvertError::Options(_))
             | CliError::Bench(BenchError::ScratchSize { .. })
             | CliError::Sampler(SamplerError::Config { .. })
+            | CliError::Batch(
+                BatchError::Duplicate { .. }
+                | BatchError::TooMany { .. }
+                | BatchError::InputChanged { .. }
+                | BatchError::OtherModel { .. }
+                | BatchError::OtherSettings { .. }
+                | BatchError::OutputExists { .. }
+                | BatchError::NotAJournal { .. }
+                | BatchError::NotRegular { .. },
+            )
             | CliError::Text(TextError::EmptyStopString { .. } | TextError::StopStringTooLong { .. }) => 2,
             CliError::SomeFailed(_) => 3,
             // The code that shells use for a program that SIGINT has ended.

@@ -15,7 +15,7 @@ use crate::error::CliError;
 use crate::profile;
 use crate::progress::{Meter, step_bar};
 use crate::recorder::Recorder;
-use crate::terminal::note;
+use crate::terminal::{counted, note};
 
 pub(crate) use sluice_generate::Finish;
 
@@ -63,8 +63,24 @@ pub(crate) struct Generation {
     /// Tokens that were dropped because the context was full.
     pub(crate) dropped: usize,
     pub(crate) drafts: DraftCounts,
+    pub(crate) first_token: Option<FirstToken>,
     pub(crate) prefill: profile::Phase,
     pub(crate) decode: profile::Phase,
+}
+
+/// When the first token had been shown.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FirstToken {
+    pub(crate) at: Instant,
+    /// Bytes of experts, dense weights and embedding read until then.
+    pub(crate) bytes_read: u64,
+}
+
+impl FirstToken {
+    fn now(engine: &Engine) -> Self {
+        let stats = engine.stats();
+        FirstToken { at: Instant::now(), bytes_read: stats.expert_bytes_read + stats.dense_bytes_read }
+    }
 }
 
 /// Sees every token, and the text that became certain with it; the engine is as it was when the step ended.
@@ -87,7 +103,7 @@ pub(crate) fn generate(
     let mut done = Collected::default();
     let mut before = (Instant::now(), engine.stats());
     let (tokens, layers) = (request.prompt.len(), engine.spec().layers.len());
-    let bar = step_bar(format!("reading {tokens} tokens"), (tokens * layers) as u64);
+    let bar = step_bar(format!("reading {}", counted(tokens, "token")), (tokens * layers) as u64);
     let mut prefill = None;
     while done.finish.is_none() {
         turn(engine, &mut scheduler, prefill.is_none().then_some(&bar), done.read, recorder.as_deref_mut());
@@ -98,6 +114,9 @@ pub(crate) fn generate(
         }
         for event in events.try_iter() {
             done.take(engine, event, sink)?;
+        }
+        if done.first_token.is_none() && !done.ids.is_empty() {
+            done.first_token = Some(FirstToken::now(engine));
         }
     }
     let status = scheduler.status();
@@ -112,6 +131,7 @@ pub(crate) fn generate(
         text: request.tokenizer.map(|_| done.text),
         finish: done.finish.unwrap_or(Finish::Cancelled),
         dropped: done.dropped,
+        first_token: done.first_token,
         prefill: prefill.unwrap_or_default(),
         decode,
     })
@@ -149,6 +169,7 @@ struct Collected {
     /// Tokens that were dropped because the context was full.
     dropped: usize,
     finish: Option<Finish>,
+    first_token: Option<FirstToken>,
 }
 
 impl Collected {

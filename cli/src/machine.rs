@@ -23,8 +23,11 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[serde(deny_unknown_fields)]
 pub(crate) struct MachineFile {
     version: u32,
-    /// Bytes of memory that were available.
+    /// Bytes of memory that the machine has.
     pub(crate) ram: u64,
+    /// Bytes of memory that were available. Files of earlier versions have these as `ram`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) available: Option<u64>,
     /// Bytes per second of the drive that was calibrated, if one was.
     pub(crate) drive_bytes_per_second: Option<f64>,
     /// Bytes per second of a loop that only reads.
@@ -38,7 +41,7 @@ pub(crate) struct MachineFile {
 
 impl MachineFile {
     pub(crate) fn new(
-        (ram, drive): (u64, Option<f64>),
+        (ram, available, drive): (u64, u64, Option<f64>),
         memory_bytes_per_second: f64,
         products: impl Iterator<Item = (WeightType, f64)>,
         (isa, threads): (&str, usize),
@@ -46,12 +49,18 @@ impl MachineFile {
         MachineFile {
             version: VERSION,
             ram,
+            available: Some(available),
             drive_bytes_per_second: drive,
             memory_bytes_per_second,
             product_bytes_per_second: products.map(|(ty, rate)| (ty.name().to_owned(), rate)).collect(),
             isa: isa.to_owned(),
             threads,
         }
+    }
+
+    /// Bytes of memory that a model can have.
+    pub(crate) fn memory(&self) -> u64 {
+        self.available.unwrap_or(self.ram)
     }
 
     /// Where the user's own machine is kept; `None` without a folder for caches.
@@ -114,7 +123,7 @@ mod tests {
 
     fn machine() -> MachineFile {
         let products = [(WeightType::Q8, 20e9), (WeightType::Q4, 10e9)].into_iter();
-        MachineFile::new((8 << 30, Some(3e9)), 25e9, products, ("avx2", 4))
+        MachineFile::new((8 << 30, 6 << 30, Some(3e9)), 25e9, products, ("avx2", 4))
     }
 
     #[test]
@@ -124,6 +133,9 @@ mod tests {
         machine().save(&path).unwrap();
         assert_eq!(MachineFile::load(&path).unwrap(), machine());
         let text = fs::read_to_string(&path).unwrap();
+        // As earlier versions have written it.
+        fs::write(&path, text.replace("\"available\": 6442450944,", "")).unwrap();
+        assert_eq!((machine().memory(), MachineFile::load(&path).unwrap().memory()), (6 << 30, 8 << 30));
         for (from, to, word) in [
             ("\"version\": 1", "\"version\": 2", "version 2"),
             ("25000000000.0", "-1.0", "not a speed"),

@@ -23,8 +23,10 @@ mod profile;
 mod progress;
 mod recorder;
 mod sampling;
+mod saved;
 mod size;
 mod stage;
+mod striping;
 mod terminal;
 mod text_files;
 mod types;
@@ -34,7 +36,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::CliError;
@@ -98,6 +100,7 @@ enum Command {
     Synth(commands::synth::Args),
     Set(commands::set::Args),
     Upgrade(commands::upgrade::Args),
+    Restripe(commands::restripe::Args),
     Run(Box<commands::run::Args>),
     Chat(Box<commands::chat::Args>),
     Serve(Box<commands::serve::Args>),
@@ -132,6 +135,7 @@ fn find_models(command: &mut Command) -> Result<(), CliError> {
         Command::Verify(args) => (vec![&mut args.file], false),
         Command::Set(args) => (vec![&mut args.file], false),
         Command::Upgrade(args) => (vec![&mut args.file], false),
+        Command::Restripe(args) => (vec![&mut args.file], false),
         Command::Logits(args) => (vec![&mut args.file], false),
         Command::Perplexity(args) => (vec![&mut args.file], false),
         Command::Compare(args) => (vec![&mut args.reference, &mut args.other], false),
@@ -148,6 +152,7 @@ fn find_models(command: &mut Command) -> Result<(), CliError> {
 }
 
 fn main() -> ExitCode {
+    sluice_storage::io::survive_file_size_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(refused) => return refuse(&refused),
@@ -187,6 +192,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Synth(args) => commands::synth::run(&args),
         Command::Set(args) => commands::set::run(&args),
         Command::Upgrade(args) => commands::upgrade::run(&args),
+        Command::Restripe(args) => commands::restripe::run(&args),
         Command::Run(args) => commands::run::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
         Command::Serve(args) => commands::serve::run(&args),
@@ -222,8 +228,24 @@ fn refuse(refused: &clap::Error) -> ExitCode {
         terminal::report(text.trim_end());
         return ExitCode::from(2);
     }
-    terminal::error(&text.strip_prefix("error: ").unwrap_or(&text).trim_end());
+    let text = with_near_command(refused, text.strip_prefix("error: ").unwrap_or(&text));
+    terminal::error(&text.trim_end());
     ExitCode::from(2)
+}
+
+/// A refusal with the command that may have been meant, where clap does not say it: behind `help`.
+fn with_near_command(refused: &clap::Error, text: &str) -> String {
+    let (Some(ContextValue::String(name)), None) =
+        (refused.get(ContextKind::InvalidSubcommand), refused.get(ContextKind::SuggestedSubcommand))
+    else {
+        return text.to_owned();
+    };
+    let commands = Cli::command();
+    let names: Vec<&str> = commands.get_subcommands().map(clap::Command::get_name).collect();
+    match (chat::nearest(name, &names), text.split_once('\n')) {
+        (Some(near), Some((first, rest))) => format!("{first}\n\n  tip: a similar subcommand exists: '{near}'\n{rest}"),
+        _ => text.to_owned(),
+    }
 }
 
 #[cfg(test)]

@@ -5,13 +5,13 @@ use std::time::Instant;
 
 use serde::Serialize;
 use sluice_model::memory::{Bytes, MemoryPlan};
-use sluice_model::{Engine, Stats};
+use sluice_model::{Engine, PromptAttention, Stats};
 use sluice_storage::io::TuningSource;
 
 use crate::drafts::DraftCounts;
 use crate::generate::Generation;
 use crate::plot::bars::{Bar, BarChart};
-use crate::terminal::{percent, seconds};
+use crate::terminal::{counted, percent, seconds};
 
 /// One part of a generation: the prompt, or the tokens after it.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -103,7 +103,7 @@ impl Phase {
         let parts =
             [self.io_wait_seconds, self.expert_seconds, self.attention_seconds, self.head_seconds, self.other_seconds];
         let of_token = |seconds: f64| 1e3 * seconds / self.tokens.max(1) as f64;
-        let mut remark = format!("{} tokens, {:.2} tokens/s", self.tokens, self.tokens_per_second);
+        let mut remark = format!("{}, {:.2} tokens/s", counted(self.tokens, "token"), self.tokens_per_second);
         if let Some(hit_rate) = self.hit_rate {
             let read = Bytes(self.expert_bytes_read_per_token as u64);
             let _ = write!(remark, "; {read} of experts read per token, {:.1} % found in memory", 100.0 * hit_rate);
@@ -115,8 +115,8 @@ impl Phase {
         if self.tokens == 0 {
             return format!("{name:<9} nothing to do\n");
         }
-        let (tokens, rate) = (self.tokens, self.tokens_per_second);
-        let mut out = format!("{name:<9} {tokens} tokens in {}: {rate:.2} tokens/s", seconds(self.seconds));
+        let (tokens, rate) = (counted(self.tokens, "token"), self.tokens_per_second);
+        let mut out = format!("{name:<9} {tokens} in {}: {rate:.2} tokens/s", seconds(self.seconds));
         let part = |value| percent(value, self.seconds);
         let mut experts = String::new();
         // There is no rate if a model has no experts.
@@ -151,8 +151,12 @@ impl Phase {
 /// The whole report.
 #[derive(Debug, Serialize)]
 pub(crate) struct Profile {
-    /// Time to open the model: checks, memory, dense weights.
+    /// Time to open the model: checks, the plan of the memory. Dense weights are still being read then.
     pub(crate) open_seconds: f64,
+    /// Time from the start of the command until the first token had been shown; `None` if there is no token.
+    pub(crate) first_token_seconds: Option<f64>,
+    /// Bytes of experts, dense weights and embedding read until then.
+    pub(crate) first_token_bytes_read: Option<u64>,
     pub(crate) prefill: Phase,
     pub(crate) decode: Phase,
     /// The outcome of proposed tokens.
@@ -167,6 +171,8 @@ pub(crate) struct Profile {
     pub(crate) threads: usize,
     /// How experts were chosen otherwise than by the model's routers, in words; `None` if they were not.
     pub(crate) lossy: Option<String>,
+    /// In which form prompts were read; `None`: in the usual one.
+    pub(crate) prompt_attention: Option<&'static str>,
 }
 
 /// The pieces in which the file is read.
@@ -217,10 +223,20 @@ pub(crate) fn lossy(engine: &Engine) -> Option<String> {
     (!thrift.is_exact()).then(|| thrift.to_string())
 }
 
+/// The form in which prompts are read, if it is not the usual one.
+pub(crate) fn prompt_attention(engine: &Engine) -> Option<&'static str> {
+    let form = engine.prompt_attention();
+    (form != PromptAttention::default()).then(|| form.name())
+}
+
 impl Profile {
-    pub(crate) fn new(engine: &Engine, generation: &Generation, open_seconds: f64) -> Profile {
+    /// `started`: when the command did; the model had been opened `open_seconds` later.
+    pub(crate) fn new(engine: &Engine, generation: &Generation, started: Instant, open_seconds: f64) -> Profile {
+        let first = generation.first_token;
         Profile {
             open_seconds,
+            first_token_seconds: first.map(|first| first.at.saturating_duration_since(started).as_secs_f64()),
+            first_token_bytes_read: first.map(|first| first.bytes_read),
             prefill: generation.prefill.clone(),
             decode: generation.decode.clone(),
             drafts: generation.drafts,
@@ -231,6 +247,7 @@ impl Profile {
             isa: engine.isa(),
             threads: engine.threads(),
             lossy: lossy(engine),
+            prompt_attention: prompt_attention(engine),
         }
     }
 
@@ -252,7 +269,7 @@ impl Profile {
         let requested = memory.requested.map_or("not limited".to_owned(), |r| Bytes(r).to_string());
         let experts = match memory.experts {
             0 => String::new(),
-            all => format!(", {} of {all} experts of {}", memory.slots, Bytes(memory.slot_len)),
+            all => format!(", experts {} ({} of {all})", Bytes(memory.slot_bytes), memory.slots),
         };
         let _ = writeln!(
             out,
@@ -277,16 +294,18 @@ impl Profile {
                 let _ = writeln!(out, "          {replaced} of {all} experts were not the routers' own");
             }
         }
+        if let Some(form) = self.prompt_attention {
+            let _ = writeln!(out, "prompts   {form} form of latent attention");
+        }
         let _ = writeln!(out, "reads     {}", self.read_path);
         let _ = writeln!(out, "          {}", self.read_tuning.line());
-        let _ = writeln!(
-            out,
-            "computes  {} on {} threads; opened in {}, {} of dense weights",
-            self.isa,
-            self.threads,
-            seconds(self.open_seconds),
-            Bytes(memory.dense),
-        );
+        let _ = writeln!(out, "computes  {} on {}", self.isa, counted(self.threads, "thread"));
+        let _ = write!(out, "start     opened in {}", seconds(self.open_seconds));
+        if let (Some(after), Some(read)) = (self.first_token_seconds, self.first_token_bytes_read) {
+            let (after, read) = (seconds(after), Bytes(read));
+            let _ = write!(out, "; the first token came {after} after the start, when {read} had been read");
+        }
+        out.push('\n');
         out
     }
 }

@@ -1,6 +1,6 @@
 //! Numbers on the command line.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::time::Duration;
 
 use sluice_storage::io::sim::DriveSpeed;
@@ -8,6 +8,11 @@ use sluice_storage::io::sim::DriveSpeed;
 /// Parses a count that must be at least one.
 pub(crate) fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
     text.parse().map_err(|_| "write a whole number, 1 or more".to_owned())
+}
+
+/// Parses how many experts a token may use at most in a layer.
+pub(crate) fn parse_experts(text: &str) -> Result<NonZeroU16, String> {
+    text.parse().map_err(|_| "a token uses at least one expert in a layer: write a whole number from 1 on".to_owned())
 }
 
 /// Parses `4GiB`, `512MiB`, `3GB`, `1.5GiB`, `4G` (the same as `4GiB`) or a plain number of bytes.

@@ -223,6 +223,15 @@ pub(crate) fn percent(value: f64, whole: f64) -> f64 {
     if whole > 0.0 { 100.0 * value / whole } else { 0.0 }
 }
 
+/// How many there are of something: `1 expert`, `2 experts`.
+pub(crate) fn counted(count: impl TryInto<u64>, what: &str) -> String {
+    // More than can be counted are several.
+    match count.try_into().unwrap_or(u64::MAX) {
+        1 => format!("1 {what}"),
+        count => format!("{count} {what}s"),
+    }
+}
+
 /// Seconds with a precision that suits their size.
 pub(crate) fn seconds(seconds: f64) -> String {
     match seconds {

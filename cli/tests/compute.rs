@@ -50,10 +50,18 @@ fn the_profile_adds_up() {
     assert_eq!(number(&plain["expert_bytes_read"]), number(&plain["misses"]) * expert);
     assert_eq!((&profile["memory"]["requested"], &profile["threads"]), (&(8 << 20).into(), &2.into()));
     assert!(profile["read_path"].as_str().unwrap().contains("pread"));
+    // The first token comes after the prompt, and before the others.
+    let seconds = |value: &Value| value.as_f64().unwrap();
+    let first = seconds(&profile["first_token_seconds"]);
+    assert!(first >= seconds(&profile["open_seconds"]) + seconds(&profile["prefill"]["seconds"]) * 0.9);
+    let read = number(&profile["first_token_bytes_read"]);
+    let of_prompt = number(&profile["prefill"]["expert_bytes_read"]);
+    assert!(read > of_prompt && read <= of_prompt + number(&profile["dense_bytes_read"]), "{read}, {of_prompt}");
 
     let output = sluice(&[&args[..], &["--profile"]].concat());
     let said = stderr(&output);
-    for word in ["prefill", "decode", "tokens/s", "per token", "in memory", "requested 8.0 MiB"] {
+    for word in ["prefill", "decode", "tokens/s", "per token", "in memory", "requested 8.0 MiB", "the first token came"]
+    {
         assert!(said.contains(word), "{word}: {said}");
     }
     assert_eq!(stdout(&output), format!("{}\n", report["text"].as_str().unwrap()));
@@ -131,7 +139,7 @@ fn what_other_experts_cost_is_measured() {
     let number = |value: &Value| value.as_f64().unwrap();
     let (own, few) = (perplexity(&[]), perplexity(&["--top-k-experts", "1"]));
     assert!(number(&few["perplexity"]) > number(&own["perplexity"]), "{few} against {own}");
-    assert_eq!((&own["lossy"], few["lossy"].as_str()), (&Value::Null, Some("at most 1 experts per token and layer")));
+    assert_eq!((&own["lossy"], few["lossy"].as_str()), (&Value::Null, Some("at most 1 expert per token and layer")));
     assert_eq!(number(&compare(&[])["divergence"]), 0.0);
     let compared = compare(&["--top-k-experts", "1"]);
     assert!(number(&compared["divergence"]) > 0.0);
@@ -140,6 +148,29 @@ fn what_other_experts_cost_is_measured() {
         assert!((ratio - 1.0).abs() < 1e-9, "{compared}");
     }
     assert_eq!(compared["lossy"], few["lossy"]);
+}
+
+#[test]
+fn the_form_of_prompts_is_asked_for_and_said() {
+    let args = ["run", demo_model(), "--prompt", "ROMEO:\n", "-n", "8", "--temperature", "0", "--json", "--profile"];
+    let run = |form: &str| sluice(&[&args[..], &["--prompt-attention", form]].concat());
+    for (form, said) in [("absorbed", Value::Null), ("expanded", "expanded".into())] {
+        let output = run(form);
+        assert_eq!(json(&output)["profile"]["prompt_attention"], said);
+        assert_eq!(stderr(&output).contains("expanded form of latent attention"), form == "expanded");
+    }
+    assert_fails(&run("other"), 2, &["--prompt-attention", "expanded"]);
+    let folder = tempfile::tempdir().unwrap();
+    let eval = folder.path().join("beginning.txt");
+    fs::write(&eval, &fs::read(demo_checkpoint().join("eval.txt")).unwrap()[..1000]).unwrap();
+    let text = ["--text", eval.to_str().unwrap(), "--prompt-attention", "expanded"];
+    let compared = json(&sluice(&[&["compare", demo_model(), demo_model(), "--json"], &text[..]].concat()));
+    assert_eq!(compared["prompt_attention"], "expanded");
+    let difference = compared["max_logit_difference"].as_f64().unwrap();
+    assert!(difference > 0.0 && difference < 0.5, "{compared}");
+    let imatrix = folder.path().join("importance");
+    let measured = ["calibrate", demo_model(), "--out", imatrix.to_str().unwrap()];
+    assert_fails(&sluice(&[&measured, &text[..]].concat()), 2, &["calibrate", "--prompt-attention"]);
 }
 
 #[test]

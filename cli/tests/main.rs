@@ -19,6 +19,7 @@ mod optional;
 mod overnight;
 mod resume;
 mod set;
+mod stripes;
 mod synth;
 mod terminal;
 mod text;

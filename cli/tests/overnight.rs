@@ -273,18 +273,18 @@ fn what_a_run_does_not_belong_to_is_refused() {
     // All is done: nothing happens.
     stdout(&sluice(&run.args(&[])));
     assert_eq!(fs::read(&run.output).unwrap(), before);
-    assert_fails(&sluice(&run.args(&["--context", "300"])), 1, &["other settings", "--context 300"]);
+    assert_fails(&sluice(&run.args(&["--context", "300"])), 2, &["other settings", "--context 300"]);
     let mut args = run.args(&[]);
     args[1] = demo_model();
-    assert_fails(&sluice(&args), 1, &["other settings"]);
+    assert_fails(&sluice(&args), 2, &["other settings"]);
     fs::write(&run.input, "{\"prompt\": \"B\", \"max_tokens\": 2}\n").unwrap();
-    assert_fails(&sluice(&run.args(&[])), 1, &["the requests are others"]);
+    assert_fails(&sluice(&run.args(&[])), 2, &["the requests are others"]);
 
     let run = Run::new("{\"prompt\": \"A\"}\n{\"custom_id\": \"line-1\", \"prompt\": \"B\"}\n");
-    assert_fails(&sluice(&run.args(&[])), 1, &["lines 1 and 2", "line-1"]);
+    assert_fails(&sluice(&run.args(&[])), 2, &["lines 1 and 2", "line-1"]);
     fs::write(&run.output, "mine\n").unwrap();
     fs::write(&run.input, "{\"prompt\": \"A\"}\n").unwrap();
-    assert_fails(&sluice(&run.args(&[])), 1, &["there is a file already"]);
+    assert_fails(&sluice(&run.args(&[])), 2, &["there is a file already"]);
     assert_eq!(fs::read(&run.output).unwrap(), b"mine\n");
     let args = ["batch", model(), run.input.to_str().unwrap(), run.input.to_str().unwrap()];
     assert_fails(&sluice(&args), 2, &["is a file that is read"]);
@@ -324,8 +324,8 @@ fn fewer_experts_are_said_with_each_result_and_not_mixed_with_all() {
     };
     stdout(&with(&["--top-k-experts", "1"]));
     let result: Value = serde_json::from_str(&run.results()["line-1"]).unwrap();
-    assert_eq!(result["lossy"], "at most 1 experts per token and layer");
-    assert_fails(&with(&[]), 1, &["other settings", "at most 1 experts"]);
+    assert_eq!(result["lossy"], "at most 1 expert per token and layer");
+    assert_fails(&with(&[]), 2, &["other settings", "at most 1 expert"]);
     assert_fails(&with(&["--expert-preference", "0.5"]), 2, &["--expert-preference", "after an interruption"]);
     let other = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
     let mut args = other.args(&["--kv-type", "q8"]);
@@ -333,6 +333,20 @@ fn fewer_experts_are_said_with_each_result_and_not_mixed_with_all() {
     stdout(&sluice(&args));
     let result: Value = serde_json::from_str(&other.results()["line-1"]).unwrap();
     assert_eq!(result["lossy"], "keys and values are rounded to q8");
+}
+
+#[test]
+fn the_form_of_prompts_is_said_with_each_result_and_not_mixed() {
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
+    let with = |more: &[&'static str]| {
+        let mut args = run.args(more);
+        args[1] = demo_model();
+        sluice(&args)
+    };
+    stdout(&with(&["--prompt-attention", "expanded"]));
+    let result: Value = serde_json::from_str(&run.results()["line-1"]).unwrap();
+    assert_eq!(result["prompt_attention"], "expanded");
+    assert_fails(&with(&[]), 1, &["other settings", "--prompt-attention expanded"]);
 }
 
 #[test]
@@ -344,14 +358,160 @@ fn progress_and_plan_are_there_for_programs() {
     let last = &events[events.len() - 1];
     assert_eq!((last["event"].as_str(), last["state"]["finished"].as_u64()), (Some("end"), Some(2)));
     assert!(events.iter().any(|event| event["event"] == "progress" && event["progress"]["requests"] == 2));
-
+    // A run that begins is not interrupted.
+    assert_eq!(events[0]["state"], json!({"requests": 2, "finished": 0, "failed": 0}));
+    assert_eq!(events[0]["plan"]["load"]["answer_tokens"].as_f64(), Some(40.0));
+    // The other stream for programs has the same events.
     let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 20}\n");
+    let done = sluice(&run.args(&["--progress", "json"]));
+    let events: Vec<Value> = stderr(&done).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(events.iter().any(|event| event["event"] == "progress" && event["progress"]["requests"] == 1));
+
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 20}\nnonsense\n");
     let plan = sluice(&run.args(&["--dry-run"]));
     let text = stdout(&plan);
-    for word in ["1 answers to give", "drive", "memory", "arithmetic", "tokens/s at most"] {
+    for word in ["1 answer to give", "at most 20 to generate", "drive", "memory", "arithmetic", "tokens/s at most"] {
         assert!(text.contains(word), "`{word}` is not in: {text}");
     }
     assert!(!run.output.exists());
+}
+
+#[test]
+fn what_a_plan_assumes_and_what_it_ignores_is_said() {
+    let chat = r#"{"messages": [{"role": "user", "content": "A"}], "max_token": 5}"#;
+    let run = Run::new(&format!("{chat}\n{}\n", r#"{"prompt": "B", "temprature": 1, "user": "me"}"#));
+    let plan = sluice(&run.args(&["--dry-run"]));
+    let text = stdout(&plan);
+    assert!(text.contains("an answer has no limit: 1024 are assumed") && !text.contains("at most 1280"), "{text}");
+    let said = stderr(&plan);
+    for word in
+        [r#"the field "max_token" is not known"#, "(line 1 ", r#"did you mean "max_tokens"?"#, "temprature", "(line 2 "]
+    {
+        assert!(said.contains(word), "`{word}` is not in: {said}");
+    }
+    assert!(!said.contains("\"user\""), "{said}");
+}
+
+/// Requests with prompts of some hundred tokens.
+fn long_prompts() -> String {
+    let request = |number: usize| {
+        let prompt = format!("ROMEO:\nLetter {number} of many. {}", "O, speak again, bright angel! ".repeat(12));
+        json!({"prompt": prompt, "max_tokens": 150, "temperature": 1.0}).to_string()
+    };
+    (0..24).map(request).collect::<Vec<_>>().join("\n")
+}
+
+/// Files of saved sequences.
+fn saved(folder: &Path) -> Vec<PathBuf> {
+    let files = fs::read_dir(folder).into_iter().flatten().map(|file| file.unwrap().path());
+    files.filter(|path| path.extension().is_some_and(|end| end == "session")).collect()
+}
+
+/// A run that was told to end, once it has saved sequences in the folder.
+fn told_to_end(run: &Run) -> PathBuf {
+    let folder = run.output.with_file_name("out.jsonl.sessions");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+    command.args(run.args(&["--save-sequences", "always"])).stdin(Stdio::null()).stdout(Stdio::null());
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let began = Instant::now();
+    while saved(&folder).is_empty() && began.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_fails(&child.wait_with_output().unwrap(), 130, &["interrupted"]);
+    assert!(!saved(&folder).is_empty());
+    folder
+}
+
+#[test]
+fn a_run_that_goes_on_does_not_read_again_what_is_saved() {
+    let want = Run::new(&long_prompts());
+    stdout(&sluice(&want.args(&["--save-sequences", "never"])));
+    assert!(!want.output.with_file_name("out.jsonl.sessions").exists());
+
+    let run = Run::new(&long_prompts());
+    let folder = told_to_end(&run);
+    let events = stdout(&sluice(&run.args(&["--save-sequences", "always", "--json"])));
+    let last = events.lines().rfind(|line| line.contains("\"progress\"")).unwrap();
+    let last: Value = serde_json::from_str(last).unwrap();
+    assert!(last["restored_tokens"].as_u64().unwrap() > 0, "{last}");
+    assert_eq!(run.results(), want.results());
+    assert!(!folder.exists(), "nobody needs it any more");
+
+    // What is damaged is left out, and said.
+    let run = Run::new(&long_prompts());
+    let folder = told_to_end(&run);
+    for path in saved(&folder) {
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 4;
+        fs::write(&path, bytes).unwrap();
+    }
+    fs::write(folder.join("0123456789abcdef0123456789abcdef.session"), "").unwrap();
+    let done = sluice(&run.args(&["--save-sequences", "always"]));
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert!(stderr(&done).contains("1 saved sequence in"), "{}", stderr(&done));
+    assert!(stderr(&done).contains("could not be read back"), "{}", stderr(&done));
+    assert_eq!(run.results(), want.results());
+    assert!(!folder.exists());
+    // A folder that cannot be used is no obstacle.
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
+    fs::write(run.output.with_file_name("out.jsonl.sessions"), "mine").unwrap();
+    let done = sluice(&run.args(&["--save-sequences", "always"]));
+    assert!(done.status.success() && stderr(&done).contains("Sequences are not saved"), "{}", stderr(&done));
+}
+
+#[test]
+fn a_question_goes_on_behind_its_saved_sequence() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("answer.md").to_str().unwrap().to_owned();
+    let question = "O, speak again, bright angel! ".repeat(20);
+    let usual = ["-n", "400", "--temperature", "1"];
+    let shared = ["--context", "2000", "--forget"];
+    let at_once = stdout(&sluice(&[&["ask", model(), &question][..], &usual, &shared].concat()));
+    let night = ["--overnight", "--out", &out, "--save-sequences", "always"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+    command.args([&["ask", model(), &question][..], &usual, &shared, &night].concat());
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    // Behind the prompt: what is saved then has tokens of the answer.
+    let sessions = folder.path().join("answer.md.run/result.jsonl.sessions");
+    let began = Instant::now();
+    while !Path::new(&out).exists() && child.try_wait().unwrap().is_none() && began.elapsed() < Duration::from_secs(60)
+    {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    if child.wait().unwrap().code() == Some(130) {
+        assert!(!saved(&sessions).is_empty());
+        stdout(&sluice(&[&["ask", model(), "--resume", "--out", &out][..], &shared].concat()));
+    }
+    assert_eq!(fs::read_to_string(&out).unwrap().trim(), at_once.trim());
+    assert!(!folder.path().join("answer.md.run").exists());
+}
+
+#[test]
+fn a_limit_on_the_size_of_files_is_an_error_like_a_full_drive() {
+    let run = Run::new(&requests());
+    let limited = |script: &str| {
+        let mut command = Command::new("sh");
+        command.args(["-c", script, env!("CARGO_BIN_EXE_sluice")]).args(run.args(&[]));
+        command.stdin(Stdio::null()).output().unwrap()
+    };
+    let done = limited("ulimit -f 4; exec \"$0\" \"$@\"");
+    assert_fails(&done, 1, &["File too large", "Nothing is lost"]);
+    assert_fails(&sluice(&run.args(&[])), 3, &["10 of 201 requests failed"]);
+    assert_eq!(run.results(), reference().0);
+}
+
+#[test]
+fn questions_that_make_no_sense_are_refused_before_anything_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("answer.md");
+    let ask =
+        |model: &str, question: &str| sluice(&["ask", model, question, "--overnight", "--out", out.to_str().unwrap()]);
+    assert_fails(&ask(model(), " \n"), 2, &["the question is empty"]);
+    assert_fails(&ask(demo_model(), "Who are you?"), 2, &["has no chat template", "sluice run"]);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
 #[test]

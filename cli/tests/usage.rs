@@ -36,6 +36,16 @@ fn help() {
 }
 
 #[test]
+fn what_may_have_been_meant_is_said() {
+    assert_fails(&sluice(&["help", "bathc"]), 2, &["'bathc'", "'batch'"]);
+    assert_fails(&sluice(&["bathc"]), 2, &["'bathc'", "'batch'"]);
+    assert_fails(&sluice(&["plan", "deepseek-r2"]), 2, &["did you mean deepseek-r1?", "kimi-k2"]);
+    let model = demo_model();
+    assert_fails(&sluice(&["run", model, "--prompt", "A", "--top-k-experts", "0"]), 2, &["at least one expert"]);
+    assert_fails(&sluice(&["run", model, "--prompt", "A", "--expert-preference", "-1"]), 2, &["from 0.0001 to 1"]);
+}
+
+#[test]
 fn wrong_usage_is_2() {
     let model = demo_model();
     let cases: [(&[&str], &[&str]); 13] = [

@@ -183,11 +183,15 @@ pub enum ConvertError {
     },
     /// Tensors that the model needs are not in the checkpoint.
     #[error(
-        "{path}: {count} tensors that `config.json` implies are missing: {names}{hint}. Check that the download is complete"
+        "{path}: {} missing that {source_of} implies: {names}{hint}. {}",
+        if *count == 1 { "a tensor is".to_owned() } else { format!("{count} tensors are") },
+        if *source_of == OF_CONFIG { OF_ANOTHER } else { "Check that all its parts are there and whole" }
     )]
     MissingTensors {
-        /// The folder.
+        /// The folder, or the GGUF file.
         path: PathBuf,
+        /// What implies them.
+        source_of: &'static str,
         /// How many.
         count: usize,
         /// The first few.
@@ -381,6 +385,12 @@ pub enum ConvertError {
     #[error(transparent)]
     Format(#[from] FormatError),
 }
+
+/// What implies the tensors of a checkpoint, and of a GGUF file.
+pub(crate) const OF_CONFIG: &str = "`config.json`";
+pub(crate) const OF_KEYS: &str = "its metadata";
+/// What to do where the configuration asks for more than there is.
+const OF_ANOTHER: &str = "Check that `config.json` belongs to this checkpoint, and that the download is complete";
 
 impl ConvertError {
     /// An adapter for `map_err`.

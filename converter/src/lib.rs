@@ -18,7 +18,8 @@
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
 //! | `layer_file`, `states`, [`mod@measure`] | the inputs of the matrices, measured layer by layer during the conversion |
 //! | `report` | summary |
-//! | `upgrade` | model files rewritten as the newest version of the format, compressed, in volumes |
+//! | `striping` | into which folders the volumes of a striped model go |
+//! | `upgrade` | model files rewritten as the newest version of the format, compressed, in volumes, striped over drives |
 //! | [`mod@synth`] | model files with random weights, to measure machines |
 
 mod contents;
@@ -46,6 +47,7 @@ mod resume;
 pub mod source;
 mod states;
 mod steps;
+mod striping;
 pub mod synth;
 mod upgrade;
 
@@ -60,7 +62,8 @@ pub use plan::{KindSize, LeftOut, Plan, plan, plan_source};
 pub use recipe::Recipe;
 pub use report::Summary;
 pub use source::recognise::no_model;
-pub use upgrade::{UpgradeOptions, UpgradeSummary, upgrade};
+pub use striping::Striping;
+pub use upgrade::{UpgradeOptions, UpgradeSummary, restripe, upgrade};
 
 /// Receives the progress of a conversion. Called from several threads.
 pub trait Progress: Sync {
@@ -119,7 +122,7 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
     if let Some(folder) = dst.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
         return Err(ConvertError::NoFolder { path: folder.to_owned() });
     }
-    partial::refuse_all_existing(dst, plan)
+    partial::refuse_all_existing(plan.destination(dst), plan)
 }
 
 /// Removes what a conversion to `dst` has left that was killed when the model file was complete and had its name: the journal, and

@@ -9,6 +9,7 @@ use sluice_format::WeightType;
 
 use crate::error::ConvertError;
 use crate::recipe::Recipe;
+use crate::striping::Striping;
 
 /// Types that a conversion can produce; f16 and the four-bit types are only carried by `keep`.
 const OUTPUT_TYPES: [WeightType; 7] = [
@@ -79,6 +80,8 @@ pub struct Options {
     pub compress: bool,
     /// Most bytes of one file: a larger model becomes several volumes.
     pub split_size: Option<u64>,
+    /// The folders over which the model is striped, rather than written beside the destination, which is in the first of them.
+    pub striping: Option<Striping>,
     /// Whether the inputs of matrices that are rounded to `q4`, `q3` and `q2` are measured on the way ([`mod@crate::measure`]), and on what: a
     /// digest of the text and of how it is run. An importance file takes its place.
     pub measured: Option<u64>,
@@ -98,6 +101,7 @@ impl Default for Options {
             importance: None,
             compress: false,
             split_size: None,
+            striping: None,
             measured: None,
             mtp: true,
             overwrite: false,
@@ -107,6 +111,10 @@ impl Default for Options {
 
 impl Options {
     pub(crate) fn check(&self) -> Result<(), ConvertError> {
+        if self.split_size.is_some() && self.striping.is_some() {
+            let problem = "a model that is striped has a volume for each folder: it cannot be split by size as well";
+            return Err(ConvertError::Options(problem.into()));
+        }
         for (option, choice) in [("expert type", self.expert_type), ("dense type", self.dense_type)] {
             if let TypeChoice::Type(ty) = choice
                 && !OUTPUT_TYPES.contains(&ty)

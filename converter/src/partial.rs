@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use sluice_checksum::Xxh3;
-use sluice_format::{ExtentRecord, FileWriter, MAGIC, Metadata, ModelId, Volume, VolumeName, Written};
+use sluice_format::{FileWriter, MAGIC, Metadata, ModelId, Stripe, Volume, Written};
 
 use crate::error::ConvertError;
 use crate::journal::{Found, Identity, Journal, is_journal};
 use crate::own::{
-    self, Own, clear_all, clear_idle, folder_of, journal_path, layer_path, new_of, open_own, partial_path, states_path,
+    self, Own, clear_all, clear_idle, folder_of, journal_path, layer_path, new_of, open_own, states_path,
 };
 use crate::plan::Plan;
+use crate::striping::Destination;
 
 /// Unit of `st_blocks`, whatever the filesystem's blocks are.
 const STAT_BLOCK: u64 = 512;
@@ -52,23 +53,13 @@ pub(crate) struct Opened {
     pub(crate) notes: Vec<String>,
 }
 
-/// The names of the finished files, of which there are `count`.
-pub(crate) fn targets(destination: &Path, count: usize) -> Vec<PathBuf> {
-    let whole = VolumeName::parse(destination).map_or_else(|| destination.to_owned(), |name| name.whole());
-    let Ok(volumes) = u16::try_from(count) else { return Vec::new() };
-    match volumes {
-        1 => vec![destination.to_owned()],
-        _ => (0..volumes).map(|volume| VolumeName::first_of(&whole, volumes).path_of(volume)).collect(),
-    }
-}
-
 /// As [`refuse_existing`], of all files that a plan may end in.
-pub(crate) fn refuse_all_existing(destination: &Path, plan: &Plan) -> Result<(), ConvertError> {
+pub(crate) fn refuse_all_existing(destination: Destination<'_>, plan: &Plan) -> Result<(), ConvertError> {
     let most = plan.layout.ends().len();
-    // How many a compressed model has is known when it is there.
-    let counts = if plan.options.compress { 1..=most } else { most..=most };
+    // How many a compressed model has is known when it is there, unless it has one for each folder.
+    let counts = if plan.options.compress && destination.striping.is_none() { 1..=most } else { most..=most };
     for count in counts {
-        let targets = targets(destination, count);
+        let targets = destination.targets(count);
         let early = early(destination, &targets);
         let others = targets.iter().enumerate().filter(|(volume, _)| !early.contains(volume));
         for (_, target) in others {
@@ -84,9 +75,9 @@ fn source_of(plan: &Plan) -> Option<&Path> {
 }
 
 /// Those of these volumes that a conversion had given their names when it was killed, before the first one had its.
-fn early(destination: &Path, targets: &[PathBuf]) -> Vec<usize> {
-    let is_journaled = || is_journal(&journal_path(destination));
-    if targets.first().is_none_or(|first| first.exists()) || !partial_path(destination, 0).exists() || !is_journaled() {
+fn early(destination: Destination<'_>, targets: &[PathBuf]) -> Vec<usize> {
+    let is_journaled = || is_journal(&journal_path(destination.path));
+    if targets.first().is_none_or(|first| first.exists()) || !destination.partial(0).exists() || !is_journaled() {
         return Vec::new();
     }
     let is_it = |volume: usize, found: &Volume| {
@@ -94,7 +85,7 @@ fn early(destination: &Path, targets: &[PathBuf]) -> Vec<usize> {
         (usize::from(sb.volume), usize::from(sb.volume_count)) == (volume, targets.len())
     };
     let is_early = |&volume: &usize| {
-        let has_left = !partial_path(destination, volume).exists();
+        let has_left = !destination.partial(volume).exists();
         has_left && Volume::open(&targets[volume]).is_ok_and(|found| is_it(volume, &found))
     };
     (1..targets.len()).filter(is_early).collect()
@@ -102,37 +93,37 @@ fn early(destination: &Path, targets: &[PathBuf]) -> Vec<usize> {
 
 /// Takes volumes back that a conversion had given their names when it was killed, before the first one had its: then it goes on
 /// where it was, or another one takes its place, whose plan has `most` volumes at most.
-fn take_back(destination: &Path, most: usize) {
+fn take_back(destination: Destination<'_>, most: usize) {
     let others = other_counts(destination, most);
     for count in (2..=most).chain(others) {
-        let targets = targets(destination, count);
+        let targets = destination.targets(count);
         for volume in early(destination, &targets) {
             // If it cannot be renamed, it stands in the way, which is then said.
-            let _ = fs::rename(&targets[volume], partial_path(destination, volume));
+            let _ = fs::rename(&targets[volume], destination.partial(volume));
         }
     }
 }
 
 /// Into how many volumes, more than `most`, a conversion had divided the model that was killed while it gave them their names. Each of them
 /// repeats the tables, which tells them from those of other models.
-fn other_counts(destination: &Path, most: usize) -> Option<usize> {
-    let first = Volume::open(&partial_path(destination, 0)).ok()?;
+fn other_counts(destination: Destination<'_>, most: usize) -> Option<usize> {
+    let first = Volume::open(&destination.partial(0)).ok()?;
     let sb = first.superblock();
     let count = usize::from(sb.volume_count);
     let tables = |volume: &Volume| [volume.superblock().extents, volume.superblock().tensors].map(|t| t.checksum);
     let is_of_it = |path: &PathBuf| Volume::open(path).map_or(true, |other| tables(&other) == tables(&first));
-    let is_whole = sb.volume == 0 && count > most.max(1) && targets(destination, count)[1..].iter().all(is_of_it);
+    let is_whole = sb.volume == 0 && count > most.max(1) && destination.targets(count)[1..].iter().all(is_of_it);
     is_whole.then_some(count)
 }
 
 /// Removes what a conversion has left that was killed when its model file had its name already: its journal, and what else is beside
 /// it. It is in nobody's way, so an error is none.
-pub(crate) fn clear_remains(destination: &Path, plan: &Plan) {
+pub(crate) fn clear_remains(path: &Path, plan: &Plan) {
+    let destination = plan.destination(path);
     let most = plan.layout.ends().len();
-    let is_complete =
-        || (1..=most).any(|count| targets(destination, count).first().is_some_and(|first| first.exists()));
-    if !partial_path(destination, 0).exists() && is_journal(&journal_path(destination)) && is_complete() {
-        let _ = clear_all(destination);
+    let is_complete = || (1..=most).any(|count| destination.targets(count).first().is_some_and(|first| first.exists()));
+    if !destination.partial(0).exists() && is_journal(&journal_path(path)) && is_complete() {
+        let _ = clear_all(path);
     }
 }
 
@@ -151,25 +142,26 @@ pub(crate) fn identity(plan: &Plan, hash: u128) -> Identity {
 /// bytes of temporary files that the conversion will need besides.
 pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) -> Result<Opened, ConvertError> {
     let volumes = plan.layout.ends().len();
-    take_back(destination, volumes);
-    refuse_all_existing(destination, plan).inspect_err(|_| clear_remains(destination, plan))?;
+    let places = plan.destination(destination);
+    take_back(places, volumes);
+    refuse_all_existing(places, plan).inspect_err(|_| clear_remains(destination, plan))?;
     let (journal_path, states_path) = (journal_path(destination), states_path(destination));
     // First, so that nothing is left behind where something is in the way, nor found hours later.
-    let mut places = vec![(journal_path.clone(), Own::Journal), (new_of(&journal_path), Own::Journal)];
+    let mut beside = vec![(journal_path.clone(), Own::Journal), (new_of(&journal_path), Own::Journal)];
     if plan.is_measured() {
-        places.extend([&states_path, &new_of(&states_path)].map(|path| (path.clone(), Own::States)));
-        places.push((layer_path(destination), Own::Model));
+        beside.extend([&states_path, &new_of(&states_path)].map(|path| (path.clone(), Own::States)));
+        beside.push((layer_path(destination), Own::Model));
     }
-    places.iter().try_for_each(|(path, own)| own::check(path, *own).map(drop))?;
+    beside.iter().try_for_each(|(path, own)| own::check(path, *own).map(drop))?;
     let mut notes = Vec::new();
     let mut locks = Vec::with_capacity(volumes);
     for volume in 0..volumes {
-        let path = partial_path(destination, volume);
+        let path = places.partial(volume);
         let lock = claim(&path, &journal_path, &mut notes)?;
         locks.push((path, lock));
     }
     // Another conversion may have finished while this one waited to open the files.
-    refuse_all_existing(destination, plan)?;
+    refuse_all_existing(places, plan)?;
     let identity = identity(plan, hash);
     let found = Journal::open(&journal_path, identity)?;
     let duplicate = |(path, lock): &(PathBuf, File)| {
@@ -179,6 +171,9 @@ pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) ->
     let mut writer = FileWriter::of_files(files, plan.layout.clone())?;
     if plan.options.compress {
         writer.compress(&plan.records);
+    }
+    if let Some(striping) = &plan.options.striping {
+        writer.set_folders(striping.recorded()?);
     }
     let (destination, layer_path) = (destination.to_owned(), layer_path(destination));
     let partial = Partial { destination, journal_path, states_path, layer_path, writer, locks };
@@ -291,6 +286,9 @@ impl Partial {
         if plan.options.compress && scratch == 0 {
             return Ok(());
         }
+        if plan.options.striping.is_some() {
+            return self.reserve_on_drives(plan, scratch, notes);
+        }
         let mut occupied = 0;
         for (path, file) in &self.locks {
             occupied += file.metadata().map_err(ConvertError::io(path, "read its state"))?.blocks() * STAT_BLOCK;
@@ -323,22 +321,73 @@ impl Partial {
         result
     }
 
-    /// Whether the bytes of an extent that an earlier run has written are still those of its checksum. What cannot be read is
-    /// not.
-    pub(crate) fn is_intact(&self, extent: &ExtentRecord) -> bool {
-        let Some((_, file)) = self.locks.get(usize::from(extent.volume)) else { return false };
-        let mut hash = Xxh3::new();
-        let mut buffer = vec![0; PIECE.min(extent.stored_len as usize)];
-        let mut done = 0;
-        while done < extent.stored_len {
-            let piece = &mut buffer[..PIECE.min((extent.stored_len - done) as usize)];
-            if file.read_exact_at(piece, extent.offset + done).is_err() {
-                return false;
+    /// The same for a striped model, whose files lie on several drives.
+    fn reserve_on_drives(&self, plan: &Plan, scratch: u64, notes: &mut Vec<String>) -> Result<(), ConvertError> {
+        let tables = plan.layout.table_bytes(plan.records.len());
+        let metadata = plan.tail_bytes() - tables;
+        // By drive: a folder on it, and bytes.
+        let mut drives: Vec<(u64, &Path, u64)> = Vec::new();
+        let mut occupied_at_all = false;
+        for (volume, ((path, file), end)) in self.locks.iter().zip(plan.layout.ends()).enumerate() {
+            let found = file.metadata().map_err(ConvertError::io(path, "read its state"))?;
+            let occupied = found.blocks() * STAT_BLOCK;
+            occupied_at_all |= occupied > 0;
+            let len = end + tables + if volume == 0 { metadata } else { 0 };
+            let of_file = if plan.options.compress { 0 } else { len.saturating_sub(occupied) };
+            let needed = of_file + if volume == 0 { scratch } else { 0 };
+            match drives.iter_mut().find(|(drive, ..)| *drive == found.dev()) {
+                Some((.., sum)) => *sum += needed,
+                None => drives.push((found.dev(), folder_of(path), needed)),
             }
-            hash.update(piece);
-            done += piece.len() as u64;
         }
-        hash.digest() == extent.checksum
+        let no_space = |path: &Path, needed, available| {
+            Err(ConvertError::NoSpace { path: path.to_owned(), needed, scratch, available })
+        };
+        let mut reserve = || {
+            for &(_, folder, needed) in &drives {
+                let available = free_space(&folder.join("any"), notes)?.unwrap_or(u64::MAX);
+                if needed > available {
+                    return no_space(folder, needed, available);
+                }
+            }
+            let files: &[(PathBuf, File)] = if plan.options.compress { &[] } else { &self.locks };
+            for ((path, file), &end) in files.iter().zip(plan.layout.ends()) {
+                match allocate(file, end) {
+                    Err(e) if e.raw_os_error() == Some(Errno::ENOSPC as i32) => {
+                        return no_space(folder_of(path), end, free_space(path, &mut Vec::new())?.unwrap_or(0));
+                    }
+                    other => other.map_err(ConvertError::io(path, "allocate its space"))?,
+                }
+            }
+            Ok(())
+        };
+        let result = reserve();
+        if result.is_err() && !occupied_at_all {
+            // Nothing is lost, and empty files would only puzzle.
+            self.locks.iter().for_each(|(path, _)| drop(fs::remove_file(path)));
+        }
+        result
+    }
+
+    /// Whether the bytes of an extent that an earlier run has written to these stripes are still those of its checksum. What cannot be
+    /// read is not.
+    pub(crate) fn is_intact(&self, stripes: &[Stripe], checksum: u64) -> bool {
+        let mut hash = Xxh3::new();
+        let longest = stripes.iter().map(|stripe| stripe.len as usize).max().unwrap_or(0);
+        let mut buffer = vec![0; PIECE.min(longest)];
+        for stripe in stripes {
+            let Some((_, file)) = self.locks.get(usize::from(stripe.volume)) else { return false };
+            let mut done = 0;
+            while done < stripe.len {
+                let piece = &mut buffer[..PIECE.min((stripe.len - done) as usize)];
+                if file.read_exact_at(piece, stripe.offset + done).is_err() {
+                    return false;
+                }
+                hash.update(piece);
+                done += piece.len() as u64;
+            }
+        }
+        hash.digest() == checksum
     }
 
     fn sync_folder(&self) -> Result<(), ConvertError> {
@@ -356,7 +405,8 @@ impl Partial {
         let Partial { destination, writer, locks, .. } = self;
         let syncer = writer.syncer().clone();
         let (model_id, lens) = writer.finish(written, &plan.records, metadata)?;
-        let files = targets(&destination, lens.len());
+        let places = plan.destination(&destination);
+        let files = places.targets(lens.len());
         for target in &files {
             refuse_existing(target, plan.options.overwrite, source_of(plan))?;
         }
@@ -374,8 +424,9 @@ impl Partial {
         for (path, _) in &locks[files.len()..] {
             fs::remove_file(path).map_err(ConvertError::io(path, "remove it"))?;
         }
-        let folder = folder_of(&destination);
-        syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
+        for folder in places.folders() {
+            syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
+        }
         clear_all(&destination)?;
         Ok(Published { model_id, file_bytes: lens.iter().sum(), files })
     }

@@ -14,7 +14,7 @@
 use std::collections::HashMap;
 
 use rayon::prelude::*;
-use sluice_format::{BLOCK, Codec, ExtentRecord, FileWriter, Written};
+use sluice_format::{BLOCK, Codec, ExtentRecord, FileWriter, Placed, Written};
 
 use crate::contents::Contents;
 use crate::error::ConvertError;
@@ -102,24 +102,26 @@ pub(crate) fn start<'a>(
 /// Those whose bytes are in the partial files: where they were written, or, once a compressed file is being drawn together, where they
 /// will stay.
 fn intact(plan: &Plan, partial: &Partial, possible: Vec<Outcome>) -> Vec<Outcome> {
-    let written_to = |o: &Outcome| {
+    let is_written = |o: &Outcome| {
         let Written { stored_len, checksum, .. } = o.written;
-        ExtentRecord { stored_len, checksum, ..plan.layout.extents()[o.extent] }
+        partial.is_intact(&plan.layout.stripes(o.extent, stored_len), checksum)
     };
-    let is_drawn = |o: &Outcome, drawn: &[ExtentRecord]| drawn.get(o.extent).is_some_and(|e| partial.is_intact(e));
+    let is_drawn = |o: &Outcome, drawn: &[Placed]| {
+        drawn.get(o.extent).is_some_and(|placed| partial.is_intact(&placed.stripes, o.written.checksum))
+    };
     if plan.options.compress && possible.len() == plan.extents.len() {
         let mut written: Vec<(usize, Written)> = possible.iter().map(|o| (o.extent, o.written)).collect();
         written.sort_unstable_by_key(|(extent, _)| *extent);
         let written: Vec<Written> = written.into_iter().map(|(_, written)| written).collect();
         // What cannot have places is nowhere.
-        let drawn = FileWriter::records(&plan.layout, &written).unwrap_or_default();
-        let all = keep(possible.clone(), |o| partial.is_intact(&written_to(o)) || is_drawn(o, &drawn));
+        let drawn = FileWriter::places(&plan.layout, &written).unwrap_or_default();
+        let all = keep(possible.clone(), |o| is_written(o) || is_drawn(o, &drawn));
         if all.len() == possible.len() {
             return all;
         }
         // What is made again may be written over what has been drawn together.
     }
-    keep(possible, |o| partial.is_intact(&written_to(o)))
+    keep(possible, is_written)
 }
 
 /// Whether an extent can have become this.

@@ -1,20 +1,22 @@
-//! Rewriting a model file as the newest version of the format: compressed or not, as one file or in volumes. The weights stay what
-//! they are to the bit; nothing is converted again.
+//! Rewriting a model file as the newest version of the format: compressed or not, as one file, in volumes or striped over drives. The
+//! weights stay what they are to the bit; nothing is converted again.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 use sluice_format::{
-    Codec, ExtentRecord, FORMAT_VERSION, FileLayout, FileWriter, ModelFile, PlannedExtent, Written, planes,
+    Codec, ExtentRecord, FORMAT_VERSION, FileLayout, FileWriter, ModelFile, PlannedExtent, Stripe, Written, planes,
 };
 
 use crate::Progress;
 use crate::error::ConvertError;
-use crate::own::{self, Own, clear_all, clear_idle, folder_of, journal_path, make_room, partial_path};
-use crate::partial::{check_space, claim, publish, refuse_existing, sync_note, targets};
+use crate::own::{self, Own, clear_all, clear_idle, journal_path, make_room};
+use crate::partial::{check_space, claim, publish, refuse_existing, sync_note};
+use crate::striping::{Destination, Striping};
 
 /// What the caller may choose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,25 +64,81 @@ pub fn upgrade(
     progress: &dyn Progress,
 ) -> Result<UpgradeSummary, ConvertError> {
     let model = ModelFile::open(src)?;
-    let layout = layout(&model, options)?;
+    let in_place = dst.is_none_or(|dst| is_same(dst, src));
+    let layout = layout(&model, options, None)?;
     if is_already(&model, &layout, options) {
         return Ok(unchanged(&model));
     }
-    let in_place = dst.is_none_or(|dst| is_same(dst, src));
     if in_place && model.volumes().len() > 1 {
         return Err(ConvertError::Options(format!(
             "{} is one of several volumes, which cannot all be replaced at once: name another file to write",
             src.display()
         )));
     }
-    let dst = if in_place { src } else { dst.unwrap_or(src) };
+    let path = if in_place { src } else { dst.unwrap_or(src) };
     let overwrite = options.overwrite || (in_place && layout.ends().len() == 1);
-    targets(dst, layout.ends().len()).iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
-    let (partials, locks) = claim_all(dst, layout.ends().len(), progress)?;
-    let written = write(&model, layout, options, &locks, progress);
+    let options = UpgradeOptions { overwrite, ..*options };
+    let summary = rewrite(&model, Destination { path, striping: None }, layout, &options, progress)?;
+    if in_place && !summary.files.iter().any(|file| file == src) {
+        fs::remove_file(src).map_err(ConvertError::io(src, "remove it, since its volumes are complete"))?;
+    }
+    Ok(summary)
+}
+
+/// Stripes the model in `src` over folders. Its name there is `name`, or that of `src`. As with [`upgrade`], `src` stays what it was, and
+/// stays beside what is written.
+///
+/// # Errors
+/// [`ConvertError::Options`] where the new volumes would take the places of the model's own; otherwise as [`upgrade`].
+pub fn restripe(
+    src: &Path,
+    name: Option<&Path>,
+    striping: &Striping,
+    overwrite: bool,
+    progress: &dyn Progress,
+) -> Result<UpgradeSummary, ConvertError> {
+    let model = ModelFile::open(src)?;
+    let options = UpgradeOptions { overwrite, ..UpgradeOptions::default() };
+    let layout = layout(&model, &options, Some(striping))?;
+    let path = striping.destination(name.unwrap_or(model.path()));
+    let destination = Destination { path: &path, striping: Some(striping) };
+    let targets = destination.targets(layout.ends().len());
+    let own = |target: &PathBuf| model.volumes().iter().any(|volume| is_same(volume.path(), target));
+    if targets.iter().all(own) && has_stripes(&model, &layout) {
+        return Ok(unchanged(&model));
+    }
+    if let Some(target) = targets.iter().find(|target| own(target)) {
+        return Err(ConvertError::Options(format!(
+            "{} is a volume of this model, which must stay whole until the new one is: name another folder, or join it to one file              first (`sluice restripe --into`)",
+            target.display()
+        )));
+    }
+    rewrite(&model, destination, layout, &options, progress)
+}
+
+/// Whether every extent has the stripes that a layout gives it.
+fn has_stripes(model: &ModelFile, layout: &FileLayout) -> bool {
+    let parts = |stripes: &[Stripe]| stripes.iter().map(|s| (s.volume, s.len)).collect::<Vec<_>>();
+    let same =
+        |(number, e): (usize, &ExtentRecord)| parts(model.stripes(e)) == parts(&layout.stripes(number, e.stored_len));
+    model.extents().iter().enumerate().all(same)
+}
+
+/// Writes the model again to a destination.
+fn rewrite(
+    model: &ModelFile,
+    destination: Destination<'_>,
+    layout: FileLayout,
+    options: &UpgradeOptions,
+    progress: &dyn Progress,
+) -> Result<UpgradeSummary, ConvertError> {
+    let (dst, overwrite) = (destination.path, options.overwrite);
+    destination.targets(layout.ends().len()).iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
+    let (partials, locks) = claim_all(destination, layout.ends().len(), progress)?;
+    let written = write(model, destination, layout, options, &locks, progress);
     // Nothing in them is worth keeping: they can be made again at any time.
     let written = written.inspect_err(|_| partials.iter().for_each(|path| drop(fs::remove_file(path))))?;
-    let files = targets(dst, written.lens.len());
+    let files = destination.targets(written.lens.len());
     files.iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
     for ((path, lock), target) in partials.iter().zip(&locks).zip(&files).rev() {
         publish(&lock.1, path, target)?;
@@ -88,10 +146,9 @@ pub fn upgrade(
     for path in &partials[files.len()..] {
         fs::remove_file(path).map_err(ConvertError::io(path, "remove it"))?;
     }
-    if in_place && !files.iter().any(|file| file == src) {
-        fs::remove_file(src).map_err(ConvertError::io(src, "remove it, since its volumes are complete"))?;
+    for folder in destination.folders() {
+        written.syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
     }
-    written.syncer.folder(folder_of(dst)).map_err(ConvertError::io(folder_of(dst), "sync the folder"))?;
     clear_all(dst)?;
     Ok(UpgradeSummary {
         written: true,
@@ -111,7 +168,11 @@ fn is_same(a: &Path, b: &Path) -> bool {
 }
 
 /// The places of the model's extents before compression.
-fn layout(model: &ModelFile, options: &UpgradeOptions) -> Result<FileLayout, ConvertError> {
+fn layout(
+    model: &ModelFile,
+    options: &UpgradeOptions,
+    striping: Option<&Striping>,
+) -> Result<FileLayout, ConvertError> {
     let planned: Vec<PlannedExtent> = model
         .extents()
         .iter()
@@ -119,12 +180,18 @@ fn layout(model: &ModelFile, options: &UpgradeOptions) -> Result<FileLayout, Con
         .collect();
     let sb = model.superblock();
     let layout = FileLayout::new(sb.page_size, &planned)?;
+    if let Some(striping) = striping {
+        return Ok(layout.stripe(striping.shares().clone())?);
+    }
     let Some(most) = options.split_size else { return Ok(layout) };
-    let metadata: u64 = model.metadata().iter().map(|(name, blob)| (name.len() + blob.len() + 16) as u64).sum();
-    let page = u64::from(sb.page_size);
-    // As much as it can take if nothing of it can be compressed.
-    let metadata = (metadata + metadata / 256).next_multiple_of(page) + page;
-    Ok(layout.split(most, metadata + layout_tables(model))?)
+    Ok(layout.split(most, metadata_bytes(model) + layout_tables(model))?)
+}
+
+/// As much as the metadata can take if nothing of it can be compressed.
+fn metadata_bytes(model: &ModelFile) -> u64 {
+    let bytes: u64 = model.metadata().iter().map(|(name, blob)| (name.len() + blob.len() + 16) as u64).sum();
+    let page = u64::from(model.superblock().page_size);
+    (bytes + bytes / 256).next_multiple_of(page) + page
 }
 
 fn layout_tables(model: &ModelFile) -> u64 {
@@ -149,7 +216,7 @@ fn is_already(model: &ModelFile, layout: &FileLayout, options: &UpgradeOptions) 
         Some(false) => !compressed,
         Some(true) => compressed || !model.extents().iter().any(|e| planes::may_gain(model.tensors_of(e))),
     };
-    model.superblock().version == FORMAT_VERSION && split && wanted
+    model.superblock().version == FORMAT_VERSION && !model.is_striped() && split && wanted
 }
 
 fn unchanged(model: &ModelFile) -> UpgradeSummary {
@@ -168,10 +235,15 @@ fn unchanged(model: &ModelFile) -> UpgradeSummary {
 type Locks = Vec<(PathBuf, File)>;
 
 /// Opens and locks the partial files.
-fn claim_all(dst: &Path, count: usize, progress: &dyn Progress) -> Result<(Vec<PathBuf>, Locks), ConvertError> {
+fn claim_all(
+    destination: Destination<'_>,
+    count: usize,
+    progress: &dyn Progress,
+) -> Result<(Vec<PathBuf>, Locks), ConvertError> {
+    let dst = destination.path;
     let mut notes = Vec::new();
     let journal = journal_path(dst);
-    let partials: Vec<PathBuf> = (0..count).map(|volume| partial_path(dst, volume)).collect();
+    let partials: Vec<PathBuf> = (0..count).map(|volume| destination.partial(volume)).collect();
     // First, so that nothing is left behind where it is in the way.
     own::check(&journal, Own::Journal)?;
     let mut locks = Vec::with_capacity(count);
@@ -187,6 +259,29 @@ fn claim_all(dst: &Path, count: usize, progress: &dyn Progress) -> Result<(Vec<P
     Ok((partials, locks))
 }
 
+/// Refuses to begin volumes that do not fit on their drives.
+fn check_drives(
+    model: &ModelFile,
+    layout: &FileLayout,
+    locks: &Locks,
+    notes: &mut Vec<String>,
+) -> Result<(), ConvertError> {
+    // Of each drive: a file on it, and the bytes of all.
+    let mut drives: Vec<(u64, &Path, u64)> = Vec::new();
+    for (volume, (path, file)) in locks.iter().enumerate() {
+        let tables = layout.table_bytes(model.tensors().len()) + if volume == 0 { metadata_bytes(model) } else { 0 };
+        let of_extents =
+            model.extents().iter().enumerate().flat_map(|(number, e)| layout.stripes(number, e.stored_len));
+        let needed = tables + of_extents.filter(|s| usize::from(s.volume) == volume).map(|s| s.len).sum::<u64>();
+        let drive = file.metadata().map_err(ConvertError::io(path, "read its state"))?.dev();
+        match drives.iter_mut().find(|(other, ..)| *other == drive) {
+            Some((.., sum)) => *sum += needed,
+            None => drives.push((drive, path, needed)),
+        }
+    }
+    drives.into_iter().try_for_each(|(_, path, needed)| check_space(path, needed, notes))
+}
+
 struct Rewritten {
     model_id: String,
     lens: Vec<u64>,
@@ -196,6 +291,7 @@ struct Rewritten {
 
 fn write(
     model: &ModelFile,
+    destination: Destination<'_>,
     layout: FileLayout,
     options: &UpgradeOptions,
     locks: &Locks,
@@ -204,8 +300,11 @@ fn write(
     let path = &locks[0].0;
     if options.compress != Some(true) {
         let mut notes = Vec::new();
-        let needed = if options.compress.is_none() { model.file_bytes() } else { layout.ends().iter().sum() };
-        check_space(path, needed, &mut notes)?;
+        match destination.striping {
+            Some(_) => check_drives(model, &layout, locks, &mut notes)?,
+            None if options.compress.is_none() => check_space(path, model.file_bytes(), &mut notes)?,
+            None => check_space(path, layout.ends().iter().sum(), &mut notes)?,
+        }
         notes.iter().for_each(|note| progress.note(note));
     }
     let duplicate = |(path, lock): &(PathBuf, File)| {
@@ -213,6 +312,9 @@ fn write(
     };
     let files = locks.iter().map(duplicate).collect::<Result<Vec<_>, ConvertError>>()?;
     let mut writer = FileWriter::of_files(files, layout)?;
+    if let Some(striping) = destination.striping {
+        writer.set_folders(striping.recorded()?);
+    }
     let syncer = writer.syncer().clone();
     if let Some(note) = sync_note(path, &writer) {
         progress.note(&note);
@@ -265,7 +367,10 @@ fn copy(
     let mut out = writer.extent(number);
     if options.compress.is_none() {
         model.read_stored(extent, buffer)?;
-        let ExtentRecord { codec, stored_len, checksum, logical_checksum, .. } = *extent;
+        let ExtentRecord { codec, stored_len, logical_checksum, .. } = *extent;
+        // An extent with several stripes has no checksum of its stored bytes as a whole.
+        let striped = model.stripes(extent).len() > 1;
+        let checksum = if striped { sluice_format::checksum(buffer) } else { extent.checksum };
         return Ok(out.copy(Written { codec, stored_len, checksum, logical_checksum }, buffer)?);
     }
     model.read_extent(extent, buffer)?;

@@ -560,7 +560,7 @@ fn what_is_not_supported_is_named_with_its_key() {
             error_after(|keys, _| keys.retain(|(k, _)| k != "llama.context_length")),
             &["llama.context_length", "missing"],
         ),
-        (error_after(|_, t| t.retain(|t| t.0 != "blk.0.ffn_up.weight")), &["missing", "mlp.up_proj"]),
+        (error_after(|_, t| t.retain(|t| t.0 != "blk.0.ffn_up.weight")), &["missing", "blk.0.ffn_up.weight"]),
         (error_after(|_, t| t.push(("blk.0.what.weight".into(), F32, vec![1], vec![0; 4]))), &["blk.0.what.weight"]),
         (error_after(|_, t| t.push(("a\u{1b}[31m".into(), F32, vec![1], vec![0; 4]))), &["\\u{1b}[31m", "control"]),
         (error_after(|_, t| t[3].1 = 4), &["blk.0.attn_k.weight", "gave up"]),

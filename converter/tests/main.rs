@@ -17,5 +17,6 @@ mod recipes;
 mod resume;
 mod sources;
 mod spec;
+mod stripes;
 mod values;
 mod volumes;

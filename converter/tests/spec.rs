@@ -185,10 +185,19 @@ fn impossible_values_of_other_families_are_named_by_their_keys() {
         (json!({"model_type": "llama", "head_dim": 0}), ["`head_dim` is 0", ""]),
         (json!({"model_type": "llama", "intermediate_size": 0}), ["`intermediate_size` is 0", ""]),
         (json!({"model_type": "mistral", "sliding_window": 0}), ["`sliding_window` is 0", ""]),
-        (json!({"model_type": "glm4_moe", "head_dim": 6}), ["`partial_rotary_factor` is 0.5", "pairs"]),
+        (
+            json!({"model_type": "glm4_moe", "head_dim": 6}),
+            ["`partial_rotary_factor` is missing, which means that it is 0.5", "pairs"],
+        ),
         (json!({"model_type": "minimax_m2", "rotary_dim": 63}), ["`rotary_dim` is 63", "even"]),
-        (json!({"model_type": "qwen3_next", "linear_num_key_heads": 5}), ["`linear_num_value_heads` is 32", "5"]),
-        (json!({"model_type": "qwen3_moe", "num_experts": 4}), ["`num_experts_per_tok` is 8", "1 to 4"]),
+        (
+            json!({"model_type": "qwen3_next", "linear_num_key_heads": 5}),
+            ["`linear_num_value_heads` is missing, which means that it is 32", "5"],
+        ),
+        (
+            json!({"model_type": "qwen3_moe", "num_experts": 4}),
+            ["`num_experts_per_tok` is missing, which means that it is 8", "1 to 4"],
+        ),
         (json!({"model_type": "mixtral", "num_local_experts": 0}), ["`num_local_experts` is 0", ""]),
         (
             json!({"model_type": "deepseek_v4", "compress_ratios": [0, 8]}),
@@ -417,7 +426,10 @@ fn what_newer_families_do_not_compute_is_refused_by_its_key() {
             "`rope_scaling.alpha` is -1",
         ),
         (json!({"model_type": "hunyuan_v1_moe", "rope_scaling": {"type": "dynamic", "factor": 2.0}}), "\"dynamic\""),
+        (json!({"model_type": "hunyuan_v1_moe", "norm_topk_prob": false}), "`norm_topk_prob` is false"),
         (json!({"model_type": "hy_v3", "qk_norm": false}), "`qk_norm` is false"),
+        (json!({"model_type": "hy_v3", "moe_router_use_sigmoid": false}), "`moe_router_use_sigmoid` is false"),
+        (json!({"model_type": "granitemoe", "shared_intermediate_size": 64}), "`shared_intermediate_size` must be 0"),
         (json!({"model_type": "dots1", "scoring_func": "softmax"}), "`scoring_func` is \"softmax\""),
         (json!({"model_type": "phimoe", "num_experts_per_tok": 3}), "`num_experts_per_tok` must be 2"),
         (json!({"model_type": "phimoe", "rope_scaling": {"type": "longrope"}}), "`rope_scaling.original_max_position"),
@@ -428,7 +440,10 @@ fn what_newer_families_do_not_compute_is_refused_by_its_key() {
         (json!({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}), "`attn_logit_softcapping` must be null"),
         (json!({"model_type": "gemma3_text", "use_bidirectional_attention": true}), "`use_bidirectional_attention` is"),
         (json!({"model_type": "gemma3_text", "hidden_activation": "relu"}), "`hidden_activation` is \"relu\""),
-        (json!({"model_type": "gemma4_text"}), "`hidden_size_per_layer_input` is 256; only 0"),
+        (
+            json!({"model_type": "gemma4_text"}),
+            "`hidden_size_per_layer_input` is missing, which means that it is 256; only 0",
+        ),
         (
             json!({"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 4}),
             "`num_kv_shared_layers` is 4",
@@ -462,6 +477,32 @@ fn what_newer_families_do_not_compute_is_refused_by_its_key() {
             "block, number 2, that follows no block",
         ),
     ]);
+}
+
+#[test]
+fn a_class_of_another_family_is_refused_and_others_are_not_looked_at() {
+    let with = |model_type: &str, class: &str| of_keys(&json!({"model_type": model_type, "architectures": [class]}));
+    let error = with("deepseek_v3", "Qwen3MoeForCausalLM").unwrap_err().to_string();
+    assert!(error.contains("`architectures` is \"Qwen3MoeForCausalLM\", a class of `qwen3_moe`"), "{error}");
+    for (model_type, class) in [
+        ("kimi_k2", "DeepseekV3ForCausalLM"),
+        ("gemma3_text", "Gemma3ForCausalLM"),
+        ("llama4_text", "Llama4ForCausalLM"),
+        ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
+        ("deepseek_v3", "MyOwnForCausalLM"),
+        ("deepseek_v3", "odd"),
+    ] {
+        let found = with(model_type, class);
+        assert!(found.is_ok(), "{model_type} and {class}: {}", found.unwrap_err());
+    }
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_the_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    std::fs::write(&path, "\u{feff}{\"model_type\": \"mixtral\"}").unwrap();
+    assert_eq!(Geometry::load(path.to_str().unwrap(), None).unwrap().spec().family, "mixtral");
 }
 
 #[test]

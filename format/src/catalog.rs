@@ -7,6 +7,7 @@ use crate::extent::{Codec, ExtentKind, ExtentRecord, NO_LAYER, padded_len};
 use crate::limits::{MAX_EXTENT_BYTES, MAX_EXTENTS, MAX_TENSORS};
 use crate::schema::TensorShape;
 use crate::spec::{ModelSpec, NgramSpec};
+use crate::stripes::{ExtentTable, Stripe};
 use crate::superblock::Superblock;
 use crate::tensor::{ANY_INDEX, Layout, TensorRecord, next_tensor_offset};
 use sluice_weights::WeightType;
@@ -19,7 +20,7 @@ pub(crate) type Problem = (Region, String);
 /// Extents and tensors of a model with their indices.
 #[derive(Debug)]
 pub(crate) struct Catalog {
-    pub(crate) extents: Vec<ExtentRecord>,
+    pub(crate) table: ExtentTable,
     pub(crate) tensors: Vec<TensorRecord>,
     pub(crate) spec: ModelSpec,
     by_key: HashMap<ExtentKey, usize>,
@@ -31,20 +32,26 @@ impl Catalog {
     /// records and layers, whatever numbers the spec claims.
     pub(crate) fn new(
         page_size: u32,
-        extents: Vec<ExtentRecord>,
+        table: ExtentTable,
         tensors: Vec<TensorRecord>,
         spec: ModelSpec,
     ) -> Result<Self, Problem> {
-        let by_key = index_extents(page_size, &extents).map_err(|e| (Region::ExtentTable, e))?;
+        let by_key = index_extents(page_size, &table).map_err(|e| (Region::ExtentTable, e))?;
         let tensors_by_key = index_tensors(&tensors).map_err(|e| (Region::TensorTable, e))?;
-        let catalog = Catalog { extents, tensors, spec, by_key, tensors_by_key };
+        let catalog = Catalog { table, tensors, spec, by_key, tensors_by_key };
         catalog.check_lengths().map_err(|e| (Region::TensorTable, e))?;
         catalog.check_against_spec()?;
         Ok(catalog)
     }
 
     pub(crate) fn extent(&self, kind: ExtentKind, layer: u32, index: u32) -> Option<&ExtentRecord> {
-        self.by_key.get(&(kind, layer, index)).map(|&i| &self.extents[i])
+        self.by_key.get(&(kind, layer, index)).map(|&i| &self.table.extents[i])
+    }
+
+    /// The stripes of one of these extents.
+    pub(crate) fn stripes(&self, extent: &ExtentRecord) -> &[Stripe] {
+        let number = self.by_key.get(&(extent.kind, extent.layer, extent.index));
+        number.map_or(&[], |&number| self.table.stripes(number))
     }
 
     /// The tensors that describe an extent with this name, in the order of their offsets.
@@ -56,7 +63,7 @@ impl Catalog {
     /// Every extent is as long as its tensors, and every record describes an extent.
     fn check_lengths(&self) -> Result<(), String> {
         let mut described = HashSet::with_capacity(self.tensors_by_key.len());
-        for e in &self.extents {
+        for e in &self.table.extents {
             let tensors = self.tensors_in(e.kind, e.layer, e.index);
             let last = tensors.last().ok_or_else(|| format!("{} has no tensors", e.name()))?;
             let end = last.offset + last.len;
@@ -93,8 +100,8 @@ impl Catalog {
         for ngrams in &self.spec.ngrams {
             expected += self.check_table(ngrams).map_err(tensor_table)?;
         }
-        if expected != self.extents.len() {
-            let problem = format!("the file has {} extents, its spec implies {expected}", self.extents.len());
+        if expected != self.table.extents.len() {
+            let problem = format!("the file has {} extents, its spec implies {expected}", self.table.extents.len());
             return Err((Region::ExtentTable, problem));
         }
         Ok(())
@@ -138,11 +145,15 @@ impl Catalog {
         if rows != ngrams.table_rows {
             return Err(format!("the table of layer {layer} has {rows} rows, its spec implies {}", ngrams.table_rows));
         }
-        let parts = (0..count as u32).filter_map(|index| self.extent(ExtentKind::Table, layer, index));
-        match parts.filter(|e| e.codec != Codec::Raw).map(ExtentRecord::name).next() {
-            Some(name) => Err(format!("{name} is compressed, so that its rows cannot be read")),
-            None => Ok(count),
+        for e in (0..count as u32).filter_map(|index| self.extent(ExtentKind::Table, layer, index)) {
+            if e.codec != Codec::Raw {
+                return Err(format!("{} is compressed, so that its rows cannot be read", e.name()));
+            }
+            if self.stripes(e).len() > 1 {
+                return Err(format!("{} has several stripes, so that its rows cannot be read", e.name()));
+            }
         }
+        Ok(count)
     }
 
     /// Rows and number of the parts of `kind` in `layer`; `wanted` gives what a part with a number of rows of a type
@@ -177,12 +188,14 @@ impl Catalog {
 }
 
 /// Superblock, extents and tables tile the file of every volume in this order: no gap, no overlap, no byte that no checksum covers.
-pub(crate) fn check_tiling(superblocks: &[&Superblock], extents: &[ExtentRecord]) -> Result<(), String> {
+pub(crate) fn check_tiling(superblocks: &[&Superblock], table: &ExtentTable) -> Result<(), String> {
     let mut ends: Vec<u64> = superblocks.iter().map(|superblock| u64::from(superblock.page_size)).collect();
-    for e in extents {
-        let end =
-            ends.get_mut(usize::from(e.volume)).ok_or_else(|| format!("{} lies in volume {}", e.name(), e.volume))?;
-        *end = next_region(*end, e.offset, e.stored_len)?;
+    for (e, stripes) in table.iter() {
+        for &Stripe { volume, offset, len, .. } in stripes {
+            let end =
+                ends.get_mut(usize::from(volume)).ok_or_else(|| format!("{} lies in volume {volume}", e.name()))?;
+            *end = next_region(*end, offset, len)?;
+        }
     }
     superblocks.iter().zip(ends).try_for_each(|(superblock, end)| check_tables(superblock, end))
 }
@@ -208,12 +221,17 @@ fn check_tables(superblock: &Superblock, mut end: u64) -> Result<(), String> {
 }
 
 /// Each extent has a length that its codec allows, and occurs once.
-fn index_extents(page_size: u32, extents: &[ExtentRecord]) -> Result<HashMap<ExtentKey, usize>, String> {
+fn index_extents(page_size: u32, table: &ExtentTable) -> Result<HashMap<ExtentKey, usize>, String> {
+    let extents = &table.extents;
     if extents.len() > MAX_EXTENTS {
         return Err(format!("it has {} records, more than {MAX_EXTENTS}", extents.len()));
     }
     let mut by_key = HashMap::with_capacity(extents.len());
-    for (i, e) in extents.iter().enumerate() {
+    for (i, (e, stripes)) in table.iter().enumerate() {
+        let has_pages = |stripe: &Stripe| stripe.len > 0 && stripe.len.is_multiple_of(u64::from(page_size));
+        if stripes.len() > 1 && !stripes.iter().all(has_pages) {
+            return Err(format!("a stripe of {} does not consist of whole pages", e.name()));
+        }
         if !has_possible_length(e, page_size) {
             return Err(format!(
                 "{} has an impossible stored length {} for logical length {}",

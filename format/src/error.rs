@@ -54,7 +54,8 @@ pub enum FormatError {
     },
     /// The superblock was never written.
     #[error(
-        "{path} is an unfinished conversion: its superblock was never written. Run the same `sluice convert` again; it resumes"
+        "{path} begins with zeros where a model file has its superblock: it is an unfinished conversion, or no model was ever written to it. \
+         If a conversion was interrupted, run the same `sluice convert` again; it resumes. Otherwise convert or copy the model again"
     )]
     Unfinished {
         /// The file.
@@ -128,8 +129,8 @@ pub enum FormatError {
     },
     /// A volume is missing.
     #[error(
-        "{path} is missing: {named} is one of the {count} volumes of a model, and all are needed. Put it beside the others, or a \
-         link to it: {source}"
+        "{path} is missing: {named} is one of the {count} volumes of a model, and all are needed. Put it there or beside the first \
+         one, or a link to it; if its drive is mounted elsewhere now, name its folder in the variable SLUICE_VOLUMES: {source}"
     )]
     MissingVolume {
         /// The missing file.

@@ -114,15 +114,15 @@ pub struct ExtentRecord {
     pub layer: u32,
     /// Expert number, or part of the embedding or head; else 0.
     pub index: u32,
-    /// Volume that holds it, `0..volume_count`.
+    /// Volume that holds it, or its first stripe, `0..volume_count`.
     pub volume: u16,
-    /// Byte offset in its volume: a multiple of the page size.
+    /// Byte offset in that volume: a multiple of the page size.
     pub offset: u64,
-    /// Bytes in the file, a multiple of the page size: what one read moves and what the checksum covers.
+    /// Stored bytes, of all its stripes, a multiple of the page size.
     pub stored_len: u64,
     /// Bytes that mean something.
     pub logical_len: u64,
-    /// xxh3-64 of the stored bytes, padding included.
+    /// xxh3-64 of the stored bytes, padding included; 0 for a compressed extent with several stripes, which have checksums of their own.
     pub checksum: u64,
     /// xxh3-64 of the padded bytes; equal to `checksum` if the extent is not compressed.
     pub logical_checksum: u64,
@@ -133,12 +133,18 @@ pub struct ExtentRecord {
 impl ExtentRecord {
     /// Serialises to the table's record of a file of this version of the format.
     pub fn to_bytes(self, version: u32) -> [u8; at::LEN] {
+        self.to_bytes_of_stripe(version, 0)
+    }
+
+    /// As [`ExtentRecord::to_bytes`], where place, stored bytes and checksum are those of stripe number `stripe`.
+    pub(crate) fn to_bytes_of_stripe(self, version: u32, stripe: u16) -> [u8; at::LEN] {
         let mut b = [0; at::LEN];
         put(&mut b, at::KIND, &(self.kind as u16).to_le_bytes());
         put(&mut b, at::CODEC, &(self.codec as u16).to_le_bytes());
         put(&mut b, at::LAYER, &self.layer.to_le_bytes());
         put(&mut b, at::INDEX, &self.index.to_le_bytes());
         put(&mut b, at::VOLUME, &self.volume.to_le_bytes());
+        put(&mut b, at::STRIPE, &stripe.to_le_bytes());
         put(&mut b, at::OFFSET, &self.offset.to_le_bytes());
         put(&mut b, at::STORED_LEN, &self.stored_len.to_le_bytes());
         put(&mut b, at::LOGICAL_LEN, &self.logical_len.to_le_bytes());
@@ -149,18 +155,20 @@ impl ExtentRecord {
         b
     }
 
-    /// Parses one record of a file of this version and page size; `Err` says which field is unknown to that version.
-    pub(crate) fn parse(b: &[u8], version: u32, page_size: u32) -> Result<Self, String> {
+    /// Parses one record of a file of this version and page size, and the number of the stripe that it describes; `Err` says which field
+    /// is unknown to that version.
+    pub(crate) fn parse(b: &[u8], version: u32, page_size: u32) -> Result<(Self, u16), String> {
         let kind = get_u16(b, at::KIND);
         let code = get_u16(b, at::CODEC);
         let logical_checksum = get_u64(b, at::LOGICAL_CHECKSUM);
-        if reserved_in_use(&at::FIELDS, b) || (version == 1 && logical_checksum != 0) {
+        let stripe = get_u16(b, at::STRIPE);
+        if reserved_in_use(&at::FIELDS, b) || (version == 1 && (logical_checksum != 0 || stripe != 0)) {
             return Err("its reserved bytes are in use".into());
         }
         let codec = Codec::from_code(code).filter(|codec| version > 1 || *codec == Codec::Raw);
         let checksum = get_u64(b, at::CHECKSUM);
         let logical_len = get_u64(b, at::LOGICAL_LEN);
-        Ok(ExtentRecord {
+        let record = ExtentRecord {
             kind: ExtentKind::from_code(kind).ok_or_else(|| format!("its kind {kind} is unknown"))?,
             codec: codec.ok_or_else(|| format!("its codec {code} is unknown"))?,
             layer: get_u32(b, at::LAYER),
@@ -173,7 +181,8 @@ impl ExtentRecord {
             logical_checksum: if version == 1 { checksum } else { logical_checksum },
             // The check of the lengths refuses one that overflows.
             padded_len: padded_len(logical_len, page_size).unwrap_or(u64::MAX),
-        })
+        };
+        Ok((record, stripe))
     }
 
     /// The extent's name in reports and errors, such as `layer 3 expert 17`.

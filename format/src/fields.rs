@@ -132,6 +132,7 @@ pub mod extent {
     pub(crate) const LAYER: usize = 4;
     pub(crate) const INDEX: usize = 8;
     pub(crate) const VOLUME: usize = 12;
+    pub(crate) const STRIPE: usize = 14;
     pub(crate) const OFFSET: usize = 16;
     pub(crate) const STORED_LEN: usize = 24;
     pub(crate) const LOGICAL_LEN: usize = 32;
@@ -148,7 +149,7 @@ pub mod extent {
         field("layer", LAYER, 4),
         field("index", INDEX, 4),
         field("volume", VOLUME, 2),
-        field(super::RESERVED, 14, 2),
+        field("stripe", STRIPE, 2),
         field("offset", OFFSET, 8),
         field("stored_len", STORED_LEN, 8),
         field("logical_len", LOGICAL_LEN, 8),

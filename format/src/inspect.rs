@@ -56,6 +56,16 @@ impl ModelFile {
         self.extents().iter().filter(|e| e.codec != Codec::Raw).count()
     }
 
+    /// The part of the stored bytes of experts that lies in each volume.
+    pub fn expert_shares(&self) -> Vec<f64> {
+        let mut bytes = vec![0u64; self.volumes().len()];
+        for stripe in self.of_kind(ExtentKind::Expert).flat_map(|e| self.stripes(e)) {
+            bytes[usize::from(stripe.volume)] += stripe.len;
+        }
+        let all = bytes.iter().sum::<u64>().max(1);
+        bytes.into_iter().map(|bytes| bytes as f64 / all as f64).collect()
+    }
+
     /// Stored bytes of all extents.
     pub fn extent_bytes(&self) -> u64 {
         self.extents().iter().map(|e| e.stored_len).sum()

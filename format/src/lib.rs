@@ -8,7 +8,8 @@
 //! ladder of checks with one typed error each; no length is used for an allocation before it has been checked. Both sides
 //! share those checks, so the writer refuses what the reader would refuse.
 //!
-//! A model can consist of several such files, its volumes, and an extent can be compressed ([`planes`]).
+//! A model can consist of several such files, its volumes. An extent can be compressed ([`planes`]), and divided among volumes
+//! ([`Stripe`]).
 //!
 //! ```text
 //! | superblock | extent | extent | ... | extent | extent table | tensor table | metadata |
@@ -34,6 +35,7 @@ mod schema;
 pub mod sectors;
 mod spec;
 mod state_id;
+mod stripes;
 mod superblock;
 mod tensor;
 mod verify;
@@ -53,12 +55,13 @@ pub use metadata::{
     TOKENIZER_BLOBS, TOKENIZER_CONFIG_BLOB,
 };
 pub use placing::{FileLayout, PlannedExtent};
-pub use reader::{ModelFile, open_no_link, open_regular, verify_extent};
+pub use reader::{ModelFile, open_no_link, open_regular};
 pub use rewrite::{REWRITE_MAGIC, REWRITE_VERSION, Recovery, recover, rewrite_metadata};
 pub use schema::TensorShape;
 pub use sluice_weights::{BLOCK, FP8_BLOCK, Grouped, PLANE_ALIGN, ROW_GROUP, WeightType};
 pub use spec::*;
 pub use state_id::StateId;
+pub use stripes::{MAX_SHARE, Placed, Shares, Stripe};
 pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, READ_VERSIONS, Superblock, TableRef};
 pub use tensor::{ANY_INDEX, Layout, MAX_ORDERED_COLS, TensorRecord, order_len, pack_tensors};
 pub use volumes::{Volume, VolumeName, model_path};

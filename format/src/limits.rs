@@ -22,6 +22,8 @@ pub const MAX_EXTENT_BYTES: u64 = 8 << 30;
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
 /// Most volumes of a model.
 pub const MAX_VOLUMES: usize = 1 << 10;
+/// Most stripes of an extent, and most volumes over which a model can be striped.
+pub const MAX_STRIPES: usize = 16;
 
 /// Most layers of a model.
 pub const MAX_LAYERS: usize = 4096;

@@ -7,6 +7,7 @@ use crate::extent::{Codec, ExtentKind, ExtentRecord, padded_len};
 use crate::fields;
 use crate::limits::{MAX_SPEC_BYTES, MAX_VOLUMES};
 use crate::spec::ModelSpec;
+use crate::stripes::{ExtentTable, Placed, Shares, Stripe};
 use crate::superblock::PAGE_SIZES;
 use crate::tensor::{TensorRecord, is_tensor_name};
 
@@ -33,6 +34,10 @@ pub struct FileLayout {
     ends: Vec<u64>,
     /// Most bytes of extents in a volume, and its superblock; none for one file.
     room: Option<u64>,
+    /// How extents are striped over volumes, if they are.
+    shares: Option<Shares>,
+    /// If they are: where each extent begins in each volume.
+    starts: Vec<Vec<u64>>,
 }
 
 impl FileLayout {
@@ -61,7 +66,8 @@ impl FileLayout {
                 padded_len: stored_len,
             });
         }
-        let mut layout = FileLayout { page_size, extents, ends: Vec::new(), room: None };
+        let ends = Vec::new();
+        let mut layout = FileLayout { page_size, extents, ends, room: None, shares: None, starts: Vec::new() };
         layout.place()?;
         Ok(layout)
     }
@@ -81,6 +87,32 @@ impl FileLayout {
         self.room = Some(room);
         self.place()?;
         Ok(self)
+    }
+
+    /// The same extents striped over volumes.
+    ///
+    /// # Errors
+    /// [`FormatError::Layout`] for more than 2^64 bytes.
+    pub fn stripe(mut self, shares: Shares) -> Result<Self, FormatError> {
+        self.room = None;
+        self.shares = Some(shares);
+        self.place()?;
+        Ok(self)
+    }
+
+    /// How extents are striped over volumes, if they are.
+    pub fn shares(&self) -> Option<&Shares> {
+        self.shares.as_ref()
+    }
+
+    /// The stripes of an extent before others are moved together: where an extent of `stored_len` bytes is first written. Their
+    /// checksums are 0.
+    pub fn stripes(&self, number: usize, stored_len: u64) -> Vec<Stripe> {
+        let ExtentRecord { kind, index, volume, offset, .. } = self.extents[number];
+        match &self.shares {
+            None => vec![Stripe { volume, offset, len: stored_len, checksum: 0 }],
+            Some(shares) => striped(&shares.lens(kind, index, stored_len, self.page_size), &self.starts[number]),
+        }
     }
 
     /// The least room per volume with which every extent fits into a volume, and all extents fit into the largest number of volumes
@@ -114,8 +146,13 @@ impl FileLayout {
 
     fn place(&mut self) -> Result<(), FormatError> {
         let mut placer = self.placer();
+        self.starts.clear();
         for e in &mut self.extents {
-            (e.volume, e.offset) = placer.next(&e.name(), e.stored_len)?;
+            if self.shares.is_some() {
+                self.starts.push(placer.ends.clone());
+            }
+            let first = placer.next(e, e.stored_len)?[0];
+            (e.volume, e.offset) = (first.volume, first.offset);
         }
         self.ends = placer.ends;
         Ok(())
@@ -123,8 +160,9 @@ impl FileLayout {
 
     /// Gives extents their places, from the first on.
     pub(crate) fn placer(&self) -> Placer {
-        let page = u64::from(self.page_size);
-        Placer { ends: vec![page], page, room: self.room }
+        let volumes = self.shares.as_ref().map_or(1, Shares::volumes);
+        let ends = vec![u64::from(self.page_size); volumes];
+        Placer { ends, page_size: self.page_size, room: self.room, shares: self.shares.clone() }
     }
 
     /// Checks that extents, tensors and spec make a file that [`crate::ModelFile`] opens, before hours are spent on its bytes.
@@ -132,13 +170,18 @@ impl FileLayout {
     /// # Errors
     /// [`FormatError::Layout`].
     pub fn check(&self, tensors: &[TensorRecord], spec: &ModelSpec) -> Result<(), FormatError> {
-        self.check_as(&self.extents, tensors, spec)
+        let placed = |(number, record): (usize, &ExtentRecord)| {
+            let stripes = self.stripes(number, record.stored_len);
+            Placed { record: *record, stripes }
+        };
+        let table = ExtentTable::of_placed(self.extents.iter().enumerate().map(placed).collect());
+        self.check_as(table, tensors, spec)
     }
 
     /// The same check for extents that have been written.
     pub(crate) fn check_as(
         &self,
-        extents: &[ExtentRecord],
+        table: ExtentTable,
         tensors: &[TensorRecord],
         spec: &ModelSpec,
     ) -> Result<(), FormatError> {
@@ -149,7 +192,7 @@ impl FileLayout {
         if spec.to_json().len() > MAX_SPEC_BYTES {
             return Err(layout_error(Region::Metadata, "its spec is too long"));
         }
-        Catalog::new(self.page_size, extents.to_vec(), tensors.to_vec(), spec.clone())
+        Catalog::new(self.page_size, table, tensors.to_vec(), spec.clone())
             .map(drop)
             .map_err(|(region, problem)| layout_error(region, &problem))
     }
@@ -177,7 +220,9 @@ impl FileLayout {
     /// Bytes of extent table and tensor table of a file with this many tensors.
     pub fn table_bytes(&self, tensors: usize) -> u64 {
         let page = self.page_size as usize;
-        let tables = [self.extents.len() * fields::extent::LEN, tensors * fields::tensor::LEN];
+        // Of a striped model, as many records as an extent can have stripes.
+        let records = self.extents.len() * self.shares.as_ref().map_or(1, Shares::volumes);
+        let tables = [records * fields::extent::LEN, tensors * fields::tensor::LEN];
         tables.iter().map(|len| len.max(&1).next_multiple_of(page) as u64).sum()
     }
 }
@@ -187,20 +232,37 @@ impl FileLayout {
 pub(crate) struct Placer {
     /// Of each volume so far, where its last extent ends.
     pub(crate) ends: Vec<u64>,
-    page: u64,
+    page_size: u32,
     room: Option<u64>,
+    shares: Option<Shares>,
 }
 
 impl Placer {
-    /// The volume and the offset of an extent with this many stored bytes.
-    pub(crate) fn next(&mut self, name: &str, stored_len: u64) -> Result<(u16, u64), FormatError> {
+    /// The stripes of an extent with this many stored bytes, without checksums; at least one.
+    pub(crate) fn next(&mut self, extent: &ExtentRecord, stored_len: u64) -> Result<Vec<Stripe>, FormatError> {
+        let Some(shares) = &self.shares else {
+            let (volume, offset) = self.whole(extent, stored_len)?;
+            return Ok(vec![Stripe { volume, offset, len: stored_len, checksum: 0 }]);
+        };
+        let lens = shares.lens(extent.kind, extent.index, stored_len, self.page_size);
+        let stripes = striped(&lens, &self.ends);
+        for (end, len) in self.ends.iter_mut().zip(lens) {
+            *end = end.checked_add(len).ok_or_else(too_long)?;
+        }
+        Ok(stripes)
+    }
+
+    /// The volume and the offset of an extent that is not divided.
+    fn whole(&mut self, extent: &ExtentRecord, stored_len: u64) -> Result<(u16, u64), FormatError> {
+        let page = u64::from(self.page_size);
         let last = self.ends.len() - 1;
         let end = self.ends[last].checked_add(stored_len).ok_or_else(too_long)?;
         if self.room.is_none_or(|room| end <= room) {
             return Ok((last as u16, std::mem::replace(&mut self.ends[last], end)));
         }
-        let first = round_up(stored_len, self.page).and_then(|len| len.checked_add(self.page)).ok_or_else(too_long)?;
+        let first = round_up(stored_len, page).and_then(|len| len.checked_add(page)).ok_or_else(too_long)?;
         if self.room.is_some_and(|room| first > room) {
+            let name = extent.name();
             return Err(FormatError::Layout(format!(
                 "{name} has {stored_len} bytes, which do not fit into one volume: let volumes be longer"
             )));
@@ -211,8 +273,15 @@ impl Placer {
             )));
         }
         self.ends.push(first);
-        Ok((last as u16 + 1, self.page))
+        Ok((last as u16 + 1, page))
     }
+}
+
+/// Stripes of these lengths at these offsets, by volume.
+fn striped(lens: &[u64], offsets: &[u64]) -> Vec<Stripe> {
+    let stripes = (0..).zip(lens.iter().zip(offsets));
+    let stripe = |(volume, (&len, &offset))| (len > 0).then_some(Stripe { volume, offset, len, checksum: 0 });
+    stripes.filter_map(stripe).collect()
 }
 
 pub(crate) fn too_long() -> FormatError {

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::bytes::round_up;
 use crate::catalog::{Catalog, check_tiling};
@@ -17,6 +17,7 @@ use crate::planes::decode;
 use crate::rewrite::is_interrupted;
 use crate::spec::ModelSpec;
 use crate::state_id::StateId;
+use crate::stripes::{ExtentTable, Stripe};
 use crate::superblock::{ModelId, Superblock, SuperblockError, TableRef};
 use crate::tensor::TensorRecord;
 use crate::volumes::{Volume, VolumeName, model_path};
@@ -66,8 +67,9 @@ impl ModelFile {
 
         let extent_table = read(Region::ExtentTable, sb.extents)?;
         let record = |bytes: &[u8]| ExtentRecord::parse(bytes, sb.version, sb.page_size);
-        let extents =
-            parse_records(&extent_table, fields::extent::LEN, record).map_err(invalid(Region::ExtentTable))?;
+        let extents = parse_records(&extent_table, fields::extent::LEN, record)
+            .and_then(ExtentTable::of_records)
+            .map_err(invalid(Region::ExtentTable))?;
         let tensor_table = read(Region::TensorTable, sb.tensors)?;
         let tensors = parse_records(&tensor_table, fields::tensor::LEN, TensorRecord::parse)
             .map_err(invalid(Region::TensorTable))?;
@@ -123,7 +125,17 @@ impl ModelFile {
 
     /// All extents in table order, which is file order.
     pub fn extents(&self) -> &[ExtentRecord] {
-        &self.catalog.extents
+        &self.catalog.table.extents
+    }
+
+    /// The stripes of an extent of this model, in the order of their bytes: several if reading it uses several volumes at once, else one.
+    pub fn stripes(&self, extent: &ExtentRecord) -> &[Stripe] {
+        self.catalog.stripes(extent)
+    }
+
+    /// Whether extents are striped over the volumes.
+    pub fn is_striped(&self) -> bool {
+        self.catalog.table.is_striped()
     }
 
     /// All tensor records.
@@ -197,25 +209,49 @@ impl ModelFile {
     /// # Errors
     /// [`FormatError::ExtentRead`] and [`FormatError::ExtentChecksum`].
     pub fn read_stored(&self, extent: &ExtentRecord, buffer: &mut Vec<u8>) -> Result<(), FormatError> {
-        let file = self.file_of(extent);
-        let read = resize(buffer, extent.stored_len).and_then(|()| file.read_exact_at(buffer, extent.offset));
-        read.map_err(|source| self.extent_read(extent, source))?;
-        verify_extent(self.path_of(extent), extent, buffer)
+        resize(buffer, extent.stored_len).map_err(|source| self.extent_read(extent, source))?;
+        let mut rest = &mut buffer[..];
+        let stripes = self.stripes(extent);
+        for stripe in stripes {
+            let bytes =
+                rest.split_off_mut(..stripe.len as usize).expect("the lengths of stripes add up to the extent's");
+            let volume = self.volume_of(stripe);
+            let read = volume.file().read_exact_at(bytes, stripe.offset);
+            read.map_err(|source| self.stripe_read(extent, stripe, source))?;
+            if checksum(bytes) != stripe.checksum {
+                return Err(stripe_checksum_error(volume.path(), extent, stripe));
+            }
+        }
+        // That stripes are right does not say that they are in their order.
+        if stripes.len() > 1 && extent.codec == Codec::Raw && checksum(buffer) != extent.logical_checksum {
+            return Err(checksum_error(self.path_of(extent), extent));
+        }
+        Ok(())
     }
 
-    /// The file that an extent lies in.
-    pub(crate) fn file_of(&self, extent: &ExtentRecord) -> &File {
-        self.volumes[usize::from(extent.volume)].file()
+    /// The volume of a stripe.
+    pub(crate) fn volume_of(&self, stripe: &Stripe) -> &Volume {
+        &self.volumes[usize::from(stripe.volume)]
     }
 
-    /// The path of that file.
+    /// The path of the file that an extent, or its first stripe, lies in.
     pub fn path_of(&self, extent: &ExtentRecord) -> &Path {
         self.volumes[usize::from(extent.volume)].path()
     }
 
-    pub(crate) fn extent_read(&self, extent: &ExtentRecord, source: io::Error) -> FormatError {
+    fn extent_read(&self, extent: &ExtentRecord, source: io::Error) -> FormatError {
         let path = self.path_of(extent).to_owned();
         FormatError::ExtentRead { path, extent: extent.name(), offset: extent.offset, source }
+    }
+
+    pub(crate) fn stripe_read(&self, extent: &ExtentRecord, stripe: &Stripe, source: io::Error) -> FormatError {
+        let path = self.volume_of(stripe).path().to_owned();
+        FormatError::ExtentRead { path, extent: extent.name(), offset: stripe.offset, source }
+    }
+
+    /// The content of the extent table.
+    pub(crate) fn extent_table(&self) -> &ExtentTable {
+        &self.catalog.table
     }
 }
 
@@ -286,31 +322,33 @@ pub(crate) fn read_spec(metadata: &Metadata) -> Result<ModelSpec, String> {
     ModelSpec::from_json(json).map_err(|e| format!("`{SPEC_BLOB}`: {e}"))
 }
 
-/// Checks the bytes of one extent against its record.
-///
-/// # Errors
-/// [`FormatError::ExtentChecksum`].
-pub fn verify_extent(path: &Path, extent: &ExtentRecord, stored: &[u8]) -> Result<(), FormatError> {
-    if stored.len() as u64 == extent.stored_len && checksum(stored) == extent.checksum {
-        return Ok(());
-    }
-    Err(checksum_error(path, extent))
+pub(crate) fn stripe_checksum_error(path: &Path, extent: &ExtentRecord, stripe: &Stripe) -> FormatError {
+    FormatError::ExtentChecksum { path: path.to_owned(), extent: extent.name(), offset: stripe.offset }
 }
 
 pub(crate) fn checksum_error(path: &Path, extent: &ExtentRecord) -> FormatError {
     FormatError::ExtentChecksum { path: path.to_owned(), extent: extent.name(), offset: extent.offset }
 }
 
-pub(crate) fn read_superblock(path: &Path, file: &File, actual: u64) -> Result<Superblock, FormatError> {
-    let superblock = parse_superblock_at(path, file, actual)?;
+/// The superblock of a whole file, and the folders that it names.
+pub(crate) fn read_superblock(
+    path: &Path,
+    file: &File,
+    actual: u64,
+) -> Result<(Superblock, Vec<PathBuf>), FormatError> {
+    let (superblock, folders) = parse_superblock_at(path, file, actual)?;
     if superblock.file_len != actual {
         return Err(FormatError::FileLength { path: path.to_owned(), actual, expected: superblock.file_len });
     }
-    Ok(superblock)
+    Ok((superblock, folders))
 }
 
 /// The superblock of a file of `actual` bytes, whatever length the superblock announces.
-pub(crate) fn parse_superblock_at(path: &Path, file: &File, actual: u64) -> Result<Superblock, FormatError> {
+pub(crate) fn parse_superblock_at(
+    path: &Path,
+    file: &File,
+    actual: u64,
+) -> Result<(Superblock, Vec<PathBuf>), FormatError> {
     let path_buf = || path.to_owned();
     let refuse = |e| match e {
         SuperblockError::NotSluice => FormatError::NotSluice { path: path_buf() },
@@ -334,7 +372,7 @@ pub(crate) fn parse_superblock_at(path: &Path, file: &File, actual: u64) -> Resu
     }
     let mut page = vec![0; page_size as usize];
     file.read_exact_at(&mut page, 0).map_err(io)?;
-    Superblock::parse(&page).map_err(refuse)
+    Superblock::parse_page(&page).map_err(refuse)
 }
 
 /// Reads the stored bytes of one table.

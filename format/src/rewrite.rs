@@ -9,7 +9,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::bytes::{array, get_u32, get_u64, put, round_up};
 use crate::catalog::check_tiling;
@@ -63,6 +63,10 @@ impl Step {
 #[derive(Debug)]
 struct Pending {
     superblock: Superblock,
+    /// The folders that the superblock names.
+    folders: Vec<PathBuf>,
+    /// Its page.
+    page: Vec<u8>,
     metadata: Vec<u8>,
 }
 
@@ -81,7 +85,7 @@ impl Pending {
         vec![
             Step::Write(sb.metadata.offset, self.metadata.clone()),
             Step::Sync,
-            Step::Write(0, sb.to_page()),
+            Step::Write(0, self.page.clone()),
             Step::Sync,
             Step::SetLen(sb.file_len),
             Step::Sync,
@@ -91,14 +95,14 @@ impl Pending {
     /// Whether the file will be whole once the work is done. Only an attacker puts a log behind a file to which it does not
     /// belong, but replaying such a log would destroy the file.
     fn check(&self, path: &Path, file: File) -> Result<(), FormatError> {
-        let volumes = Volume::new(path, file, self.superblock).with_others()?;
+        let volumes = Volume::new(path, file, (self.superblock, self.folders.clone())).with_others()?;
         ModelFile::check(volumes, Some(self.metadata.clone())).map(drop)
     }
 
     /// Superblock, metadata, and a page whose last bytes are the footer.
     fn log(&self, log_offset: u64) -> Vec<u8> {
         let sb = &self.superblock;
-        let mut log = sb.to_page();
+        let mut log = self.page.clone();
         log.extend(&self.metadata);
         let mut footer = [0; at::LEN];
         put(&mut footer, at::MAGIC, &REWRITE_MAGIC);
@@ -143,14 +147,14 @@ impl Pending {
             return Ok(None);
         }
         let metadata = log.split_off(page_size as usize);
-        let Ok(superblock) = Superblock::parse(&log) else { return Ok(None) };
+        let Ok((superblock, folders)) = Superblock::parse_page(&log) else { return Ok(None) };
         let table = superblock.metadata;
         // The log must lie behind all that is written from it.
         let fits = superblock.page_size == page_size
             && table.stored_len == metadata_len
             && table.offset.checked_add(metadata_len) == Some(superblock.file_len)
             && superblock.file_len <= log_offset;
-        Ok(fits.then_some(Pending { superblock, metadata }))
+        Ok(fits.then_some(Pending { superblock, folders, page: log, metadata }))
     }
 }
 
@@ -227,13 +231,13 @@ pub fn recover(path: &Path) -> Result<Option<Recovery>, FormatError> {
 /// Cuts off an incomplete log: bytes behind the end of a file that is otherwise whole, if they are no longer than a log
 /// can be.
 fn undo(path: &Path, file: &File, len: u64) -> Option<Vec<Step>> {
-    let superblock = parse_superblock_at(path, file, len).ok()?;
+    let (superblock, folders) = parse_superblock_at(path, file, len).ok()?;
     let excess = len.checked_sub(superblock.file_len)?;
     let most = 2 * MAX_METADATA_BYTES + 2 * u64::from(superblock.page_size);
     if excess == 0 || excess > most {
         return None;
     }
-    let volume = Volume::new(path, file.try_clone().ok()?, superblock);
+    let volume = Volume::new(path, file.try_clone().ok()?, (superblock, folders));
     ModelFile::check(volume.with_others().ok()?, None).ok()?;
     Some(vec![Step::SetLen(superblock.file_len), Step::Sync])
 }
@@ -255,7 +259,7 @@ fn plan(model: &ModelFile, metadata: &Metadata) -> Result<Pending, FormatError> 
     let old = model.superblock();
     let (mut bytes, blobs) = metadata.encode(old.version).map_err(layout)?;
     Metadata::parse(&blobs).map_err(layout)?;
-    let model_id = ModelId::of(&extent_table(model), &tensor_table(model), &blobs);
+    let model_id = ModelId::of(&model.extent_table().to_bytes(old.version), &tensor_table(model), &blobs);
     let logical_len = bytes.len() as u64;
     let too_long = || layout("it is too long".into());
     let stored_len = round_up(logical_len, u64::from(old.page_size)).ok_or_else(too_long)?;
@@ -266,14 +270,10 @@ fn plan(model: &ModelFile, metadata: &Metadata) -> Result<Pending, FormatError> 
     check_table_place(&superblock, Region::Metadata, table).map_err(layout)?;
     let others = model.volumes().iter().skip(1).map(Volume::superblock);
     let superblocks: Vec<_> = std::iter::once(&superblock).chain(others).collect();
-    check_tiling(&superblocks, model.extents()).map_err(layout)?;
-    Ok(Pending { superblock, metadata: bytes })
-}
-
-/// The logical bytes of the extent table.
-fn extent_table(model: &ModelFile) -> Vec<u8> {
-    let version = model.superblock().version;
-    model.extents().iter().flat_map(|e| e.to_bytes(version)).collect()
+    check_tiling(&superblocks, model.extent_table()).map_err(layout)?;
+    let folders = model.volumes()[0].folders().to_vec();
+    let page = superblock.page_with(&folders).map_err(layout)?;
+    Ok(Pending { superblock, folders, page, metadata: bytes })
 }
 
 /// The logical bytes of the tensor table.

@@ -1,6 +1,9 @@
 //! The superblock: one page at offset 0, written last.
 
+use std::ffi::OsString;
 use std::fmt;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::PathBuf;
 
 use sluice_checksum::xxh3_128;
 
@@ -113,6 +116,33 @@ pub(crate) enum SuperblockError {
 }
 
 impl Superblock {
+    /// Serialises to one page of `page_size` bytes, with the folders of the volumes behind the first ([`Superblock::parse_page`]), if there
+    /// are any.
+    ///
+    /// # Errors
+    /// In words: folders whose names do not fit into the page, or that cannot be written.
+    pub(crate) fn page_with(&self, folders: &[PathBuf]) -> Result<Vec<u8>, String> {
+        let mut text = Vec::new();
+        for folder in folders {
+            let name = folder.as_os_str().as_bytes();
+            if name.contains(&0) {
+                return Err(format!("the name of the folder {} cannot be written", folder.display()));
+            }
+            text.extend(name);
+            text.push(0);
+        }
+        let room = self.page_size as usize - at::LEN;
+        if text.len() > room {
+            return Err(format!("the names of the folders of its volumes take {} bytes, {room} at most", text.len()));
+        }
+        let mut b = self.to_page();
+        put(&mut b, at::LEN, &text);
+        put(&mut b, at::CHECKSUM, &[0; 8]);
+        let sum = Self::page_checksum(&b);
+        put(&mut b, at::CHECKSUM, &sum.to_le_bytes());
+        Ok(b)
+    }
+
     /// Serialises to one page of `page_size` bytes.
     pub fn to_page(&self) -> Vec<u8> {
         let mut b = vec![0; self.page_size as usize];
@@ -158,8 +188,10 @@ impl Superblock {
         Ok(page)
     }
 
-    /// Parses the page at offset 0, whose length is the page size that it announces.
-    pub(crate) fn parse(page: &[u8]) -> Result<Self, SuperblockError> {
+    /// Parses the page at offset 0, whose length is the page size that it announces. Also returns the folders in which the volumes
+    /// behind the first are looked for, which the first volume names: absolute, relative to its own folder, or empty for that folder. Of
+    /// other volumes there are none.
+    pub(crate) fn parse_page(page: &[u8]) -> Result<(Self, Vec<PathBuf>), SuperblockError> {
         let page_size = Self::peek_page_size(page)?;
         if Self::page_checksum(page) != get_u64(page, at::CHECKSUM) {
             return Err(SuperblockError::Checksum);
@@ -176,7 +208,7 @@ impl Superblock {
             tensors: table(at::TENSORS),
             metadata: table(at::METADATA),
         };
-        if reserved_in_use(&at::FIELDS, page) || page[at::LEN..].iter().any(|&b| b != 0) {
+        if reserved_in_use(&at::FIELDS, page) {
             return Err(SuperblockError::Field("its reserved bytes are in use"));
         }
         if sb.volume >= sb.volume_count {
@@ -186,6 +218,21 @@ impl Superblock {
         if usize::from(sb.volume_count) > most {
             return Err(SuperblockError::Field("it has more volumes than its version of the format allows"));
         }
-        Ok(sb)
+        let named = if sb.volume == 0 { usize::from(sb.volume_count) - 1 } else { 0 };
+        let folders = parse_folders(&page[at::LEN..], named).ok_or(SuperblockError::Field(
+            "its reserved bytes are in use, or the folders of its volumes have no end",
+        ))?;
+        Ok((sb, folders))
     }
+}
+
+/// The names of `count` folders, each with a zero behind it; only zeros may follow.
+fn parse_folders(mut text: &[u8], count: usize) -> Option<Vec<PathBuf>> {
+    let mut folders = Vec::with_capacity(count);
+    for _ in 0..count {
+        let end = text.iter().position(|&b| b == 0)?;
+        folders.push(PathBuf::from(OsString::from_vec(text[..end].to_vec())));
+        text = &text[end + 1..];
+    }
+    text.iter().all(|&b| b == 0).then_some(folders)
 }

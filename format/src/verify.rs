@@ -7,14 +7,14 @@ use sluice_checksum::Xxh3;
 use crate::checksum;
 use crate::error::{FormatError, Region};
 use crate::extent::{Codec, ExtentRecord};
-use crate::reader::{ModelFile, checksum_error, read_table};
+use crate::reader::{ModelFile, checksum_error, read_table, stripe_checksum_error};
 use crate::volumes::Volume;
 
 /// Bytes read at once: far more than a drive needs for its full rate, and little memory.
 const PIECE: usize = 8 << 20;
 
 impl ModelFile {
-    /// Reads every extent in file order, through the page cache and a buffer of 8 MiB, and returns what is wrong: one
+    /// Reads every extent in table order, through the page cache and a buffer of 8 MiB, and returns what is wrong: one
     /// [`FormatError::ExtentChecksum`], [`FormatError::ExtentCode`] or [`FormatError::ExtentRead`] for each damaged extent, one
     /// [`FormatError::RegionChecksum`] or [`FormatError::Io`] for each damaged table of a volume behind the first, none for a sound
     /// model. [`ModelFile::open`] has verified the other superblocks, tables and metadata, so together every byte of the files is
@@ -44,20 +44,36 @@ impl ModelFile {
         buffer: &mut [u8],
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), FormatError> {
-        let mut hash = Xxh3::new();
+        let stripes = self.stripes(extent);
+        let mut whole = Xxh3::new();
         let mut done = 0;
-        while done < extent.stored_len {
-            let len = (extent.stored_len - done).min(buffer.len() as u64);
-            let piece = &mut buffer[..len as usize];
-            let read = self.file_of(extent).read_exact_at(piece, extent.offset + done);
-            read.map_err(|source| self.extent_read(extent, source))?;
-            hash.update(piece);
-            done += len;
-            if done < extent.stored_len {
-                progress(done);
+        for stripe in stripes {
+            let volume = self.volume_of(stripe);
+            let (mut hash, mut of_stripe) = (Xxh3::new(), 0);
+            while of_stripe < stripe.len {
+                let len = (stripe.len - of_stripe).min(buffer.len() as u64);
+                let piece = &mut buffer[..len as usize];
+                let read = volume.file().read_exact_at(piece, stripe.offset + of_stripe);
+                read.map_err(|source| self.stripe_read(extent, stripe, source))?;
+                hash.update(piece);
+                if stripes.len() > 1 {
+                    whole.update(piece);
+                }
+                of_stripe += len;
+                done += len;
+                if done < extent.stored_len {
+                    progress(done);
+                }
+            }
+            if hash.digest() != stripe.checksum {
+                return Err(stripe_checksum_error(volume.path(), extent, stripe));
             }
         }
-        if hash.digest() == extent.checksum { Ok(()) } else { Err(checksum_error(self.path_of(extent), extent)) }
+        // That stripes are right does not say that they are in their order.
+        match stripes.len() == 1 || whole.digest() == extent.checksum {
+            true => Ok(()),
+            false => Err(checksum_error(self.path_of(extent), extent)),
+        }
     }
 }
 

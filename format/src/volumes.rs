@@ -1,6 +1,7 @@
 //! The files of a model: one, or several volumes whose names say which they are.
 
 use std::collections::BTreeSet;
+use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -14,6 +15,8 @@ use crate::superblock::Superblock;
 const ENDING: &[u8] = b".sluice";
 /// Digits of each number in the name of a volume.
 const DIGITS: usize = 5;
+/// Folders in which volumes are looked for first, separated as those of `PATH` are: for drives that are mounted elsewhere than they were.
+const FOLDERS_VARIABLE: &str = "SLUICE_VOLUMES";
 
 /// What the name of a volume says: `NAME-00001-of-00004.sluice`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,12 +64,38 @@ impl VolumeName {
         self.folder.join(name)
     }
 
+    /// Where a volume of the same model may be, the likeliest place first. `recorded` is the folder that the first volume names for it.
+    fn places_of(&self, volume: u16, recorded: Option<&Path>) -> Places {
+        let beside = self.path_of(volume);
+        let name = beside.file_name().unwrap_or_default();
+        let variable = env::var_os(FOLDERS_VARIABLE).unwrap_or_default();
+        let mut all: Vec<PathBuf> = env::split_paths(&variable)
+            .filter(|folder| !folder.as_os_str().is_empty())
+            .map(|folder| folder.join(name))
+            .collect();
+        // A relative name is relative to the folder of the first volume, and an empty one is that folder.
+        let expected = recorded.map_or_else(|| beside.clone(), |folder| self.folder.join(folder).join(name));
+        all.push(expected.clone());
+        if beside != expected {
+            all.push(beside);
+        }
+        Places { all, expected }
+    }
+
     /// The path that the model would have if it were one file.
     pub fn whole(&self) -> PathBuf {
         let mut name = self.stem.clone();
         name.push(".sluice");
         self.folder.join(name)
     }
+}
+
+/// Where a volume may be.
+struct Places {
+    /// In the order in which they are tried.
+    all: Vec<PathBuf>,
+    /// Where it should be: where the first volume says, or else beside it.
+    expected: PathBuf,
 }
 
 /// The file to open for a model that is called `path`: that file, or if it does not exist but volumes of a model of that name do, the first
@@ -105,11 +134,13 @@ pub struct Volume {
     path: PathBuf,
     file: File,
     superblock: Superblock,
+    /// Of the first volume: the folder of each of the others.
+    folders: Vec<PathBuf>,
 }
 
 impl Volume {
-    pub(crate) fn new(path: &Path, file: File, superblock: Superblock) -> Self {
-        Volume { path: path.to_owned(), file, superblock }
+    pub(crate) fn new(path: &Path, file: File, (superblock, folders): (Superblock, Vec<PathBuf>)) -> Self {
+        Volume { path: path.to_owned(), file, superblock, folders }
     }
 
     /// Opens a file and checks its superblock: steps 1 to 9 of `docs/FORMAT.md`.
@@ -134,13 +165,24 @@ impl Volume {
         let Some(name) = named else {
             return Err(FormatError::VolumeName { path: self.path, volume, count });
         };
-        let mut own = Some(self);
         let named_path = name.path_of(volume);
+        let mut own = Some(self);
+        // Only the first says where the others are.
+        let first = match own.take_if(|_| volume == 0) {
+            Some(own) => own,
+            None => other(name.places_of(0, None), &named_path, count)?,
+        };
+        let folders = first.folders.clone();
+        let name = VolumeName::parse(&first.path).unwrap_or(name);
         let mut volumes: Vec<Volume> = Vec::with_capacity(usize::from(count));
-        for number in 0..count {
+        volumes.push(first);
+        for number in 1..count {
             let next = match own.take_if(|_| number == volume) {
                 Some(own) => own,
-                None => other(&name.path_of(number), &named_path, count)?,
+                None => {
+                    let recorded = folders.get(usize::from(number) - 1).map(PathBuf::as_path);
+                    other(name.places_of(number, recorded), &named_path, count)?
+                }
             };
             volumes.push(next);
         }
@@ -163,19 +205,29 @@ impl Volume {
         &self.superblock
     }
 
+    /// Of the first volume: the folders in which the others are looked for, as they were recorded.
+    pub fn folders(&self) -> &[PathBuf] {
+        &self.folders
+    }
+
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
 }
 
-/// Opens another volume than the one that was named.
-fn other(path: &Path, named: &Path, count: u16) -> Result<Volume, FormatError> {
-    Volume::open(path).map_err(|refused| match refused {
-        FormatError::Io { path, source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-            FormatError::MissingVolume { path, named: named.to_owned(), count, source }
+/// Opens another volume than the one that was named, in the first of these places that has it.
+fn other(places: Places, named: &Path, count: u16) -> Result<Volume, FormatError> {
+    let mut missing = None;
+    for place in &places.all {
+        match Volume::open(place) {
+            Err(FormatError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                missing.get_or_insert(source);
+            }
+            opened => return opened,
         }
-        other => other,
-    })
+    }
+    let source = missing.unwrap_or_else(|| std::io::ErrorKind::NotFound.into());
+    Err(FormatError::MissingVolume { path: places.expected, named: named.to_owned(), count, source })
 }
 
 /// Why a superblock is not that of volume `number` of the model that has this one.

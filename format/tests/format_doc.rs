@@ -127,6 +127,7 @@ fn limits() {
         limits::MAX_EXTENT_BYTES,
         limits::MAX_FRAME_BYTES as u64,
         limits::MAX_VOLUMES as u64,
+        limits::MAX_STRIPES as u64,
         limits::MAX_LAYERS as u64,
         limits::MAX_EXPERTS as u64,
         limits::MAX_MODEL_EXPERTS as u64,

@@ -40,6 +40,8 @@ fn describe(model: &ModelFile) -> Value {
         let (kind, ty, layout) = (t.kind.name(), t.weight_type.name(), t.layout.name());
         json!([kind, t.layer, t.index, t.name, ty, layout, t.shape, t.offset, t.len])
     });
+    let stripe = |s: &Stripe| json!([s.volume, s.offset, s.len, format!("{:016x}", s.checksum)]);
+    let stripes = |all: &[Stripe]| all.iter().map(stripe).collect::<Vec<_>>();
     let blobs = model.metadata().iter().map(|(name, blob)| (name.to_owned(), json!(String::from_utf8_lossy(blob))));
     json!({
         "superblock": {
@@ -56,19 +58,24 @@ fn describe(model: &ModelFile) -> Value {
         "tensors": tensors.collect::<Vec<_>>(),
         "metadata": blobs.collect::<serde_json::Map<_, _>>(),
         "token_cycle_bytes": model.token_cycle_bytes(),
+        "stripes": model.extents().iter().map(|e| stripes(model.stripes(e))).collect::<Vec<_>>(),
     })
 }
 
-/// The golden files, by version; and one model that is compressed and split.
-const GOLDEN: [&str; 3] = ["v1-small", "v2-small", "v2-parts"];
+/// The golden files, by version; one model that is compressed and split, and one that is compressed and striped.
+const GOLDEN: [&str; 4] = ["v1-small", "v2-small", "v2-parts", "v2-striped"];
 
 /// The file of a golden model by which it is opened.
 fn path_of(name: &str) -> PathBuf {
     let volumes = VolumeName::first_of(&data(&format!("{name}.sluice")), PARTS);
-    if name == "v2-parts" { volumes.path_of(1) } else { volumes.whole() }
+    match name {
+        "v2-parts" => volumes.path_of(1),
+        "v2-striped" => volumes.path_of(0),
+        _ => volumes.whole(),
+    }
 }
 
-/// Volumes of the split model.
+/// Volumes of the split model, and of the striped one.
 const PARTS: u16 = 3;
 
 #[test]
@@ -116,10 +123,23 @@ fn the_writer_still_writes_the_golden_files() {
     write(&path, &content(), 4096).unwrap();
     assert!(fs::read(&path).unwrap() == fs::read(data("v2-small.sluice")).unwrap());
     write_golden_parts(&dir.path().join("v2-parts.sluice"));
-    let found = VolumeName::first_of(&dir.path().join("v2-parts.sluice"), PARTS);
-    let golden = VolumeName::first_of(&data("v2-parts.sluice"), PARTS);
-    for volume in 0..PARTS {
-        assert!(fs::read(found.path_of(volume)).unwrap() == fs::read(golden.path_of(volume)).unwrap(), "{volume}");
+    write_golden_stripes(dir.path());
+    for name in ["v2-parts.sluice", "v2-striped.sluice"] {
+        let found = VolumeName::first_of(&dir.path().join(name), PARTS);
+        let golden = VolumeName::first_of(&data(name), PARTS);
+        for volume in 0..PARTS {
+            assert!(fs::read(found.path_of(volume)).unwrap() == fs::read(golden.path_of(volume)).unwrap(), "{volume}");
+        }
+    }
+}
+
+/// The same model striped over volumes of one folder.
+fn write_golden_stripes(folder: &Path) {
+    let folders = vec![folder.to_owned(); usize::from(PARTS)];
+    let paths = write_striped(&folders, &wide(WeightType::Bf16), &[2, 1, 1], true);
+    let golden = VolumeName::first_of(&folder.join("v2-striped.sluice"), PARTS);
+    for (volume, path) in (0..).zip(paths) {
+        fs::rename(path, golden.path_of(volume)).unwrap();
     }
 }
 
@@ -135,6 +155,7 @@ fn write_golden_parts(whole: &Path) {
 fn write_the_golden_files() {
     write(&data("v2-small.sluice"), &content(), 4096).unwrap();
     write_golden_parts(&data("v2-parts.sluice"));
+    write_golden_stripes(&data(""));
     for name in &GOLDEN[1..] {
         let description = describe(&ModelFile::open(&path_of(name)).unwrap());
         let json = serde_json::to_string_pretty(&description).unwrap();

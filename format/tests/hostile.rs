@@ -144,7 +144,10 @@ fn extent_records() {
     bad("the one before it ends", "offset", u64::MAX);
     bad("the one before it ends", "offset", u64::MAX - 4095);
     bad("the one before it ends", "offset", 4096);
-    for byte in [14, 15, 56, 63] {
+    for stripe in [1, 2, 256, u64::MAX] {
+        bad("of head part 0 does not follow the one before it", "stripe", stripe);
+    }
+    for byte in [56, 63] {
         spoilt("Invalid", "record 4: its reserved bytes", |i| i.extents[4][byte] = 1);
     }
     // The last byte of the last record is reserved and zero: without it the table looks intact but for its length.

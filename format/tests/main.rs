@@ -11,4 +11,5 @@ mod mutations;
 mod planes;
 mod prediction;
 mod roundtrip;
+mod stripes;
 mod volumes;

@@ -229,8 +229,8 @@ fn what_was_drawn_together_before_a_kill_stays() {
         // In any order.
         let mut written: Vec<_> = (0..content.planned.len()).rev().map(write).collect();
         written.reverse();
-        let records = FileWriter::records(&layout(), &written).unwrap();
-        for (from, to) in layout().extents().iter().zip(&records).take(drawn) {
+        let placed = FileWriter::places(&layout(), &written).unwrap();
+        for (from, to) in layout().extents().iter().zip(placed.iter().map(|placed| placed.record)).take(drawn) {
             let mut bytes = vec![0; to.stored_len as usize];
             std::os::unix::fs::FileExt::read_exact_at(&open(from.volume).1, &mut bytes, from.offset).unwrap();
             std::os::unix::fs::FileExt::write_all_at(&open(to.volume).1, &bytes, to.offset).unwrap();

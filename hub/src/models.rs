@@ -191,7 +191,11 @@ impl Models {
     /// The other volumes of a model, or of what an interrupted conversion has left of one.
     fn others(&self, first: &Path) -> Vec<PathBuf> {
         if let Some(name) = VolumeName::parse(first) {
-            return (1..name.count()).map(|volume| name.path_of(volume)).collect();
+            // Volumes can lie in other folders. Those of a model that is not whole are not known to be its own.
+            return match ModelFile::open(first) {
+                Ok(model) => model.volumes().iter().skip(1).map(|volume| volume.path().to_owned()).collect(),
+                Err(_) => (1..name.count()).map(|volume| name.path_of(volume)).collect(),
+            };
         }
         let first = first.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let is_other = |name: &String| {

@@ -170,9 +170,58 @@ fn attend(k: Kernels, tile: &mut QueryTile, case: &AttentionCase, keys: &KvBuffe
     black_box(tile.results());
 }
 
+/// The last rows of a prompt with one head of DeepSeek-V3: latents are expanded to keys and values, and the rows meet them.
+fn expanded(c: &mut Criterion) {
+    const POSITIONS: usize = 2048;
+    const ROWS: usize = 1024;
+    const RANK: usize = 512;
+    const ROTATED: usize = 64;
+    const PLAIN: usize = 128;
+    const VALUE: usize = 128;
+    let numbers = |n: usize| (0..n).map(|i| (i * 7 % 97) as f32 / 97.0 - 0.5).collect::<Vec<_>>();
+    let (latents, queries) = (numbers(POSITIONS * (RANK + ROTATED)), numbers(ROWS * (PLAIN + ROTATED)));
+    let (keys, values) = (numbers(RANK * PLAIN), numbers(VALUE * RANK));
+    let mut group = group(c, "expanded");
+    group.throughput(Throughput::Elements((POSITIONS * ROWS) as u64));
+    for k in vectorised() {
+        let (mut expander, mut block, mut tile) =
+            (Expander::default(), ExpandedKeys::default(), ExpandedTile::default());
+        let (mut max, mut sum, mut out) = (vec![0.0; ROWS], vec![0.0; ROWS], vec![0.0; ROWS * VALUE]);
+        group.bench_function(k.isa_name(), |b| {
+            b.iter(|| {
+                expander.set_keys(RANK, &keys);
+                expander.set_values(RANK, &values);
+                max.fill(f32::NEG_INFINITY);
+                sum.fill(0.0);
+                out.fill(0.0);
+                for start in (0..POSITIONS).step_by(EXPANDED_BLOCK) {
+                    let len = EXPANDED_BLOCK.min(POSITIONS - start);
+                    let read = |i: usize, row: &mut [f32]| {
+                        row.copy_from_slice(&latents[(start + i) * (RANK + ROTATED)..][..RANK + ROTATED]);
+                    };
+                    expander.expand(&k, (start, len), ROTATED, read, &mut block);
+                    for first in (0..ROWS).step_by(EXPANDED_TILE) {
+                        let n = EXPANDED_TILE.min(ROWS - first);
+                        let sees = (first..first + n).map(|row| POSITIONS - ROWS + row + 1);
+                        tile.set(PLAIN + ROTATED, 0.1, sees, |i, query| {
+                            query.copy_from_slice(&queries[(first + i) * (PLAIN + ROTATED)..][..PLAIN + ROTATED]);
+                        });
+                        let (max, sum) = (&mut max[first..first + n], &mut sum[first..first + n]);
+                        let out = &mut out[first * VALUE..(first + n) * VALUE];
+                        k.attend_expanded(&mut tile, &block, Gathered { max, sum, out });
+                    }
+                }
+                Gathered { max: &mut max, sum: &mut sum, out: &mut out }.finish();
+                black_box(&out);
+            });
+        });
+    }
+    group.finish();
+}
+
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
-    for benches in [gemv, gemm, pack, attention] {
+    for benches in [gemv, gemm, pack, attention, expanded] {
         benches(&mut criterion);
     }
     criterion.final_summary();

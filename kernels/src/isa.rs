@@ -13,14 +13,14 @@ use crate::x86::{Avx2, Avx512};
 const OVERRIDE: &str = "SLUICE_ISA";
 
 /// Names of what is not on every CPU.
-const OPTIONAL: [&str; 4] = ["avx2", "avxvnni", "avx512", "neon"];
+const OPTIONAL: [&str; 5] = ["avx2", "avxvnni", "avx512", "neon", "i8mm"];
 
 /// Why the instruction set in `SLUICE_ISA` cannot be used.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IsaError {
     /// No kernels go by this name.
-    #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2, avxvnni, avx512 and neon")]
+    #[error("SLUICE_ISA={name:?} names no instruction set; known are scalar, avx2, avxvnni, avx512, neon and i8mm")]
     Unknown {
         /// The name asked for.
         name: String,
@@ -55,7 +55,7 @@ pub struct Kernels {
 
 impl Kernels {
     /// The fastest kernels of this CPU, or those that the environment variable `SLUICE_ISA` names
-    /// (`scalar`; `avx2`, `avxvnni`, `avx512` on x86-64; `neon` on aarch64).
+    /// (`scalar`; `avx2`, `avxvnni`, `avx512` on x86-64; `neon`, `i8mm` on aarch64).
     ///
     /// # Errors
     /// If `SLUICE_ISA` names an unknown or an unavailable instruction set.
@@ -102,11 +102,14 @@ impl Kernels {
             all.extend(Avx512::new().map(|token| Kernels { isa: Isa::Avx512(token) }));
         }
         #[cfg(target_arch = "aarch64")]
-        all.extend(Neon::new().map(|token| Kernels { isa: Isa::Neon(token) }));
+        {
+            let four_lanes = [Neon::new(), Neon::with_i8mm()];
+            all.extend(four_lanes.into_iter().flatten().map(|token| Kernels { isa: Isa::Neon(token) }));
+        }
         all
     }
 
-    /// `scalar`, `avx2`, `avxvnni`, `avx512` or `neon`.
+    /// `scalar`, `avx2`, `avxvnni`, `avx512`, `neon` or `i8mm`.
     pub fn isa_name(&self) -> &'static str {
         match self.isa {
             Isa::Scalar => "scalar",
@@ -115,7 +118,7 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => "avx512",
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon(_) => "neon",
+            Isa::Neon(isa) => isa.name(),
         }
     }
 
@@ -177,6 +180,8 @@ impl Kernels {
             (Isa::Avx2(_) | Isa::Avx512(_), WeightType::Grouped(_)) => crate::matmul::TILE_TOKENS,
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx2(_), _) => crate::x86::AVX2_TOKENS,
+            #[cfg(target_arch = "aarch64")]
+            (Isa::Neon(isa), _) => isa.tile_tokens(),
             _ => 8,
         }
     }
@@ -189,8 +194,6 @@ impl Kernels {
             Isa::Avx2(isa) => isa.tile(w, x, shape, out),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(isa) => isa.tile(w, x, shape, out),
-            #[cfg(target_arch = "aarch64")]
-            Isa::Neon(_) if matches!(w.ty(), WeightType::Grouped(_)) => scalar_tile(w, x, shape, out),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon(isa) => isa.tile(w, x, shape, out),
         }

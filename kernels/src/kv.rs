@@ -304,6 +304,10 @@ impl<'a> KvRows<'a> {
     /// If the row does not have them.
     pub fn read(&self, j: usize, out: &mut [f32]) {
         let row = self.row(j, out.len());
+        if self.ty == KvType::F32 {
+            out.copy_from_slice(row.plain);
+            return;
+        }
         out.iter_mut().enumerate().for_each(|(i, out)| *out = row.value(self.ty, i));
     }
 }

@@ -13,13 +13,14 @@
 //!
 //! # Instruction sets
 //!
-//! The safe scalar code is the specification. AVX2 (with or without AVX-VNNI), AVX-512 and NEON kernels must agree with it bit for bit (NaN
-//! payloads excepted) and are chosen once, by [`Kernels::detect`], through tokens that can only be made where the CPU
-//! has the instructions. `unsafe` is confined to `x86/`, `neon/`, `threads.rs` and `par_slice.rs`.
+//! The safe scalar code is the specification. AVX2 (with or without AVX-VNNI), AVX-512 and NEON kernels (with or without i8mm)
+//! must agree with it bit for bit (NaN payloads excepted) and are chosen once, by [`Kernels::detect`], through tokens that can
+//! only be made where the CPU has the instructions. `unsafe` is confined to `x86/`, `neon/`, `threads.rs` and `par_slice.rs`.
 
 mod activations;
 mod attention;
 mod elementwise;
+mod expanded;
 mod grouped;
 mod interleave;
 mod isa;
@@ -52,6 +53,7 @@ mod x86;
 pub use activations::{Activations, Precision};
 pub use attention::{KEY_BLOCK, KeyBlock, QueryTile, Scores, key_blocks};
 pub use elementwise::{Activation, RopePairing, rms_norm, rope, softmax};
+pub use expanded::{EXPANDED_BLOCK, EXPANDED_TILE, ExpandedKeys, ExpandedTile, Expander, Gathered, expansion_bytes};
 pub use grouped::{IQ4NL, pack_row_group_grouped, pack_row_group_nibbles};
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};
@@ -60,7 +62,7 @@ pub use matrix::{BLOCK, FP8_BLOCK, Matrix, ROW_GROUP, ShapeError, Watch, WeightT
 pub use number::{E2M1, bf16_to_f32, e4m3_to_f32, e8m0_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use pack::{
     pack_row_group, pack_row_group_fp8, pack_row_group_int4, pack_row_group_mxfp4, pack_row_group_q8,
-    pack_row_group_u16, unpack, unpack_row,
+    pack_row_group_u16, unpack, unpack_into, unpack_row,
 };
 pub use quant::{Feedback, FeedbackScratch, Moments, Quantised, pack_row_group_weighted};
 pub use reading::READING_STREAMS;

@@ -197,8 +197,18 @@ pub(crate) fn put_nibbles(nibbles: &[u8], n_rows: usize, cols: usize, values: &m
 
 /// The numbers that a matrix represents, row-major `[rows, cols]`, rounded to f32 where a product is not exact.
 pub fn unpack(w: Matrix<'_>) -> Vec<f32> {
+    let mut out = vec![0.0; w.rows() * w.cols()];
+    unpack_into(w, &mut out);
+    out
+}
+
+/// As [`unpack`], into a buffer.
+///
+/// # Panics
+/// If `out` does not have one number for each of the matrix.
+pub fn unpack_into(w: Matrix<'_>, out: &mut [f32]) {
     let (rows, cols) = (w.rows(), w.cols());
-    let mut out = vec![0.0; rows * cols];
+    assert_eq!(Some(out.len()), rows.checked_mul(cols), "one number for each of {rows} × {cols}");
     for g in 0..w.groups() {
         let group = w.group(g);
         let first = g * ROW_GROUP;
@@ -210,7 +220,6 @@ pub fn unpack(w: Matrix<'_>) -> Vec<f32> {
             }
         }
     }
-    out
 }
 
 /// Row `row` of a matrix, as [`unpack`] gives it: `out` has one number per column.

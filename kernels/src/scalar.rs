@@ -250,7 +250,7 @@ impl Running {
 
 /// The number that is subtracted from scores whose maximum is `max`.
 #[inline(always)]
-fn or_zero(max: f32) -> f32 {
+pub(crate) fn or_zero(max: f32) -> f32 {
     if max == f32::NEG_INFINITY { 0.0 } else { max }
 }
 

@@ -1,4 +1,4 @@
-//! Sums of outer products, `C += Aᵀ B`: what moments, their factorisation and error feedback are made of.
+//! Sums of outer products, `C += Aᵀ B`: what moments, their factorisation, error feedback, and attention over expanded keys are made of.
 //!
 //! Every element is one chain of fused multiply-adds, `c[i][j] = fma(a[k][i], b[k][j], c[i][j])` for `k` ascending. So neither
 //! tiles, nor the number of `k` that are taken at once, nor threads, nor instruction sets can change a bit.
@@ -11,6 +11,9 @@ use crate::isa::{Isa, Kernels};
 pub(crate) const TALL: usize = 12;
 /// Columns of a tile.
 pub(crate) const WIDE: usize = 16;
+
+/// Numbers of each column that are put in order at once.
+const PART: usize = 16;
 
 /// A tile of `C`.
 pub(crate) type UpdateTile = [[f32; WIDE]; TALL];
@@ -34,6 +37,40 @@ impl<const W: usize> Stripes<W> {
                 self.data[stripe * depth + k][..values.len()].copy_from_slice(values);
             }
         }
+    }
+
+    /// Takes the columns that `column` gives, `width` of them, each of `depth` numbers.
+    pub(crate) fn set_transposed<'a>(&mut self, depth: usize, width: usize, column: impl Fn(usize) -> &'a [f32]) {
+        self.depth = depth;
+        self.data.clear();
+        self.data.resize(width.div_ceil(W) * depth, [0.0; W]);
+        for (stripe, data) in self.data.chunks_exact_mut(depth.max(1)).enumerate() {
+            let first = stripe * W;
+            if first + W <= width {
+                let columns: [&[f32]; W] = std::array::from_fn(|i| &column(first + i)[..depth]);
+                let (parts, rest) = data.as_chunks_mut::<PART>();
+                let whole = parts.len() * PART;
+                for (part, data) in parts.iter_mut().enumerate() {
+                    // Numbers of known count need no checks.
+                    let part = columns.map(|column| column[part * PART..].first_chunk::<PART>().expect("a whole part"));
+                    for (k, row) in data.iter_mut().enumerate() {
+                        *row = part.map(|column| column[k]);
+                    }
+                }
+                for (k, row) in rest.iter_mut().enumerate() {
+                    *row = columns.map(|column| column[whole + k]);
+                }
+            } else {
+                for i in first..width {
+                    data.iter_mut().zip(column(i)).for_each(|(row, &number)| row[i - first] = number);
+                }
+            }
+        }
+    }
+
+    /// The number at place `k` of column `i`.
+    pub(crate) fn at(&self, k: usize, i: usize) -> f32 {
+        self.stripe(i / W)[k][i % W]
     }
 
     /// Stripes.
@@ -77,11 +114,20 @@ impl Kernels {
                 let mut tile = [[0.0; WIDE]; TALL];
                 let places = i * TALL..((i + 1) * TALL).min(rows);
                 for (tile, row) in tile.iter_mut().zip(places.clone()) {
-                    tile[..columns.len()].copy_from_slice(&to.values[row * to.stride..][columns.clone()]);
+                    let row = &to.values[row * to.stride..][columns.clone()];
+                    // Of a length that is known when compiling, a copy is one instruction or two.
+                    match row.first_chunk() {
+                        Some(all) => *tile = *all,
+                        None => tile[..row.len()].copy_from_slice(row),
+                    }
                 }
                 self.update_tile(a.stripe(stripe), b.stripe(wide), &mut tile);
                 for (tile, row) in tile.iter().zip(places) {
-                    to.values[row * to.stride..][columns.clone()].copy_from_slice(&tile[..columns.len()]);
+                    let row = &mut to.values[row * to.stride..][columns.clone()];
+                    match row.first_chunk_mut() {
+                        Some(all) => *all = *tile,
+                        None => row.copy_from_slice(&tile[..row.len()]),
+                    }
                 }
             }
         }

@@ -3,6 +3,7 @@
 mod common;
 
 mod attention;
+mod expanded;
 mod feedback;
 mod grids;
 mod grouped;

@@ -8,6 +8,7 @@
 use serde::Serialize;
 use sluice_format::{ModelFile, ModelSpec};
 use sluice_kernels::KvType;
+use sluice_model::PAGE_TOKENS;
 use sluice_model::memory::{Demand, MemoryPlan};
 
 use crate::estimate::{Curve, Needs, StepWork};
@@ -16,6 +17,11 @@ use crate::estimate::{Curve, Needs, StepWork};
 const MOST: usize = 1024;
 /// Part of the best speed that is good enough: fewer sequences finish earlier, and leave memory to experts.
 const GOOD_ENOUGH: f64 = 0.97;
+
+/// Of the time that sequences take to be read again, the part that saving and restoring them may take.
+const SAVING: f64 = 0.25;
+/// Reading again that takes fewer seconds than this is not worth the bytes that are written to prevent it.
+const WORTH_SECONDS: f64 = 1.0;
 
 /// What a machine does in a second.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -35,8 +41,10 @@ pub struct Load {
     pub answers: usize,
     /// Tokens of all prompts.
     pub prompt_tokens: f64,
-    /// Tokens of all answers, as many as they may have.
+    /// Tokens of all answers: as many as their requests allow, and a usual number where a request sets no limit.
     pub answer_tokens: f64,
+    /// Answers whose request sets no limit.
+    pub unlimited: usize,
     /// Most tokens of a sequence.
     pub context: usize,
 }
@@ -158,15 +166,39 @@ impl Width {
         let decoding = load.answer_tokens / self.tokens_per_second;
         let per_prompt = load.prompt_tokens / load.answers.max(1) as f64;
         let rows = per_prompt.max(1.0).min(self.rows as f64);
+        decoding + self.pass(file, rates, kv_type, rows, per_prompt / 2.0) * load.prompt_tokens / rows
+    }
+
+    /// Seconds of a pass that reads `rows` tokens of prompts at a mean `position`.
+    fn pass(&self, file: &ModelFile, rates: &Rates, kv_type: KvType, rows: f64, position: f64) -> f64 {
         let union = union_of_experts(file.spec(), rows as usize);
-        let needs = Needs::of(file.spec(), file.extents(), per_prompt as usize, kv_type);
+        let needs = Needs::of(file.spec(), file.extents(), (2.0 * position) as usize, kv_type);
         let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
         let resident = self.slots as f64 / needs.experts.max(1) as f64;
         let missed = union * (1.0 - resident.min(1.0)) * stored;
-        let work = StepWork::of(file, rows as usize, union, per_prompt / 2.0, kv_type);
-        let pass = (missed / rates.drive).max(work.operations / rates.arithmetic);
-        decoding + pass * load.prompt_tokens / rows
+        let work = StepWork::of(file, rows as usize, union, position, kv_type);
+        (missed / rates.drive).max(work.operations / rates.arithmetic)
     }
+
+    /// After how many new tokens it pays to save the sequences: the least number, in powers of two from a page on, at which writing and
+    /// reading back the keys, values and states of all sequences takes a quarter of the time, or less, that the model takes to read these
+    /// tokens again. `None`: it never does, or reading again takes no second.
+    pub fn worth_saving(&self, file: &ModelFile, load: &Load, rates: &Rates, kv_type: KvType) -> Option<usize> {
+        let sequences = self.sequences as f64;
+        let sizes = std::iter::successors(Some(PAGE_TOKENS), |tokens| tokens.checked_mul(2));
+        sizes.take_while(|tokens| *tokens <= load.context).find(|&tokens| {
+            let saving = 2.0 * sequences * saved_bytes(file, tokens, kv_type) as f64 / rates.drive;
+            let all = sequences * tokens as f64;
+            let rows = all.min(self.rows.max(1) as f64);
+            let reading = self.pass(file, rates, kv_type, rows, tokens as f64 / 2.0) * all / rows;
+            reading >= WORTH_SECONDS && saving <= SAVING * reading
+        })
+    }
+}
+
+/// Bytes of a saved sequence of so many tokens, nearly: its keys, values and states.
+pub fn saved_bytes(file: &ModelFile, tokens: usize, kv_type: KvType) -> u64 {
+    Needs::of(file.spec(), file.extents(), tokens, kv_type).kv_cache_bytes
 }
 
 /// Different experts that so many rows use, summed over the layers, if each chooses at random.

@@ -33,6 +33,8 @@ const WHOLE_BODY: Duration = Duration::from_secs(600);
 
 /// Tells how answers differ from the model's own, if the server was started with such options.
 pub const LOSSY: HeaderName = HeaderName::from_static("x-sluice-lossy");
+/// Says in which form prompts are read, if it is not the usual one.
+pub const PROMPT_ATTENTION: HeaderName = HeaderName::from_static("x-sluice-prompt-attention");
 
 /// Most requests that are prepared at the same time.
 const PREPARING: usize = 2;
@@ -129,6 +131,9 @@ async fn record(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
     let mut response = next.run(request).await;
     if let Some(Ok(lossy)) = app.models.lossy().map(HeaderValue::from_str) {
         response.headers_mut().insert(LOSSY, lossy);
+    }
+    if let Some(form) = app.models.prompt_attention() {
+        response.headers_mut().insert(PROMPT_ATTENTION, HeaderValue::from_static(form));
     }
     let status = response.status().as_u16();
     app.metrics.response(status);

@@ -15,7 +15,9 @@ use sluice_checksum::xxh3_64;
 use sluice_dialect::Piece;
 use sluice_format::ModelFile;
 use sluice_generate::{GenerationError, Logprob, Priority, Report, Sampled, SchedulerOptions, Status};
+use sluice_model::PromptAttention;
 use sluice_model::engine::EngineOptions;
+use sluice_sessions::Store;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
@@ -53,10 +55,16 @@ pub fn identity(file: &ModelFile, engine: &EngineOptions, context: usize) -> Ide
         (!thrift.is_exact()).then(|| thrift.to_string()),
     ];
     let lossy = lossy.into_iter().flatten().reduce(|all, one| format!("{all}; {one}"));
+    let form = engine.prompt_attention.in_model(file.spec());
+    let prompt_attention = (form != PromptAttention::default()).then(|| form.to_string());
+    let prompts = prompt_attention.as_ref().map_or_else(String::new, |form| format!(", --prompt-attention {form}"));
     Identity {
         model: file.state_id().to_string(),
-        settings: format!("--context {context}, --kv-type {kv_type}{exact}{fewer}, template and defaults {texts:016x}"),
+        settings: format!(
+            "--context {context}, --kv-type {kv_type}{exact}{fewer}{prompts}, template and defaults {texts:016x}"
+        ),
         lossy,
+        prompt_attention,
     }
 }
 
@@ -138,6 +146,11 @@ impl BatchAnswerer {
 }
 
 impl Answerer for BatchAnswerer {
+    fn end(&self) -> bool {
+        self.live.cancel_all();
+        true
+    }
+
     fn begin(&self, mut job: Job) -> Ongoing {
         let mut delivery = Delivery { events: job.events.clone(), request: job.request, delivered: false };
         match self.start(&mut job) {
@@ -196,7 +209,8 @@ impl Delivery {
             }
             // What the model or the machine cannot do now is no result of the request.
             Err(error) if matches!(error.kind, Kind::Internal | Kind::Closing) && error.code != Some(PANICKED) => {
-                return self.events.send(Event::Broken { message: error.message });
+                let request = Some(self.request);
+                return self.events.send(Event::Broken { request, message: error.message });
             }
             Err(error) => {
                 let body = error.body(Flavour::OpenAi);
@@ -213,7 +227,7 @@ impl Drop for Delivery {
     fn drop(&mut self) {
         if !self.delivered {
             let message = "a request was given up without a result: this is a bug, and standard error says more".into();
-            self.events.send(Event::Broken { message });
+            self.events.send(Event::Broken { request: Some(self.request), message });
         }
     }
 }
@@ -243,6 +257,14 @@ pub enum RunError {
 /// Hears of the progress of a run, of what the model is doing, and of what goes on inside it; stops the run with `Break`.
 pub type RunWatch<'a> = dyn FnMut(&Progress, &Status, Option<&Report>) -> ControlFlow<()> + 'a;
 
+/// Where the sequences of unfinished requests are saved, so that the next run need not read them again.
+pub struct Saving {
+    /// The folder.
+    pub store: Arc<Store>,
+    /// New tokens of a sequence after which it is saved while its request is answered. All are saved when the run is told to end.
+    pub every: usize,
+}
+
 /// How a batch is run by a process of its own.
 pub struct BatchRun {
     /// The model file.
@@ -255,6 +277,8 @@ pub struct BatchRun {
     pub at_a_time: usize,
     /// Who sees the pieces of answers as they come.
     pub pieces: Option<Pieces>,
+    /// Where sequences are saved, if they are.
+    pub saving: Option<Saving>,
 }
 
 impl BatchRun {
@@ -279,7 +303,7 @@ impl BatchRun {
             running: Some(self.at_a_time),
             // Nobody waits for the next token: prompts are read with as many rows as there are.
             prompt_rows: usize::MAX,
-            ..SchedulerOptions::default()
+            ..saving_options(self.saving)
         };
         let served = Arc::new(Served::open(self.name, &self.file, &self.engine, scheduling)?);
         let answerer = BatchAnswerer::new(Arc::clone(&served), runtime.handle().clone()).watched_by(self.pieces);
@@ -297,4 +321,11 @@ impl BatchRun {
         }
         Ok(outcome?)
     }
+}
+
+/// How a scheduler saves the sequences of a batch: not those of requests that have a result, since nobody goes on from there.
+fn saving_options(saving: Option<Saving>) -> SchedulerOptions {
+    let usual = SchedulerOptions::default();
+    let every = saving.as_ref().map_or(usual.save_every, |saving| saving.every);
+    SchedulerOptions { store: saving.map(|saving| saving.store), save_every: every, save_ended: false, ..usual }
 }

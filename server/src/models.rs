@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use sluice_dialect::Dialect;
 use sluice_format::{FormatError, ModelFile, VolumeName};
 use sluice_generate::{GenerationError, SchedulerOptions};
-use sluice_model::Thrift;
+use sluice_model::PromptAttention;
 use sluice_model::engine::{EngineOptions, RuntimeError};
 use sluice_text::ChatTemplate;
 
@@ -47,6 +47,8 @@ pub struct Facts {
     pub predicts: bool,
     /// How its experts are chosen otherwise than by its routers, in words, if they are.
     pub lossy: Option<String>,
+    /// The form in which its prompts are read, if it is not the usual one.
+    pub prompt_attention: Option<&'static str>,
 }
 
 struct Loaded {
@@ -83,7 +85,7 @@ impl Models {
             entries.push(Entry {
                 id,
                 path: path.clone(),
-                facts: Facts::of(&file, options.engine.thrift),
+                facts: Facts::of(&file, &options.engine),
                 loaded: Mutex::default(),
             });
         }
@@ -98,6 +100,11 @@ impl Models {
     /// How experts of any of the models are chosen otherwise than by the routers, in words.
     pub fn lossy(&self) -> Option<&str> {
         self.entries.iter().find_map(|entry| entry.facts.lossy.as_deref())
+    }
+
+    /// The form in which prompts of any of the models are read, if it is not the usual one.
+    pub fn prompt_attention(&self) -> Option<&'static str> {
+        self.entries.iter().find_map(|entry| entry.facts.prompt_attention)
     }
 
     /// The model of a name. With one model, every name means that one, since many clients send the name of somebody else's model.
@@ -168,6 +175,9 @@ impl Models {
         let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone())?;
         if let Some(lossy) = &entry.facts.lossy {
             tracing::warn!(model = entry.id, lossy, "answers differ from the model's own");
+        }
+        if let Some(form) = entry.facts.prompt_attention {
+            tracing::info!(model = entry.id, form, "latent attention of prompts");
         }
         let (served, budget) = (Arc::new(served), options.budget);
         let least = served.model().least_budget();
@@ -274,8 +284,9 @@ pub fn name_of(path: &Path) -> String {
 }
 
 impl Facts {
-    fn of(file: &ModelFile, thrift: Thrift) -> Self {
-        let thrift = thrift.in_model(file.spec());
+    fn of(file: &ModelFile, engine: &EngineOptions) -> Self {
+        let thrift = engine.thrift.in_model(file.spec());
+        let form = engine.prompt_attention.in_model(file.spec());
         let metadata = std::fs::metadata(file.path()).ok();
         let written = metadata.as_ref().and_then(|m| m.modified().ok());
         let since = written.and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
@@ -288,6 +299,7 @@ impl Facts {
             template: template(file),
             predicts: file.spec().prediction.is_some(),
             lossy: (!thrift.is_exact()).then(|| thrift.to_string()),
+            prompt_attention: (form != PromptAttention::default()).then(|| form.name()),
         }
     }
 }

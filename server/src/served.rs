@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use serde_json::Value;
 use sluice_dialect::{Dialect, Tools};
+use sluice_format::ModelFile;
 use sluice_generate::{Drain, GenerationError, Model, Priority, Request, Sampled, SamplerConfig, SchedulerOptions};
 use sluice_grammar::{Form, Grammar, Vocabulary};
 use sluice_model::engine::{Engine, EngineOptions};
@@ -65,7 +66,7 @@ pub struct Encoded {
 }
 
 impl Served {
-    /// Opens a model: reads its dense parts, which takes a while.
+    /// Opens a model and begins to read its dense parts; the first answer waits for them.
     ///
     /// # Errors
     /// If the file, its text files, or the memory do not allow it.
@@ -418,6 +419,19 @@ impl Served {
 /// Seconds since 1970.
 fn now() -> i64 {
     i64::try_from(clock::now().as_secs()).unwrap_or(i64::MAX)
+}
+
+/// The chat template of a model file: its own, or the one that its family has here.
+///
+/// # Errors
+/// What is wrong with the tokenizer or the template.
+pub fn template_of(file: &ModelFile) -> Result<Option<ChatTemplate>, GenerationError> {
+    if let Some(template) = ChatTemplate::find(|name| file.metadata().get(name))? {
+        return Ok(Some(template));
+    }
+    let tokenizer = Tokenizer::of(file.metadata())?;
+    let has_token = |text: &str| tokenizer.as_ref().is_some_and(|t| t.token_id(text).is_some());
+    own_template(&file.spec().family, tokenizer.as_ref(), &has_token)
 }
 
 /// The template of a family that publishes none, if this model is one of them.

@@ -4,7 +4,7 @@ use std::num::NonZeroU16;
 
 use crate::common::start;
 use serde_json::{Value, json};
-use sluice_model::{EngineOptions, Thrift};
+use sluice_model::{EngineOptions, PromptAttention, Thrift};
 use sluice_server::ServerOptions;
 
 const GREEDY: &str = r#"{"temperature": 0, "num_predict": 10}"#;
@@ -105,5 +105,16 @@ async fn answers_that_are_lossy_say_so() {
         let reply = server.post("/api/generate", with(json!({"prompt": "Speak.", "stream": false}))).await;
         assert_eq!(reply.headers.get("x-sluice-lossy").map(|said| said.to_str().unwrap()), lossy);
         assert_eq!(server.get("/status", &[]).await.json()["models"][0]["lossy"], json!(lossy));
+    }
+}
+
+#[tokio::test]
+async fn prompts_in_the_expanded_form_are_said() {
+    for (form, said) in [(PromptAttention::Expanded, Some("expanded")), (PromptAttention::Absorbed, None)] {
+        let engine = EngineOptions { prompt_attention: form, ..EngineOptions::default() };
+        let server = start(ServerOptions { engine, ..ServerOptions::default() }).await;
+        let reply = server.post("/api/generate", with(json!({"prompt": "Speak.", "stream": false}))).await;
+        assert_eq!(reply.headers.get("x-sluice-prompt-attention").map(|form| form.to_str().unwrap()), said);
+        assert_eq!(server.get("/status", &[]).await.json()["models"][0]["prompt_attention"], json!(said));
     }
 }

@@ -126,11 +126,15 @@ impl Progress for Silent {
 impl Converted {
     /// Converts a fixture with the same type for experts and dense parts; `None` keeps the types of the source.
     pub fn new(fixture_name: &str, ty: Option<WeightType>) -> Converted {
+        let choice = ty.map_or(TypeChoice::Keep, TypeChoice::Type);
+        Self::with(fixture_name, &Options { expert_type: choice, dense_type: choice, ..Options::default() })
+    }
+
+    /// Converts a fixture with any options.
+    pub fn with(fixture_name: &str, options: &Options) -> Converted {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.sluice");
-        let choice = ty.map_or(TypeChoice::Keep, TypeChoice::Type);
-        let options = Options { expert_type: choice, dense_type: choice, ..Options::default() };
-        convert(&fixture(fixture_name), &path, &options, &Silent).unwrap();
+        convert(&fixture(fixture_name), &path, options, &Silent).unwrap();
         Converted { path, _folder: folder }
     }
 

@@ -11,11 +11,7 @@ use sluice_model::{Engine, EngineOptions};
 use sluice_tests::{Golden, fixture, greedy, relative_error};
 use tempfile::TempDir;
 
-#[path = "../../converter/tests/common/safetensors.rs"]
-#[allow(dead_code, missing_docs, unreachable_pub, reason = "this program uses a part of it")]
-mod safetensors;
-
-use safetensors::{Tensor, Tensors};
+use crate::safetensors::{Tensor, Tensors};
 
 /// Reproducible random numbers.
 struct Noise(u64);

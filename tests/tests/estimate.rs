@@ -3,6 +3,7 @@
 use sluice_converter::synth::{Geometry, Layout, WeightTypes};
 use sluice_format::ModelFile;
 use sluice_format::WeightType;
+use sluice_lab::batch::{Load, Rates, Width, saved_bytes};
 use sluice_lab::estimate::{Bound, CURVES, Machine, Needs, Speed, StepWork};
 use sluice_lab::trace::{Replay, Trace};
 use sluice_model::KvType;
@@ -86,4 +87,27 @@ fn work_of_a_step_of_the_demo_model() {
     let more = 78.0 * f64::from(28 << 10) + 8.0 * 10.0 * (6.0 * 80.0 * 4.0);
     assert_eq!(eight.touched_bytes, one.touched_bytes + more);
     assert_eq!(one.touched_bytes, f64::from((204 + 4 + 480 + 64 + 296) << 10) + 20.0 * f64::from(28 << 10));
+}
+
+/// Of a model that is all in memory, only arithmetic makes reading again slow: saving pays where that takes four times as long as writing
+/// and reading back what is saved, and a second.
+#[test]
+fn sequences_are_saved_where_that_takes_less_than_reading_again() {
+    let model = Converted::new("golden/qwen3_moe", None);
+    let file = ModelFile::open(&model.path).unwrap();
+    let load = Load { answers: 8, prompt_tokens: 800.0, answer_tokens: 800.0, unlimited: 0, context: 512 };
+    let worth = |drive: f64, arithmetic: f64| {
+        let rates = Rates { drive, memory: 1e9, arithmetic };
+        let width = Width::of(&file, None, KvType::F32, &load, &rates, 8).unwrap();
+        width.worth_saving(&file, &load, &rates, KvType::F32)
+    };
+    let bytes = 2.0 * 8.0 * saved_bytes(&file, 64, KvType::F32) as f64;
+    let operations = StepWork::of(&file, 8 * 64, 0.0, 32.0, KvType::F32).operations;
+    // Ten seconds to read 64 tokens of each again, and less, or more, than a quarter of that to save them.
+    assert_eq!(worth(bytes / 2.0, operations / 10.0), Some(64));
+    assert_eq!(worth(bytes / 4.0, operations / 10.0), None);
+    // Nothing takes long: 512 tokens of each take some milliseconds.
+    assert_eq!(worth(1e12, operations * 1000.0), None);
+    // Where 64 tokens take a quarter of a second, 256 take one.
+    assert_eq!(worth(1e12, operations * 3.9), Some(256));
 }

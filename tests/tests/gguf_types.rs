@@ -1,18 +1,11 @@
 //! Models in GGUF's types, which vary from tensor to tensor as in published files, give the same results as the same numbers in f32
 //! safetensors. The numbers of the blocks are those of the public `gguf` package (`fixtures/gguf/make_quantised.py`).
 
-#[path = "../../converter/tests/common/gguf.rs"]
-#[allow(dead_code, missing_docs, unreachable_pub, reason = "the converter's tests use the rest of it")]
-mod gguf;
-#[path = "../../converter/tests/common/safetensors.rs"]
-#[allow(dead_code, missing_docs, unreachable_pub, reason = "the converter's tests use the rest of it")]
-mod safetensors;
-
 use std::fs;
 use std::path::Path;
 
-use gguf::{Value, Written, file};
-use safetensors::{Tensor, Tensors, read_file, values, write_dir};
+use crate::gguf::{Value, Written, file};
+use crate::safetensors::{Tensor, Tensors, read_file, values, write_dir};
 use serde_json::{Value as Json, json};
 use sluice_model::{Engine, EngineOptions};
 use sluice_tests::{Converted, fixture, greedy, relative_error};

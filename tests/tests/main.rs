@@ -1,5 +1,12 @@
 //! All integration tests of this crate are one program: it links once, and its tests share the cores.
 
+#[path = "../../converter/tests/common/gguf.rs"]
+#[allow(dead_code, missing_docs, unreachable_pub, reason = "the converter's tests use the rest of it")]
+mod gguf;
+#[path = "../../converter/tests/common/safetensors.rs"]
+#[allow(dead_code, missing_docs, unreachable_pub, reason = "the converter's tests use the rest of it")]
+mod safetensors;
+
 mod act_order;
 mod batch;
 mod budget;
@@ -11,6 +18,7 @@ mod dependencies;
 mod drafts;
 mod estimate;
 mod families;
+mod first_token;
 mod forms;
 mod fuzz_regressions;
 mod generations;
@@ -24,6 +32,7 @@ mod ngrams;
 mod pages;
 mod parity;
 mod prediction;
+mod prompt_attention;
 mod quality;
 mod report;
 mod resumed;
@@ -32,5 +41,7 @@ mod segments;
 mod sequences;
 mod session_store;
 mod sessions;
+mod sizes;
+mod stripes;
 mod synth;
 mod thrift;

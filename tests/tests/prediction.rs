@@ -277,6 +277,7 @@ fn what_is_not_opened_costs_nothing() {
     let prompt = golden("deepseek_v3").ids("input_ids");
     let run = |path: &Path, prediction| {
         let mut engine = Engine::open(path, &EngineOptions { prediction, ..options(None) }).unwrap();
+        engine.wait_for_dense().unwrap();
         (head_inputs(&mut engine, &prompt), engine.residency().len(), engine.stats().dense_bytes_read)
     };
     let [a, b, opened] = [run(&path, false), run(&with.path, false), run(&with.path, true)];

@@ -60,30 +60,37 @@ fn bytes_given_back_leave_the_process() {
             ..EngineOptions::default()
         };
         let mut engine = Engine::open(&path, &options).unwrap();
-        let want = decode(&mut engine, 20);
+        engine.wait_for_dense().unwrap();
         let plan = engine.memory().clone();
         assert_eq!(plan.slots, plan.experts);
         let slots = plan.slots as u64 * plan.slot_len;
         assert!(slots > 100 * MIB, "the model is too small for this test: {slots}");
+        let opened = resident() - before;
+        assert!(opened < plan.dense + 16 * MIB, "{read_engine:?}: opening takes {opened} bytes, slots have {slots}");
+        let want = decode(&mut engine, 20);
+        // Slots have memory if they have been filled.
+        let filled =
+            |engine: &Engine| engine.residency().iter().map(|layer| layer.count() as u64).sum::<u64>() * plan.slot_len;
         let (full, registered) = (resident(), pinned());
-        assert!(full - before > slots);
+        assert!(filled(&engine) > slots / 4 && full - before > filled(&engine), "{read_engine:?}");
 
         // Half of the slots, and all but two.
         for part in [2, 1] {
             let bytes = plan.least() + (part - 1) * (plan.most() - plan.least()) / 2;
             engine.set_budget(bytes).unwrap();
-            let given = plan.used() - engine.memory().used();
-            let fallen = full.saturating_sub(resident());
-            assert!(fallen + 4 * MIB > given, "{read_engine:?}: {fallen} of {given} bytes have left the process");
+            let most = before + engine.memory().used() + 12 * MIB;
+            assert!(resident() < most, "{read_engine:?}: {} bytes stay in the process, {most} may", resident());
             assert!(decode(&mut engine, 20) == want);
-            let fallen = full.saturating_sub(resident());
-            assert!(fallen + 4 * MIB > given, "{read_engine:?}: steps keep the smaller budget");
+            assert!(resident() < most, "{read_engine:?}: steps keep the smaller budget");
             let kept = pinned();
-            assert!(registered == 0 || kept < 4 * MIB, "{read_engine:?}: a registration keeps {kept} bytes");
+            let may = engine.memory().used() + 4 * MIB;
+            assert!(kept < may, "{read_engine:?}: a registration keeps {kept} bytes, {may} may be kept");
         }
+        let small = resident();
         engine.set_budget(plan.most()).unwrap();
-        assert!(resident() + 4 * MIB > full, "the memory is there before it is needed");
+        assert!(resident() < small + 4 * MIB, "memory comes when it is needed");
         assert!(decode(&mut engine, 20) == want);
+        assert!(resident() + 8 * MIB > full, "{read_engine:?}: and it comes back");
         println!("{read_engine:?}: {} MiB registered at first, {} now", registered / MIB, pinned() / MIB);
 
         engine.release_idle();

@@ -297,9 +297,12 @@ fn what_is_sound_and_does_not_fit_is_refused_by_name() {
         assert!(matches!(changed(at, &[9]), SessionError::Thrift { found, .. } if found.contains(words)));
     }
     assert!(matches!(changed(112, &[0xff; 2]), SessionError::Thrift { found, .. } if found.contains("not known")));
+    for (code, form) in [(1, "expanded"), (9, "form 9")] {
+        assert!(matches!(changed(116, &[code]), SessionError::PromptAttention { found, .. } if found == form));
+    }
     assert!(matches!(changed(36, &[77]), SessionError::Misplaced { .. }));
     assert!(matches!(changed(64, &[42]), SessionError::Misplaced { .. }));
-    for wrong in [40, 44, 48, 72, 80, 96, 116] {
+    for wrong in [40, 44, 48, 72, 80, 96, 118] {
         assert!(matches!(changed(wrong, &[77]), SessionError::Misplaced { .. }), "byte {wrong}");
     }
     // A valid header of a segment that begins elsewhere.

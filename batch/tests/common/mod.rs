@@ -156,6 +156,11 @@ impl Files for FaultyFiles {
         self.0.lock().unwrap().operate(0, true)?;
         SystemFiles.sync_folder_of(path)
     }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.0.lock().unwrap().operate(0, true)?;
+        SystemFiles.remove(path)
+    }
 }
 
 impl FaultyFile {
@@ -263,7 +268,8 @@ fn tell(job: Job, stop: &AtomicBool) {
                 let all = tokens(&line.custom_id, answer);
                 let known = sampled.get(answer).cloned().unwrap_or_default();
                 if !all.starts_with(&known) {
-                    return events.send(Event::Broken { message: format!("{}: foreign tokens", line.custom_id) });
+                    let message = format!("{}: foreign tokens", line.custom_id);
+                    return events.send(Event::Broken { request: Some(request), message });
                 }
                 for token in &all[known.len()..] {
                     if stop.load(Ordering::Relaxed) {

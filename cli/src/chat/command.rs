@@ -118,7 +118,7 @@ impl Command {
             "quit" | "exit" | "bye" => alone(Command::Quit),
             _ => {
                 let names = COMMANDS.map(|command| command.0);
-                let nearest = nearest(name, &names).map_or(String::new(), |near| format!("; is it /{near}?"));
+                let nearest = nearest(name, &names).map_or(String::from("."), |near| format!("; is it /{near}?"));
                 Err(format!(
                     "there is no command /{name}{nearest} /help lists the commands, and // begins a message with a slash"
                 ))

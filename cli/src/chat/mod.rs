@@ -440,7 +440,8 @@ fn described(list: &[Listed]) -> String {
     };
     let line = |listed: &Listed| {
         let Listed { name, turns, first, .. } = listed;
-        format!("{name:<20} {turns:>4} messages  {:>12}  {}", age(listed), title(first))
+        let messages = if *turns == 1 { "message " } else { "messages" };
+        format!("{name:<20} {turns:>4} {messages}  {:>12}  {}", age(listed), title(first))
     };
     let mut lines: Vec<String> = list.iter().take(LISTED).map(line).collect();
     if list.len() > LISTED {

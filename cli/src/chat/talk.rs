@@ -19,7 +19,7 @@ use crate::chat::conversation::Said;
 use crate::chat::screen::{Quiet, Screen};
 use crate::chat::settings::Shown;
 use crate::error::CliError;
-use crate::terminal::{percent, seconds};
+use crate::terminal::{counted, percent, seconds};
 
 /// How often the transient line is written.
 const TICK: Duration = Duration::from_millis(100);
@@ -109,8 +109,8 @@ impl Work {
     fn describe(&self) -> String {
         let experts = match self.hit_rate() {
             Some(rate) => format!(
-                "{} experts used, {rate:.0} % found in memory, {} read",
-                self.hits + self.misses,
+                "{} used, {rate:.0} % found in memory, {} read",
+                counted(self.hits + self.misses, "expert"),
                 Bytes(self.expert_bytes)
             ),
             None => "no experts used".into(),
@@ -132,7 +132,7 @@ impl Took {
     pub(crate) fn status(&self, context: usize) -> String {
         let speed = self.speed().map(|speed| format!("{speed:.1} tokens/s"));
         let hits = self.for_answer.hit_rate().map(|rate| format!("{rate:.0} % of experts found in memory"));
-        let tokens = format!("{} tokens", self.generated);
+        let tokens = counted(self.generated, "token");
         let full = format!("context {} of {context}", self.prompt + self.generated);
         let parts: Vec<String> = speed.into_iter().chain(hits).chain([tokens, full]).collect();
         format!("[{}]", parts.join(" · "))
@@ -144,13 +144,13 @@ impl Took {
         let thinking = if self.thinking > 0 { format!(", {} of them thinking", self.thinking) } else { String::new() };
         let speed = self.speed().map_or(String::new(), |speed| format!(", {speed:.1} tokens/s"));
         format!(
-            "prompt   {} tokens: {} remembered, {read} read in {}\n         {}\n\
-             answer   {} tokens{thinking} in {}{speed}\n         {}",
-            self.prompt,
+            "prompt   {}: {} remembered, {read} read in {}\n         {}\n\
+             answer   {}{thinking} in {}{speed}\n         {}",
+            counted(self.prompt, "token"),
             self.cached,
             seconds(self.prompt_seconds),
             self.for_prompt.describe(),
-            self.generated,
+            counted(self.generated, "token"),
             seconds(self.answer_seconds),
             self.for_answer.describe(),
         )
@@ -346,7 +346,7 @@ impl<'a> Showing<'a> {
             Waiting::Queued { .. } => "waiting for the model".to_owned(),
             Waiting::Reading { read, prompt } => self.reading(read, prompt),
             Waiting::Generating { generated } if self.thinks && self.shown == Shown::Folded => {
-                format!("thinking: {generated} tokens")
+                format!("thinking: {}", counted(generated, "token"))
             }
             Waiting::Generating { .. } => return Ok(()),
         };

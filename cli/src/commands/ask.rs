@@ -15,10 +15,12 @@ use serde_json::{Map, Value, json};
 use sluice_batch::{Batch, Options, Progress, Sync, SystemFiles};
 use sluice_format::{ModelFile, replace_file};
 use sluice_generate::Status;
+use sluice_lab::batch::Load;
 use sluice_model::EngineOptions;
 use sluice_server::Piece;
 use sluice_server::batch::{BatchRun, Pieces, identity};
 use sluice_server::models::name_of;
+use sluice_server::served::template_of;
 
 use super::batch::now;
 use crate::batch_plan;
@@ -26,8 +28,9 @@ use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::input::{MAX_TEXT, text_of};
 use crate::progress::message_line;
+use crate::saved::{SaveChoice, Saved};
 use crate::size::parse_count;
-use crate::terminal::{note, print_text, seconds};
+use crate::terminal::{counted, note, print_text, seconds};
 
 const EXAMPLES: &str = "\
 The question is a user's message in the model's chat template. With --overnight the answer so far is in a file that can be \
@@ -86,6 +89,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "resume")]
     seed: u32,
 
+    /// With --overnight: whether the sequence is saved in FILE.run, so that a run that goes on need not read the question again
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    save_sequences: SaveChoice,
+
     /// How hard to think, for models that know it: none, low, medium, high
     #[arg(long, value_name = "EFFORT", conflicts_with = "resume")]
     reasoning: Option<String>,
@@ -132,6 +139,8 @@ impl Answer {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
+    check_template(args)?;
+    let asked = if args.resume { None } else { Some(question(args)?) };
     let overnight = args.overnight || args.resume;
     let scratch;
     let folder = match overnight {
@@ -149,23 +158,26 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
     let request = folder.join("request.jsonl");
     let has_request = request.metadata().is_ok_and(|metadata| metadata.len() > 0);
-    if !has_request && args.resume {
-        return Err(CliError::Usage(format!(
-            "there is nothing to go on with: {} has no question, because the run ended before it was kept. Give the question with \
-             --overnight --out {}",
-            folder.display(),
-            args.out.display()
-        )));
-    }
-    if !has_request {
-        let line = question(args)?;
-        replace_file(&request, line.as_bytes()).map_err(CliError::file(&request, "write the question"))?;
-    } else if !args.resume && question(args)?.as_bytes() != fs::read(&request).unwrap_or_default() {
-        return Err(CliError::Usage(format!(
-            "{} belongs to another question, or to other settings: give those to go on, or --resume instead of a question, or choose \
-             another --out",
-            folder.display()
-        )));
+    match asked {
+        None if !has_request => {
+            return Err(CliError::Usage(format!(
+                "there is nothing to go on with: {} has no question, because the run ended before it was kept. Give the question with \
+                 --overnight --out {}",
+                folder.display(),
+                args.out.display()
+            )));
+        }
+        Some(line) if !has_request => {
+            replace_file(&request, line.as_bytes()).map_err(CliError::file(&request, "write the question"))?;
+        }
+        Some(line) if line.as_bytes() != fs::read(&request).unwrap_or_default() => {
+            return Err(CliError::Usage(format!(
+                "{} belongs to another question, or to other settings: give those to go on, or --resume instead of a question, or choose \
+                 another --out",
+                folder.display()
+            )));
+        }
+        _ => {}
     }
     let options = Options { input: request, output: folder.join("result.jsonl"), ..Options::default() };
     let answered = answer(args, options, overnight);
@@ -179,6 +191,19 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         note(&format_args!("the answer is in {}", args.out.display()));
     }
     Ok(())
+}
+
+/// Refuses a model that takes no questions, before anything is made.
+fn check_template(args: &Args) -> Result<(), CliError> {
+    let file = ModelFile::open(&args.file)?;
+    if template_of(&file)?.is_some() {
+        return Ok(());
+    }
+    let name = args.file.display();
+    Err(CliError::Usage(format!(
+        "{name} has no chat template, so it takes no questions: `sluice run` continues a text without one, and `sluice set {name} \
+         --chat-template FILE` gives the model a template"
+    )))
 }
 
 /// Where the run of an answer is kept.
@@ -223,6 +248,9 @@ fn question(args: &Args) -> Result<String, CliError> {
             text_of(io::stdin().lock(), MAX_TEXT).map_err(failed)?
         }
     };
+    if text.trim().is_empty() {
+        return Err(CliError::Usage("the question is empty: give one as an argument, or pipe it in".into()));
+    }
     let message = |role: &str, content: &str| json!({"role": role, "content": content});
     let mut messages: Vec<Value> = args.system.iter().map(|text| message("system", text)).collect();
     messages.push(message("user", text.trim_end_matches('\n')));
@@ -248,40 +276,59 @@ fn answer(args: &Args, options: Options, overnight: bool) -> Result<(), CliError
         args.engine.refuse_preference("ask --overnight")?;
     }
     let identity = identity(&file, &args.engine.options(load.context), load.context);
-    drop(file);
     let output = options.output.clone();
     let sync = if overnight { Sync::Seconds } else { Sync::Never };
-    let mut batch = Batch::open(&SystemFiles, Options { identity, sync, now: now(), ..options })?;
-    let so_far = Arc::new(Mutex::new(Answer::default()));
-    if !batch.is_finished() {
-        args.engine.say_what_is_lossy();
-        let run = BatchRun {
-            file: args.file.clone(),
-            name: name_of(&args.file),
-            engine: EngineOptions { sequences: Some(1), ..args.engine.options(load.context) },
-            at_a_time: 1,
-            pieces: Some(pieces(&so_far)),
-        };
-        let shown = if overnight { Shown::file(&args.out) } else { Shown::terminal() };
-        let mut show = Show { shown, so_far, most: load.answer_tokens, failed: None, bar: message_line(), told: None };
-        let outcome = run.until_told(&mut batch, &mut |progress, status, _| show.show(progress, status));
-        show.bar.finish_and_clear();
-        let summary = outcome?;
-        if let Some(error) = show.failed {
-            return Err(error);
-        }
-        if summary.interrupted {
-            return Err(CliError::Interrupted(match overnight {
-                true => {
-                    format!("interrupted: what was answered is in {}, and the same command goes on", args.out.display())
-                }
-                false => "interrupted: the answer is lost, since --overnight was not given".into(),
-            }));
-        }
-        show.shown.end(&whole(&output)?)
-    } else {
-        Shown::file(&args.out).end(&whole(&output)?)
+    let longest_answer = longest_answer(&load);
+    let mut batch = Batch::open(
+        &SystemFiles,
+        Options { identity, sync, now: now(), longest_answer: Some(longest_answer), ..options },
+    )?;
+    if batch.is_finished() {
+        return Shown::file(&args.out).end(&whole(&output)?);
     }
+    let saved = match overnight {
+        true => {
+            let worth = batch_plan::worth_saving(&args.engine, &file, &load, 1);
+            Saved::open(&output, args.save_sequences, worth, (&file, args.engine.kv_type), (1, load.context))
+        }
+        false => None,
+    };
+    drop(file);
+    args.engine.say_what_is_lossy();
+    let so_far = Arc::new(Mutex::new(Answer::default()));
+    let run = BatchRun {
+        file: args.file.clone(),
+        name: name_of(&args.file),
+        engine: EngineOptions { sequences: Some(1), ..args.engine.options(load.context) },
+        at_a_time: 1,
+        pieces: Some(pieces(&so_far)),
+        saving: saved.as_ref().map(Saved::saving),
+    };
+    let shown = if overnight { Shown::file(&args.out) } else { Shown::terminal() };
+    let mut show = Show { shown, so_far, failed: None, bar: message_line(), told: None };
+    let outcome = run.until_told(&mut batch, &mut |progress, status, _| show.show(progress, status));
+    show.bar.finish_and_clear();
+    if let Some(saved) = saved {
+        saved.end(batch.is_finished());
+    }
+    let summary = outcome?;
+    if let Some(error) = show.failed {
+        return Err(error);
+    }
+    if summary.interrupted {
+        return Err(CliError::Interrupted(match overnight {
+            true => {
+                format!("interrupted: what was answered is in {}, and the same command goes on", args.out.display())
+            }
+            false => "interrupted: the answer is lost, since --overnight was not given".into(),
+        }));
+    }
+    show.shown.end(&whole(&output)?)
+}
+
+/// Most tokens of an answer that nothing but the context limits.
+fn longest_answer(load: &Load) -> u32 {
+    u32::try_from(load.context.saturating_sub(load.prompt_tokens as usize)).unwrap_or(u32::MAX)
 }
 
 fn pieces(so_far: &Arc<Mutex<Answer>>) -> Pieces {
@@ -357,8 +404,6 @@ impl Shown {
 struct Show {
     shown: Shown,
     so_far: Arc<Mutex<Answer>>,
-    /// Most tokens of the answer.
-    most: f64,
     failed: Option<CliError>,
     bar: indicatif::ProgressBar,
     told: Option<Instant>,
@@ -389,13 +434,9 @@ impl Show {
             return format!("reading the question, {:.1} tokens/s", status.prompt_tokens_per_second);
         }
         let (now, mean) = (progress.tokens_per_second, progress.mean_tokens_per_second);
-        // Of what earlier runs have generated, only the total counts.
-        let left = (self.most - progress.generated as f64).max(0.0) / mean.max(f64::MIN_POSITIVE);
-        format!(
-            "{} tokens in this run, {now:.2} tokens/s (mean {mean:.2}), whole in {} at the latest",
-            progress.generated,
-            seconds(left)
-        )
+        let left = progress.seconds_left_at_most;
+        let left = left.map_or_else(String::new, |left| format!(", whole in {} at the latest", seconds(left)));
+        format!("{} in this run, {now:.2} tokens/s (mean {mean:.2}){left}", counted(progress.generated, "token"))
     }
 }
 

@@ -5,19 +5,22 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
-use serde_json::json;
-use sluice_batch::{Batch, Options, Summary, Sync, SystemFiles};
+use serde_json::{Value, json};
+use sluice_batch::{Batch, Index, Options, Summary, Sync, SystemFiles};
 use sluice_format::ModelFile;
 use sluice_model::EngineOptions;
+use sluice_server::api::openai::line::known_fields;
 use sluice_server::batch::{BatchRun, identity};
 use sluice_server::models::name_of;
 
 use crate::batch_plan::{self, Plan};
 use crate::batch_progress::Reporter;
+use crate::chat::nearest;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
+use crate::saved::{SaveChoice, Saved};
 use crate::size::parse_count;
-use crate::terminal::{note, print, print_json_line};
+use crate::terminal::{counted, note, print, print_json_line};
 
 const EXAMPLES: &str = "\
 Each line of IN is a request of OpenAI's batches (chat/completions, completions, responses), or the body of one alone, such \
@@ -68,6 +71,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "WHEN", default_value = "seconds")]
     sync: SyncChoice,
 
+    /// Whether the sequences of unfinished requests are saved beside OUT, in OUT.sessions until all is done: a run that goes on then
+    /// need not read their prompts again
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    save_sequences: SaveChoice,
+
     /// Print progress as JSON, one object a line
     #[arg(long)]
     json: bool,
@@ -75,6 +83,11 @@ pub(crate) struct Args {
     #[command(flatten)]
     engine: EngineArgs,
 }
+
+/// Fields of a line of OpenAI's batches.
+const LINE_FIELDS: [&str; 4] = ["custom_id", "method", "url", "body"];
+/// Most fields that a remark is made on.
+const MOST_IGNORED: usize = 8;
 
 /// When files are made durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -107,20 +120,28 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let load = batch_plan::load(&file, &args.input, &index, args.context.map(NonZeroUsize::get))?;
     if args.dry_run {
         let plan = Plan::choose(&args.engine, &file, load, args.sequences)?.measured(&args.engine, &file)?;
+        say_what_is_ignored(&index);
         return if args.json { print_json_line(&plan.to_json()) } else { print(&plan.describe()) };
     }
     args.engine.refuse_preference("batch")?;
     let identity = identity(&file, &args.engine.options(load.context), load.context);
-    let mut batch = Batch::open(&SystemFiles, Options { sync: args.sync.policy(), identity, now: now(), ..options })?;
+    let longest_answer = u32::try_from(load.context).ok();
+    let options = Options { sync: args.sync.policy(), identity, now: now(), longest_answer, ..options };
+    let mut batch = Batch::open(&SystemFiles, options)?;
     if batch.is_finished() {
+        Saved::remove(&args.output);
         return settle(&batch.summary(), &args.output, args.json);
     }
     let plan = Plan::choose(&args.engine, &file, load, args.sequences)?;
+    let worth = plan.worth_saving(&args.engine, &file);
+    let sizes = (plan.sequences, plan.load.context);
+    let saved = Saved::open(&args.output, args.save_sequences, worth, (&file, args.engine.kv_type), sizes);
     drop(file);
     args.engine.say_what_is_lossy();
+    say_what_is_ignored(&index);
     let mut reporter = Reporter::new(args.json);
     match args.json {
-        true => print_json_line(&json!({"event": "begin", "plan": plan.to_json(), "state": batch.summary()}))?,
+        true => print_json_line(&json!({"event": "begin", "plan": plan.to_json(), "state": state(&batch.summary())}))?,
         false => note(&plan.describe().trim_end()),
     }
     let run = BatchRun {
@@ -129,6 +150,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         engine: EngineOptions { sequences: Some(plan.planned), ..args.engine.options(plan.load.context) },
         at_a_time: plan.sequences,
         pieces: None,
+        saving: saved.as_ref().map(Saved::saving),
     };
     let mut failed = None;
     let outcome =
@@ -140,10 +162,45 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             }
         });
     reporter.finish();
+    if let Some(saved) = saved {
+        saved.end(batch.is_finished());
+    }
     let summary = outcome?;
     match failed {
         Some(error) => Err(error),
         None => settle(&summary, &args.output, args.json),
+    }
+}
+
+/// How far a batch is when a run begins. Whether it is interrupted shows in the end.
+fn state(Summary { requests, finished, failed, .. }: &Summary) -> Value {
+    json!({"requests": requests, "finished": finished, "failed": failed})
+}
+
+/// A remark for each field that requests have and that means nothing: it may be a slip of the pen.
+fn say_what_is_ignored(index: &Index) {
+    let ignored = index.fields.iter().filter_map(|((url, field), line)| {
+        let known = match url.as_str() {
+            "" => LINE_FIELDS.map(str::to_owned).to_vec(),
+            // What is wrong with the path is said in the result.
+            url => known_fields(url)?,
+        };
+        // A body alone may have them.
+        let is_known = known.contains(field) || LINE_FIELDS.contains(&field.as_str());
+        let names: Vec<&str> = known.iter().map(String::as_str).collect();
+        (!is_known).then(|| (line, field, nearest(field, &names).map(str::to_owned)))
+    });
+    let mut ignored: Vec<_> = ignored.collect();
+    ignored.sort_unstable();
+    let more = ignored.len().saturating_sub(MOST_IGNORED);
+    for (line, field, near) in ignored.into_iter().take(MOST_IGNORED) {
+        let near = near.map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
+        note(&format_args!(
+            "note: the field {field:?} is not known and is ignored (line {line} is the first that has it){near}"
+        ));
+    }
+    if more > 0 {
+        note(&format_args!("note: {} more are not known", counted(more, "field")));
     }
 }
 
@@ -156,17 +213,22 @@ fn settle(summary: &Summary, output: &Path, json: bool) -> Result<(), CliError> 
     let output = output.display();
     match (interrupted, failed) {
         (true, _) => Err(CliError::Interrupted(format!(
-            "interrupted: {finished} of {requests} requests have a result in {output}, and what was generated for others is kept. \
-             The same command goes on where it was"
+            "interrupted: {finished} of {} have a result in {output}, and what was generated for others is kept. The same command goes \
+             on where it was",
+            counted(requests, "request")
         ))),
         (false, 0) => {
             if !json {
-                note(&format_args!("all {requests} requests are answered: {output}"));
+                note(&match requests {
+                    1 => format!("the request is answered: {output}"),
+                    _ => format!("all {requests} requests are answered: {output}"),
+                });
             }
             Ok(())
         }
         (false, failed) => Err(CliError::SomeFailed(format!(
-            "{failed} of {requests} requests failed: each has its error object in {output}"
+            "{failed} of {} failed: each has its error object in {output}",
+            counted(requests, "request")
         ))),
     }
 }

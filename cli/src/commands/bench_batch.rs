@@ -17,7 +17,7 @@ use super::bench_kernels::{Bench, TAME};
 use crate::error::CliError;
 use crate::profile::lossy;
 use crate::progress::step_bar;
-use crate::terminal::{print, print_json};
+use crate::terminal::{counted, print, print_json};
 
 /// Bytes that are read to measure the memory: more than the caches hold.
 const MEMORY_BYTES: usize = 256 << 20;
@@ -110,6 +110,7 @@ impl Batch {
     /// `tokens`: those of each of `count` sequences.
     pub(super) fn open(file: &Path, options: EngineOptions, count: usize, tokens: usize) -> Result<Self, CliError> {
         let engine = Engine::open(file, &EngineOptions { sequences: Some(count), ..options })?;
+        engine.wait_for_dense()?;
         let vocab = engine.spec().vocab_size;
         let streams = (0..count as u64).map(|seed| token_stream(seed, tokens, vocab)).collect();
         Ok(Batch { sequences: (0..count).map(|_| engine.new_sequence()).collect(), engine, streams })
@@ -216,11 +217,11 @@ fn describe(o: &Outcome) -> String {
         }
     };
     format!(
-        "budget {budget}: {} in use{fit}; {} sequences\n  \
+        "budget {budget}: {} in use{fit}; {}\n  \
          {:.2} tokens/s in all; a step takes {:.1} ms and reads {}, {} per token\n  \
          {used}bounds of a step: {}; the step takes {:.2} times the largest\n{lossy}",
         Bytes(o.memory_used),
-        o.sequences,
+        counted(o.sequences, "sequence"),
         o.tokens_per_second,
         o.milliseconds_per_step,
         Bytes(o.bytes_per_step as u64),

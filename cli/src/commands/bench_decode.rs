@@ -18,7 +18,7 @@ use super::{bench_batch, bench_drive};
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
-use crate::profile::lossy;
+use crate::profile::{lossy, prompt_attention};
 use crate::progress::step_bar;
 use crate::size::{parse_count, parse_drive, parse_size};
 use crate::terminal::{print, print_json};
@@ -37,6 +37,7 @@ Examples:
   sluice bench decode r1.sluice --budget 8GiB --compare prefetch --pairs 8
   sluice bench decode r1.sluice --budget 32GiB --sequences 32 -n 16
   sluice bench decode r1.sluice --budget 16GiB --drive 7GB/s,80us
+  sluice bench decode /mnt/a/r1-00001-of-00002.sluice --budget 16GiB --drive 7GB/s --drive 3GB/s
   sluice bench decode bf16.sluice --budget 16GiB --drive 1GB/s --compressed";
 
 /// Measure tokens per second, bytes per token, and achieved against attainable bandwidth
@@ -58,9 +59,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = parse_count, conflicts_with_all = ["compare", "plot"])]
     sequences: Option<NonZeroUsize>,
 
-    /// Take experts from a simulated drive of this speed and latency, such as 7GB/s,80us (the latency is 80us if not given)
+    /// Take experts from a simulated drive of this speed and latency, such as 7GB/s,80us (the latency is 80us if not given); for a striped model,
+    /// given once for all volumes, or once for each
     #[arg(long, value_name = "SPEED[,LATENCY]", value_parser = parse_drive, conflicts_with_all = ["compare", "plot", "engine"])]
-    drive: Option<DriveSpeed>,
+    drive: Vec<DriveSpeed>,
 
     /// Compress the experts on the simulated drive, whether the file compresses them or not
     #[arg(long, requires = "drive")]
@@ -127,6 +129,8 @@ struct Outcome {
     prefetched_used: u64,
     /// How experts were chosen otherwise than by the model's routers, in words.
     lossy: Option<String>,
+    /// In which form prompts were read; none: in the usual one.
+    prompt_attention: Option<&'static str>,
     /// Experts that were not the routers' own, because those in memory were preferred.
     replaced: u64,
     /// Bytes read ÷ time.
@@ -218,8 +222,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if let Some(what) = args.compare {
         return compare(args, what, total);
     }
-    if let Some(speed) = args.drive {
-        return bench_drive::run(args, speed, args.sequences.map_or(1, NonZeroUsize::get), total);
+    if !args.drive.is_empty() {
+        return bench_drive::run(args, &args.drive, args.sequences.map_or(1, NonZeroUsize::get), total);
     }
     if let Some(sequences) = args.sequences {
         return bench_batch::run(args, sequences.get(), total);
@@ -256,6 +260,8 @@ struct Decoder {
 impl Decoder {
     fn open(file: &Path, options: &EngineOptions, tokens: usize) -> Result<Self, CliError> {
         let engine = Engine::open(file, &EngineOptions { context: Some(tokens), ..options.clone() })?;
+        // The drive is measured, and nothing else may use it then.
+        engine.wait_for_dense()?;
         let stream = token_stream(0, tokens, engine.spec().vocab_size);
         Ok(Decoder { sequence: engine.new_sequence(), engine, stream, logits: Vec::new() })
     }
@@ -291,7 +297,7 @@ impl Decoder {
 /// Tokens that go through one sequence, including warm-up, limited by what the model can take.
 fn total_tokens(args: &Args) -> Result<usize, CliError> {
     let most = ModelFile::open(&args.file)?.spec().max_positions;
-    let measured = match (args.compare, args.drive) {
+    let measured = match (args.compare, args.drive.first()) {
         (Some(_), _) => args.n.checked_mul(args.pairs),
         // As many again, without waiting for the drive.
         (None, Some(_)) => args.n.checked_mul(2),
@@ -356,6 +362,7 @@ fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, each: &[Token],
         prefetched: after.prefetched - before.prefetched,
         prefetched_used: after.prefetched_used - before.prefetched_used,
         lossy: lossy(engine),
+        prompt_attention: prompt_attention(engine),
         replaced: after.replaced - before.replaced,
         achieved: bytes / seconds,
         attainable,
@@ -374,9 +381,11 @@ fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, each: &[Token],
     }
 }
 
-/// Random direct reads of the model file, as the decoder makes them.
+/// Random direct reads of the model file, as the decoder makes them. A striped model is read from several drives at the same time, which
+/// are measured one after the other: together they are as fast as the one that needs longest for its part of an expert lets them be.
 pub(crate) struct Drive {
-    bench: DiskBench,
+    /// Of each drive: the reads, and its part of the experts.
+    benches: Vec<(DiskBench, f64)>,
     point: Point,
     rates: Vec<f64>,
 }
@@ -385,13 +394,30 @@ impl Drive {
     pub(crate) fn open(file: &Path, config: &IoConfig) -> Result<Self, CliError> {
         let engine = if cfg!(target_os = "linux") { BenchEngine::Uring } else { BenchEngine::Pread };
         let point = Point { engine, pattern: Pattern::Random, block_bytes: config.chunk_bytes, depth: config.depth };
-        let bench = DiskBench::open(file, DirectMode::default()).map_err(unmeasured)?;
-        Ok(Drive { bench, point, rates: Vec::new() })
+        let model = ModelFile::open(file).ok().filter(ModelFile::is_striped);
+        let volumes = match &model {
+            Some(model) => model.volumes().iter().map(|volume| volume.path()).zip(model.expert_shares()).collect(),
+            None => vec![(file, 1.0)],
+        };
+        let mut benches: Vec<(DiskBench, f64)> = Vec::with_capacity(volumes.len());
+        for (path, share) in volumes {
+            let bench = DiskBench::open(path, DirectMode::default()).map_err(unmeasured)?;
+            match benches.iter_mut().find(|(other, _)| other.device().is_same(bench.device())) {
+                Some((_, sum)) => *sum += share,
+                None => benches.push((bench, share)),
+            }
+        }
+        benches.retain(|(_, share)| *share > 0.0 || model.is_none());
+        Ok(Drive { benches, point, rates: Vec::new() })
     }
 
     pub(crate) fn visit(&mut self) -> Result<(), CliError> {
-        let visit = self.bench.visit(&self.point, Duration::from_millis(700)).map_err(unmeasured)?;
-        self.rates.push(visit.bytes as f64 / visit.elapsed.as_secs_f64());
+        let mut slowest = f64::INFINITY;
+        for (bench, share) in &mut self.benches {
+            let visit = bench.visit(&self.point, Duration::from_millis(700)).map_err(unmeasured)?;
+            slowest = slowest.min(visit.bytes as f64 / visit.elapsed.as_secs_f64() / *share);
+        }
+        self.rates.push(slowest);
         Ok(())
     }
 
@@ -510,6 +536,9 @@ fn table(outcomes: &[Outcome]) -> String {
         out += &regimes(o);
         if let Some(lossy) = &o.lossy {
             out += &format!("  lossy: {lossy}; {} experts were not the routers' own\n", o.replaced);
+        }
+        if let Some(form) = o.prompt_attention {
+            out += &format!("  prompts: {form} form of latent attention\n");
         }
     }
     out

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::ValueEnum;
 use serde::Serialize;
+use sluice_format::ModelFile;
 use sluice_model::memory::Bytes;
 use sluice_storage::io::bench::{
     BenchEngine, BenchError, DiskBench, Knee, Measured, Pattern, Point, Scratch, Sweep, SweepOptions, scratch, sweep,
@@ -160,6 +162,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 
 fn measure(args: &Args) -> Result<(), CliError> {
     plot::check_target(args.plot.as_deref(), &args.path)?;
+    say_other_volumes(&args.path);
     let scratch = scratch_file(args)?;
     let mode = if args.buffered { DirectMode::Never } else { DirectMode::Prefer };
     let mut bench = match &scratch {
@@ -214,6 +217,19 @@ fn scratch_file(args: &Args) -> Result<Option<Scratch>, CliError> {
     });
     bar.finish_and_clear();
     Ok(Some(made?))
+}
+
+/// A striped model lies on several drives, of which one is measured.
+fn say_other_volumes(path: &Path) {
+    let Some(model) = ModelFile::open(path).ok().filter(ModelFile::is_striped) else { return };
+    let is_same = |other: &Path| fs::canonicalize(path).is_ok_and(|a| fs::canonicalize(other).is_ok_and(|b| a == b));
+    let others = model.volumes().iter().map(|volume| volume.path()).filter(|other| !is_same(other));
+    let others: Vec<String> = others.map(|path| path.display().to_string()).collect();
+    note(&format_args!(
+        "note: the model is striped over several drives, and this measures the one of {}; measure {} too",
+        path.display(),
+        others.join(" and ")
+    ));
 }
 
 /// The engines that are asked for and run here.

@@ -1,7 +1,7 @@
 //! `sluice bench decode --drive`: how well reading and computing overlap, on a drive that needs no processor time.
 
 use std::num::NonZeroUsize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use sluice_converter::synth::expert_noise;
@@ -71,9 +71,12 @@ struct Outcome {
 /// The drive: as requested, and as measured.
 #[derive(Debug, Serialize)]
 struct DriveReport {
+    /// How many work at the same time: one for each volume of a striped model.
+    drives: usize,
+    /// Of all together.
     bytes_per_second: f64,
     latency_microseconds: f64,
-    /// From the first byte it could have given to the notice of the last, whenever it was read; none if it never was.
+    /// From the first byte it could have given to the notice of the last, whenever it was read, summed over drives; none if none was.
     reached_bytes_per_second: Option<f64>,
     /// How late the end of a read was noticed, on average, because timers and the system's scheduler are not exact.
     late_microseconds: f64,
@@ -96,15 +99,48 @@ impl Round {
 }
 
 /// Measures and prints; `total`: tokens of each sequence, warm-up included.
-pub(crate) fn run(args: &Args, speed: DriveSpeed, count: usize, total: usize) -> Result<(), CliError> {
+pub(crate) fn run(args: &Args, asked: &[DriveSpeed], count: usize, total: usize) -> Result<(), CliError> {
     let file = ModelFile::open(&args.file)?;
+    let speeds = &Speeds::new(&file, asked)?;
     let held = Held::new(args, &file)?;
     let mut outcomes = Vec::new();
     for budget in args.all_budgets() {
         refuse_streaming(args, &file, budget, (count, total))?;
-        outcomes.push(measure(args, budget, speed, &held, (count, total))?);
+        outcomes.push(measure(args, budget, speeds, &held, (count, total))?);
     }
     if args.json { print_json(&outcomes) } else { print(&outcomes.iter().map(describe).collect::<String>()) }
+}
+
+/// The simulated drives: one, or for a striped model one for each volume.
+#[derive(Clone, Debug)]
+struct Speeds {
+    of_drives: Vec<DriveSpeed>,
+    /// Of all together, as fast as the one that needs longest for its part of an expert lets them be.
+    bytes_per_second: f64,
+    /// The longest.
+    latency: Duration,
+}
+
+impl Speeds {
+    fn new(file: &ModelFile, asked: &[DriveSpeed]) -> Result<Self, CliError> {
+        let shares = if file.is_striped() { file.expert_shares() } else { vec![1.0] };
+        let of_drives = match asked {
+            &[one] => vec![one; shares.len()],
+            several if several.len() == shares.len() => several.to_vec(),
+            several => {
+                let (path, volumes) = (file.path().display(), shares.len());
+                return Err(CliError::Usage(format!(
+                    "{path} is read from {volumes} at the same time, and --drive is given {} times: give it once, or once for each",
+                    several.len()
+                )));
+            }
+        };
+        let own = of_drives.iter().zip(&shares).filter(|(_, share)| **share > 0.0);
+        let rates = own.map(|(speed, share)| speed.bytes_per_second as f64 / share);
+        let bytes_per_second = rates.fold(f64::INFINITY, f64::min);
+        let latency = of_drives.iter().map(|speed| speed.latency).max().unwrap_or_default();
+        Ok(Speeds { of_drives, bytes_per_second, latency })
+    }
 }
 
 /// What the simulated drive has in place of every expert.
@@ -151,7 +187,7 @@ fn refuse_streaming(
 ) -> Result<(), CliError> {
     let options = args.engine.options(total);
     let EngineOptions { kv_type, marks, prediction, .. } = options;
-    let demand = Demand { sequences: count, context: total, kv_type, marks, prediction };
+    let demand = Demand { sequences: count, context: total, kv_type, marks, prediction, expanding: 0 };
     let plan = MemoryPlan::new(file, budget, demand).map_err(RuntimeError::from)?;
     if plan.dense_streamed == 0 {
         return Ok(());
@@ -168,10 +204,11 @@ fn refuse_streaming(
 struct Bench {
     batch: Batch,
     drive: SimulatedDrive,
-    speed: DriveSpeed,
+    speeds: Speeds,
     /// Of the steps with the drive.
     counts: Counts,
-    used: DriveUse,
+    /// Of the drive of each volume.
+    used: Vec<DriveUse>,
 }
 
 /// The parts of [`Stats`] that are counted over the steps with the drive.
@@ -196,8 +233,8 @@ impl Counts {
 
 impl Bench {
     /// Seconds of so many steps at this speed.
-    fn steps(&mut self, speed: DriveSpeed, steps: usize, each: &dyn Fn()) -> Result<f64, CliError> {
-        self.drive.set_speed(speed);
+    fn steps(&mut self, speeds: &[DriveSpeed], steps: usize, each: &dyn Fn()) -> Result<f64, CliError> {
+        self.drive.set_speeds(speeds);
         let started = Instant::now();
         for _ in 0..steps {
             self.batch.step()?;
@@ -209,13 +246,17 @@ impl Bench {
     /// Runs steps with the drive and counts them; returns their seconds.
     fn with_drive(&mut self, steps: usize, each: &dyn Fn()) -> Result<f64, CliError> {
         let (before, used) = (self.batch.engine.stats(), self.drive.used());
-        let seconds = self.steps(self.speed, steps, each)?;
+        let speeds = self.speeds.of_drives.clone();
+        let seconds = self.steps(&speeds, steps, each)?;
         self.counts.add(&before, &self.batch.engine.stats());
-        let now = self.drive.used().since(&used);
-        self.used.reads += now.reads;
-        self.used.bytes += now.bytes;
-        self.used.busy += now.busy;
-        self.used.late += now.late;
+        self.used.resize(used.len(), DriveUse::default());
+        for ((sum, before), now) in self.used.iter_mut().zip(&used).zip(self.drive.used()) {
+            let now = now.since(before);
+            sum.reads += now.reads;
+            sum.bytes += now.bytes;
+            sum.busy += now.busy;
+            sum.late += now.late;
+        }
         Ok(seconds)
     }
 
@@ -225,14 +266,14 @@ impl Bench {
         let bytes = self.counts.bytes;
         let (with, without) = if number.is_multiple_of(2) {
             let with = self.with_drive(steps, each)?;
-            (with, self.steps(DriveSpeed::UNLIMITED, steps, each)?)
+            (with, self.steps(&[DriveSpeed::UNLIMITED], steps, each)?)
         } else {
-            let without = self.steps(DriveSpeed::UNLIMITED, steps, each)?;
+            let without = self.steps(&[DriveSpeed::UNLIMITED], steps, each)?;
             (self.with_drive(steps, each)?, without)
         };
         let missed = (self.counts.bytes - bytes) as f64 / steps as f64;
-        let latency = if missed > 0.0 { self.speed.latency.as_secs_f64() } else { 0.0 };
-        let reading = missed / self.speed.bytes_per_second as f64 + latency;
+        let latency = if missed > 0.0 { self.speeds.latency.as_secs_f64() } else { 0.0 };
+        let reading = missed / self.speeds.bytes_per_second + latency;
         let per_step = 1e3 / steps as f64;
         Ok(Round { step: per_step * with, computing: per_step * without, drive: 1e3 * reading })
     }
@@ -242,7 +283,7 @@ impl Bench {
 fn measure(
     args: &Args,
     budget: Option<u64>,
-    speed: DriveSpeed,
+    speeds: &Speeds,
     held: &Held,
     (count, total): (usize, usize),
 ) -> Result<Outcome, CliError> {
@@ -256,9 +297,9 @@ fn measure(
         ..args.engine.options(total)
     };
     let batch = Batch::open(&args.file, options, count, total)?;
-    let mut bench = Bench { batch, drive, speed, counts: Counts::default(), used: DriveUse::default() };
+    let mut bench = Bench { batch, drive, speeds: speeds.clone(), counts: Counts::default(), used: Vec::new() };
     let bar = step_bar("decoding", total as u64);
-    bench.steps(DriveSpeed::UNLIMITED, args.warm_up, &|| bar.inc(1))?;
+    bench.steps(&[DriveSpeed::UNLIMITED], args.warm_up, &|| bar.inc(1))?;
     let count_of_rounds = args.n.min(ROUNDS);
     let mut rounds = Vec::with_capacity(count_of_rounds);
     for number in 0..count_of_rounds {
@@ -278,13 +319,13 @@ fn outcome(
     (count, total): (usize, usize),
 ) -> Result<Outcome, CliError> {
     let drive = drive_report(bench);
-    let Bench { batch: Batch { engine, .. }, speed, counts, .. } = bench;
+    let Bench { batch: Batch { engine, .. }, speeds, counts, .. } = bench;
     let of_rounds = |value: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(value).collect::<Vec<_>>());
     let (steps, tokens) = (args.n as f64, args.n * count);
     let uses = (counts.hits + counts.misses) as f64;
     let position = (total as f64 + args.warm_up as f64) / 2.0;
     let work = StepWork::of(engine.file(), count, uses / steps, position, engine.memory().kv_type);
-    let bounds = Bounds::of(engine, counts.bytes as f64 / steps, speed.bytes_per_second as f64, &work)?;
+    let bounds = Bounds::of(engine, counts.bytes as f64 / steps, speeds.bytes_per_second, &work)?;
     let step = of_rounds(&|round| round.step);
     Ok(Outcome {
         sequences: count,
@@ -318,14 +359,21 @@ fn outcome(
     })
 }
 
-fn drive_report(Bench { batch, speed, used, .. }: &Bench) -> DriveReport {
+fn drive_report(Bench { batch, speeds, used, .. }: &Bench) -> DriveReport {
     let config = batch.engine.io_config();
+    let reached: f64 = used
+        .iter()
+        .filter(|used| used.bytes > 0 && !used.busy.is_zero())
+        .map(|used| used.bytes as f64 / used.busy.as_secs_f64())
+        .sum();
+    let late: f64 = used.iter().map(|used| used.late.as_secs_f64()).sum();
+    let reads: u64 = used.iter().map(|used| used.reads).sum();
     DriveReport {
-        bytes_per_second: speed.bytes_per_second as f64,
-        latency_microseconds: 1e6 * speed.latency.as_secs_f64(),
-        reached_bytes_per_second: (used.bytes > 0 && !used.busy.is_zero())
-            .then(|| used.bytes as f64 / used.busy.as_secs_f64()),
-        late_microseconds: 1e6 * used.late.as_secs_f64() / used.reads.max(1) as f64,
+        drives: speeds.of_drives.len(),
+        bytes_per_second: speeds.bytes_per_second,
+        latency_microseconds: 1e6 * speeds.latency.as_secs_f64(),
+        reached_bytes_per_second: (reached > 0.0).then_some(reached),
+        late_microseconds: 1e6 * late / reads.max(1) as f64,
         chunk_bytes: config.chunk_bytes,
         depth: config.depth,
     }
@@ -336,6 +384,10 @@ fn describe(o: &Outcome) -> String {
     let rate = |r: f64| format!("{}/s", Bytes(r as u64));
     let lossy = o.lossy.as_ref().map(|lossy| format!("  lossy: {lossy}\n")).unwrap_or_default();
     let d = &o.drive;
+    let drives = match d.drives {
+        1 => "simulated drive".to_owned(),
+        n => format!("{n} simulated drives together"),
+    };
     let reached = match d.reached_bytes_per_second {
         Some(reached) => {
             format!("{} while it was read, ends noticed {:.0} µs late", rate(reached), d.late_microseconds)
@@ -353,7 +405,7 @@ fn describe(o: &Outcome) -> String {
     });
     format!(
         "budget {budget}: {} in use, {} of {} experts fit; sequences: {}\n  \
-         simulated drive: {} and {:.0} µs asked for; {reached}; {} × {} in flight\n{compression}  \
+         {}: {} and {:.0} µs asked for; {reached}; {} × {} in flight\n{compression}  \
          {:.2} tokens/s in all; a step takes {:.1} ms and misses {}, {} per token\n  \
          a step uses {:.0} different experts, {:.1} % of them in memory; {} prefetched, {} of them used\n  \
          computing alone {:.1} ms, the drive alone {:.1} ms: a step takes {:.2} times the longer\n  \
@@ -362,6 +414,7 @@ fn describe(o: &Outcome) -> String {
         o.slots,
         o.experts,
         o.sequences,
+        drives,
         rate(d.bytes_per_second),
         d.latency_microseconds,
         Bytes(d.chunk_bytes as u64),

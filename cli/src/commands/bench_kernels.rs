@@ -17,12 +17,12 @@ use sluice_storage::io::bench::median;
 use crate::error::CliError;
 use crate::progress::step_bar;
 use crate::size::{parse_count, parse_size};
-use crate::terminal::{print, print_json};
+use crate::terminal::{counted, print, print_json};
 
 const EXAMPLES: &str = "\
 Every measurement takes turns with reading the same memory without computing anything, by the best of several loops, and the \
-median counts: on a busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avxvnni, avx512, neon) measures other instructions. Products that \
-take long are cut to a part of their rows, so that the default takes a few minutes at most.
+median counts: on a busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avxvnni, avx512, neon, i8mm) measures other \
+instructions. Products that take long are cut to a part of their rows, so that the default takes a few minutes at most.
 
 Examples:
   sluice bench kernels
@@ -116,8 +116,8 @@ fn describe(report: &Report) -> String {
     let mut out = String::new();
     for run in &report.runs {
         let Run { threads, read_gb_per_s, types } = run;
-        let plural = if *threads == 1 { "" } else { "s" };
-        let _ = writeln!(out, "{threads} thread{plural}, {}: plain reading {read_gb_per_s:.1} GB/s", report.isa);
+        let threads = counted(*threads, "thread");
+        let _ = writeln!(out, "{threads}, {}: plain reading {read_gb_per_s:.1} GB/s", report.isa);
         let width = types.iter().map(|t| t.name.len()).max().unwrap_or(0).max(6);
         let _ = writeln!(out, "{:<width$} {:>17} {:>18} {:>12}", "type", "1 token", "64 tokens", "512 tokens");
         for t in types {

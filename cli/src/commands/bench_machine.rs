@@ -5,9 +5,10 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
 
+use sluice_format::ModelFile;
 use sluice_kernels::{Kernels, ThreadPool, WeightType};
 use sluice_model::RuntimeError;
-use sluice_model::memory::{Bytes, available_memory};
+use sluice_model::memory::{Bytes, SystemMemory, available_memory};
 use sluice_storage::io::calibration::DeviceId;
 use sluice_storage::io::{CalibrationStore, DataFile, DirectMode};
 
@@ -16,7 +17,7 @@ use crate::error::CliError;
 use crate::machine::MachineFile;
 use crate::progress::step_bar;
 use crate::size::{parse_count, parse_size};
-use crate::terminal::{print, print_json};
+use crate::terminal::{counted, print, print_json};
 
 const EXAMPLES: &str = "\
 What is measured is kept in ~/.cache/sluice/machine.json, and `sluice plan` uses it from then on. FILE can be any file on the drive \
@@ -83,7 +84,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 }
 
 fn measure(args: &Args) -> Result<MachineFile, CliError> {
-    let (ram, drive) = (available_memory(), args.file.as_deref().map(drive).transpose()?.flatten());
+    let (available, drive) = (available_memory(), args.file.as_deref().map(drive).transpose()?.flatten());
+    let ram = SystemMemory::read(Path::new("/")).total.unwrap_or(available);
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
     let threads = args.threads.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
     let bytes = usize::try_from(args.bytes).ok().filter(|bytes| *bytes >= 1 << 20);
@@ -98,22 +100,51 @@ fn measure(args: &Args) -> Result<MachineFile, CliError> {
     bar.inc(1);
     let products = TYPES.map(|ty| (ty, (bench.product_rate(ty), bar.inc(1)).0));
     bar.finish_and_clear();
-    Ok(MachineFile::new((ram, drive), memory, products.into_iter(), (kernels.isa_name(), bench.pool.threads())))
+    Ok(MachineFile::new(
+        (ram, available, drive),
+        memory,
+        products.into_iter(),
+        (kernels.isa_name(), bench.pool.threads()),
+    ))
 }
 
-/// Bytes per second of the drive below a file, if it has been calibrated.
+/// Bytes per second of the drive below a file, if it has been calibrated. Of a model that is striped over several drives: of all of them
+/// together, as fast as the one that needs longest for its part of an expert lets them be.
 pub(crate) fn drive(file: &Path) -> Result<Option<f64>, CliError> {
-    let failed = |source| CliError::File { path: file.to_owned(), action: "find its drive", source };
-    let opened = DataFile::open(file, DirectMode::Never).map_err(|e| CliError::Failure(e.to_string()))?;
-    let device = DeviceId::of(&opened).map_err(failed)?;
     // Calibrations that cannot be read are as good as none.
-    let store = CalibrationStore::of_user().ok();
-    Ok(store.and_then(|store| store.find(&device).ok().flatten()).map(|known| known.bytes_per_second))
+    let Ok(store) = CalibrationStore::of_user() else { return Ok(None) };
+    let Some(model) = ModelFile::open(file).ok().filter(ModelFile::is_striped) else { return calibrated(&store, file) };
+    let mut drives: Vec<(DeviceId, &Path, f64)> = Vec::new();
+    for (volume, share) in model.volumes().iter().zip(model.expert_shares()) {
+        let device = device(volume.path())?;
+        match drives.iter_mut().find(|(other, ..)| other.is_same(&device)) {
+            Some((.., sum)) => *sum += share,
+            None => drives.push((device, volume.path(), share)),
+        }
+    }
+    let mut slowest = f64::INFINITY;
+    for (_, path, share) in drives.into_iter().filter(|(.., share)| *share > 0.0) {
+        let Some(rate) = calibrated(&store, path)? else { return Ok(None) };
+        slowest = slowest.min(rate / share);
+    }
+    Ok(slowest.is_finite().then_some(slowest))
+}
+
+/// Bytes per second of the drive below a file or folder, if it has been calibrated.
+pub(crate) fn calibrated(store: &CalibrationStore, path: &Path) -> Result<Option<f64>, CliError> {
+    Ok(store.find(&device(path)?).ok().flatten().map(|known| known.bytes_per_second))
+}
+
+/// The drive below a file or folder.
+fn device(path: &Path) -> Result<DeviceId, CliError> {
+    let failed = |source| CliError::File { path: path.to_owned(), action: "find its drive", source };
+    let opened = DataFile::open(path, DirectMode::Never).map_err(|e| CliError::Failure(e.to_string()))?;
+    DeviceId::of(&opened).map_err(failed)
 }
 
 fn describe(machine: &MachineFile) -> String {
     let rate = |rate: f64| format!("{:.1} GB/s", rate / 1e9);
-    let mut out = format!("{:<12} {} with {} threads\n", "computes", machine.isa, machine.threads);
+    let mut out = format!("{:<12} {} with {}\n", "computes", machine.isa, counted(machine.threads, "thread"));
     let drive = machine
         .drive_bytes_per_second
         .map_or("not known: name a file on a drive that `sluice bench disk` has measured".into(), rate);

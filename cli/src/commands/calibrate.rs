@@ -55,6 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let window = args.window as usize;
     CliError::refuse_output(&args.out, &[&args.file, &args.text])?;
     args.engine.refuse_thrift("calibrate")?;
+    args.engine.refuse_expanded("calibrate")?;
     let ids = read_ids(&args.file, &args.text, window)?;
     let mut engine = args.engine.open(&args.file, window)?;
     let importance = measure(&mut engine, &ids, window)?;

@@ -127,12 +127,6 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 /// Checks everything that can be wrong before weights are read, and finds the chat template that was given.
 fn prepare(args: &Args) -> Result<Option<ChatTemplate>, CliError> {
     let file = ModelFile::open(&args.file)?;
-    let name = args.file.display();
-    if tokenizer(&file)?.is_none() {
-        return Err(CliError::Usage(format!(
-            "{name} has no tokenizer, so it cannot chat: add one with `sluice set {name} --tokenizer FILE`"
-        )));
-    }
     let Some(path) = &args.chat_template else { return Ok(None) };
     let given = read_template(path)?;
     let wrong = |error: TextError| CliError::Failure(format!("{}: {error}", path.display()));
@@ -207,6 +201,13 @@ fn open_model(args: &Args, template: Option<ChatTemplate>, store: Option<Arc<Sto
     let context = args.context.map_or(CONTEXT, NonZeroUsize::get);
     let options = EngineOptions { sequences: Some(1), marks: MARKS, ..args.engine.options(context) };
     let engine = args.engine.open_as(&args.file, &options)?;
+    // The drive reads dense weights meanwhile.
+    if tokenizer(engine.file())?.is_none() {
+        let name = args.file.display();
+        return Err(CliError::Usage(format!(
+            "{name} has no tokenizer, so it cannot chat: add one with `sluice set {name} --tokenizer FILE`"
+        )));
+    }
     let scheduling = SchedulerOptions { store, save_every: SAVE_EVERY, ..SchedulerOptions::default() };
     let id = name_of(&args.file);
     let served = Served::of(id, engine, scheduling, !args.engine.forget, template)?;

@@ -14,7 +14,7 @@ use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
 use crate::feed::feed;
 use crate::input::read_text;
-use crate::profile::lossy;
+use crate::profile::{lossy, prompt_attention};
 use crate::progress::step_bar;
 use crate::terminal::{print, print_json};
 
@@ -76,7 +76,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             return Err(CliError::NotANumber { file: file.clone() });
         }
     }
-    report(args, &comparison, lossy(&other))
+    report(args, &comparison, lossy(&other), prompt_attention(&other))
 }
 
 /// Refuses a model that reads the text as different tokens, or has a different vocabulary. A model without a tokenizer uses the
@@ -138,8 +138,13 @@ fn compare(reference: &mut Engine, other: &mut Engine, ids: &[u32], window: usiz
     Ok(comparison)
 }
 
-/// `lossy`: how the experts of B were chosen otherwise than its routers say.
-fn report(args: &Args, comparison: &Comparison, lossy: Option<String>) -> Result<(), CliError> {
+/// `lossy`: how the experts of B were chosen otherwise than its routers say. `form`: in which B's prompts were read, if not in the usual one.
+fn report(
+    args: &Args,
+    comparison: &Comparison,
+    lossy: Option<String>,
+    form: Option<&'static str>,
+) -> Result<(), CliError> {
     let &Comparison { tokens, nll, max_divergence, max_difference, .. } = comparison;
     let (divergence, agreement) = (comparison.mean_divergence(), comparison.agreement());
     let [of_reference, of_other] = comparison.perplexity();
@@ -153,15 +158,18 @@ fn report(args: &Args, comparison: &Comparison, lossy: Option<String>) -> Result
             "perplexity": [of_reference, of_other],
             "nll": nll,
             "lossy": lossy,
+            "prompt_attention": form,
         }));
     }
     let lossy = lossy.map(|lossy| format!("B is lossy        {lossy}\n")).unwrap_or_default();
+    let form =
+        form.map(|form| format!("B reads prompts   in the {form} form of latent attention\n")).unwrap_or_default();
     let change = (of_other / of_reference - 1.0) * 100.0;
     print(&format!(
         "divergence        {divergence:.6} nats per token (at most {max_divergence:.4})\n\
          same first choice {:.2} % of {tokens} tokens in windows of {}\n\
          perplexity        {of_reference:.4} and {of_other:.4} ({change:+.2} %)\n\
-         logits            differ by {max_difference:.4} at most\n{lossy}",
+         logits            differ by {max_difference:.4} at most\n{lossy}{form}",
         agreement * 100.0,
         args.window,
     ))

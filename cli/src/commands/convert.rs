@@ -26,7 +26,8 @@ use crate::fetch::{Fetched, confirm, reference};
 use crate::input::read_text;
 use crate::progress::{Meter, byte_bar};
 use crate::size::parse_size;
-use crate::terminal::{note, print, print_json, seconds};
+use crate::striping::{StripingArgs, destination};
+use crate::terminal::{counted, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
 use crate::types::{Types, is_stored};
 
@@ -54,6 +55,7 @@ Examples:
   sluice convert hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M qwen3.sluice
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
   sluice convert my-moe-bf16/ my-moe.sluice --compress --split-size 50GB
+  sluice convert my-moe-bf16/ my-moe.sluice --volumes /mnt/a,/mnt/b
   sluice convert my-moe-bf16/ my-moe-q3.sluice --type q3 --importance-text mine.txt --effort best
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8 --recipe my-moe.recipe
   sluice convert tiny/ tiny.sluice --type f32 --dense-type f32 --overwrite";
@@ -115,8 +117,11 @@ pub(crate) struct Args {
     compress: bool,
 
     /// Most bytes of one file, such as 50GB: a larger model becomes NAME-00001-of-00014.sluice and so on
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "volumes")]
     split_size: Option<u64>,
+
+    #[command(flatten)]
+    striping: StripingArgs,
 
     /// Replace the model file if it exists, once the new one is complete; what is no model file is never replaced
     #[arg(long)]
@@ -158,6 +163,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         measured: None,
         compress: args.compress,
         split_size: args.split_size,
+        striping: args.striping.striping()?,
         mtp: !args.no_mtp,
         overwrite: args.overwrite,
     };
@@ -167,11 +173,12 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.keep {
         return Err(CliError::Usage("--keep is for models on the hub (hf:NAME): files in a folder stay there".into()));
     }
-    let Some(dst) = args.dst.as_deref() else {
+    let Some(dst) = &args.dst else {
         let message = "name the model file to write, behind the folder of the checkpoint; only models of the hub (hf:NAME) have a \
                        place of their own";
         return Err(CliError::Usage(message.into()));
     };
+    let dst = &destination(dst, options.striping.as_ref())?;
     let started = Instant::now();
     let (text, remarks) = (measured_text(args)?, Remarks::default());
     let ((), plan, mut measurement) =
@@ -229,11 +236,12 @@ fn check(args: &Args, dst: &Path, plan: &Plan, remarks: &Remarks) -> Result<(), 
 fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(), CliError> {
     let started = Instant::now();
     let dst = match &args.dst {
-        Some(dst) => dst.clone(),
+        Some(dst) => destination(dst, options.striping.as_ref())?,
         None => {
             let models = Models::of_user()?;
             models.create()?;
-            models.path(reference, types_asked_for(args).as_deref())
+            let path = models.path(reference, types_asked_for(args).as_deref());
+            options.striping.as_ref().map_or(path.clone(), |striping| striping.destination(&path))
         }
     };
     let (text, name) = (measured_text(args)?, PathBuf::from(reference.to_string()));
@@ -497,7 +505,7 @@ impl Facts<'_> {
         out.push('\n');
         for left_out in self.left_out {
             let LeftOut { reason, tensors, bytes } = left_out;
-            let _ = writeln!(out, "left out: {tensors} tensors, {}: {reason}", Bytes(*bytes));
+            let _ = writeln!(out, "left out: {}, {}: {reason}", counted(*tensors, "tensor"), Bytes(*bytes));
         }
         if !self.widened.is_empty() {
             let names = self.widened.join(", ");
@@ -514,7 +522,7 @@ impl Facts<'_> {
 fn describe(dst: &Path, s: &Summary, elapsed: f64) -> String {
     let resumed = match s.resumed_extents {
         0 => String::new(),
-        n => format!(", {n} extents kept from an earlier run"),
+        n => format!(", {} kept from an earlier run", counted(n, "extent")),
     };
     let name = match &s.files[..] {
         [first, .., last] => format!("{} to {}", first.display(), last.display()),

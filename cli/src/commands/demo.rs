@@ -19,7 +19,7 @@ use crate::error::CliError;
 use crate::generate::{Generation, Request, generate};
 use crate::progress::byte_bar;
 use crate::stage::Stage;
-use crate::terminal::{is_coloured, print, print_as_is, print_text, printable, seconds};
+use crate::terminal::{counted, is_coloured, print, print_as_is, print_text, printable, seconds};
 
 const EXAMPLES: &str = "\
 The model has 5.1 million weights, the architecture of DeepSeek-V3, and has read Shakespeare: its verse scans \
@@ -252,7 +252,7 @@ fn stream(show: &Show, model: &Path) -> Result<Generation, CliError> {
         ),
     )?;
     show.more(&format!("reads: {}", engine.read_path()))?;
-    show.more(&format!("kernels: {}, {} threads", engine.isa(), engine.threads()))?;
+    show.more(&format!("kernels: {}, {}", engine.isa(), counted(engine.threads(), "thread")))?;
     print(&format!("\n    {}", indent(PROMPT)))?;
     let done = speak(&mut engine, &mut |_, text| print_text(&indent(text)))?;
     print("\n\n")?;

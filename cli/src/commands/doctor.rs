@@ -1,6 +1,6 @@
 //! `sluice doctor`: checks the machine for this program, and how to mend what is wrong.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -16,7 +16,7 @@ use tempfile::NamedTempFile;
 
 use crate::doctor::{Finding, Verdict, describe, drive, limits, memory, processor, worst};
 use crate::error::CliError;
-use crate::terminal::{print, print_json};
+use crate::terminal::{is_coloured, print_as_is, print_json};
 
 const EXAMPLES: &str = "\
 Each line is ok, could be better, or wrong, with what to do about it below. A model file is opened, and not read. Without one, the folder is the current one. To try \
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.json {
         print_json(&json!({ "path": path.display().to_string(), "worst": worst, "findings": findings }))?;
     } else {
-        print(&describe(&findings))?;
+        print_as_is(&describe(&findings, is_coloured(&io::stdout())))?;
     }
     let wrong = findings.iter().filter(|finding| finding.verdict == Verdict::Wrong).count();
     match wrong {
@@ -84,6 +84,10 @@ fn examine(root: &Path, path: &Path) -> Result<Vec<Finding>, CliError> {
     findings.push(limits::io_uring(root, &try_uring()));
     findings.extend(limits::open_files(root));
     findings.extend(storage(root, path, &folder));
+    for other in other_volumes(path) {
+        let folder = drive::folder_of(&other).map_err(CliError::file(&other, "find it"))?;
+        findings.extend(storage(root, &other, &folder));
+    }
     findings.push(processor::processor(root, std::thread::available_parallelism().map_or(1, usize::from)));
     findings.push(processor::instructions(&Kernels::detect()));
     findings.extend(model);
@@ -103,6 +107,13 @@ fn model(path: &Path) -> (Option<Finding>, Option<Needs>) {
     let needs = Needs::of(spec, file.extents(), CONTEXT.min(spec.max_positions), KvType::default());
     let is = format!("{}, {}, can be opened", spec.family, Bytes(file.file_bytes()));
     (Some(Finding::ok("model", is)), Some(needs))
+}
+
+/// The volumes of a striped model behind the first, which usually lie on drives of their own.
+fn other_volumes(path: &Path) -> Vec<PathBuf> {
+    let model = if path.is_dir() { None } else { ModelFile::open(path).ok().filter(ModelFile::is_striped) };
+    let volumes = model.iter().flat_map(|model| model.volumes()).skip(1);
+    volumes.map(|volume| volume.path().to_owned()).collect()
 }
 
 /// Filesystem, direct reads, drive and calibration of a model file, or of a folder for some.

@@ -15,7 +15,7 @@ use sluice_text::ChatTemplate;
 
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
-use crate::terminal::{note, print, print_json};
+use crate::terminal::{counted, note, print, print_json};
 
 const EXAMPLES: &str = "\
 Reads the tables, not the weights: an instant even for a file of a terabyte.
@@ -62,6 +62,9 @@ struct Report {
     page_size: u32,
     /// The files, if there are several.
     volumes: Vec<String>,
+    /// If extents are striped over them: the part of the experts' bytes that lies in each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expert_shares: Option<Vec<f64>>,
     /// Of all of them.
     file_bytes: u64,
     compressed_extents: usize,
@@ -124,6 +127,19 @@ struct Extent {
     offset: u64,
     stored_bytes: u64,
     logical_bytes: u64,
+    /// Of the stored bytes; of an extent with several stripes, of the bytes in memory.
+    checksum: String,
+    /// If it has several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    stripes: Vec<StripePlace>,
+}
+
+/// A part of an extent in one of the files.
+#[derive(Debug, Serialize)]
+struct StripePlace {
+    volume: u16,
+    offset: u64,
+    stored_bytes: u64,
     checksum: String,
 }
 
@@ -151,6 +167,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         format_version: superblock.version,
         page_size: superblock.page_size,
         volumes: file.volumes().iter().map(|volume| volume.path().display().to_string()).collect(),
+        expert_shares: file.is_striped().then(|| file.expert_shares()),
         file_bytes: file.file_bytes(),
         compressed_extents: file.compressed_extents(),
         bytes_before_compression: file.extents().iter().map(|e| e.padded_len).sum(),
@@ -209,6 +226,12 @@ fn kinds(file: &ModelFile) -> Vec<Kind> {
 }
 
 fn extents(file: &ModelFile) -> Vec<Extent> {
+    let place = |s: &sluice_format::Stripe| StripePlace {
+        volume: s.volume,
+        offset: s.offset,
+        stored_bytes: s.len,
+        checksum: format!("{:016x}", s.checksum),
+    };
     let one = |e: &sluice_format::ExtentRecord| Extent {
         name: e.name(),
         kind: e.kind.name(),
@@ -217,7 +240,8 @@ fn extents(file: &ModelFile) -> Vec<Extent> {
         offset: e.offset,
         stored_bytes: e.stored_len,
         logical_bytes: e.logical_len,
-        checksum: format!("{:016x}", e.checksum),
+        checksum: format!("{:016x}", if file.stripes(e).len() > 1 { e.logical_checksum } else { e.checksum }),
+        stripes: if file.stripes(e).len() > 1 { file.stripes(e).iter().map(place).collect() } else { Vec::new() },
     };
     file.extents().iter().map(one).collect()
 }
@@ -236,6 +260,10 @@ fn list(out: &mut String, extents: &[Extent]) {
     for e in extents {
         let (name, offset) = (&e.name, e.offset);
         let _ = writeln!(out, "{name:<24} {offset:>16} {:>14} {:>14}  {}", e.stored_bytes, e.logical_bytes, e.checksum);
+        for s in &e.stripes {
+            let name = format!("  in volume {}", s.volume + 1);
+            let _ = writeln!(out, "{name:<24} {:>16} {:>14} {:>14}  {}", s.offset, s.stored_bytes, "", s.checksum);
+        }
     }
 }
 
@@ -248,7 +276,10 @@ fn experts(r: &Report) -> Vec<(&'static str, String)> {
     let (cycle, all) = (Bytes(r.token_cycle_bytes), r.experts_per_token);
     vec![
         ("experts", format!("{layer} in each of those layers, {token} per token; {each} each")),
-        ("token cycle", format!("{cycle}: the {all} experts of one token, read from the drive when none is in memory")),
+        (
+            "token cycle",
+            format!("{cycle}: the {} of one token, read from the drive when none is in memory", counted(all, "expert")),
+        ),
     ]
 }
 
@@ -261,11 +292,18 @@ fn describe(r: &Report) -> String {
     let volumes = if r.volumes.len() > 1 { format!(" in {} volumes", r.volumes.len()) } else { String::new() };
     let (size, version) = (Bytes(r.file_bytes), r.format_version);
     line("file", format!("{}, {size}{volumes} in pages of {} bytes, format version {version}", r.file, r.page_size));
+    if let Some(shares) = &r.expert_shares {
+        let parts: Vec<String> = shares.iter().map(|share| format!("{:.1} %", 100.0 * share)).collect();
+        line("striped", format!("each read uses all volumes; of the experts they have {}", parts.join(", ")));
+        for path in &r.volumes {
+            line("  volume", path.clone());
+        }
+    }
     if r.compressed_extents > 0 {
         let part = 100.0 * r.stored_bytes as f64 / r.bytes_before_compression.max(1) as f64;
         line(
             "compression",
-            format!("{} extents; all take {part:.1} % of what they would without", r.compressed_extents),
+            format!("{}; all take {part:.1} % of what they would without", counted(r.compressed_extents, "extent")),
         );
     }
     line("model", format!("{}, id {}", r.family, r.model_id));

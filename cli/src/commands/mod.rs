@@ -24,6 +24,7 @@ pub(crate) mod perplexity;
 pub(crate) mod picture;
 pub(crate) mod plan;
 pub(crate) mod pull;
+pub(crate) mod restripe;
 pub(crate) mod rm;
 pub(crate) mod run;
 pub(crate) mod serve;

@@ -12,7 +12,7 @@ use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
 use crate::feed::feed;
 use crate::input::read_text;
-use crate::profile::lossy;
+use crate::profile::{lossy, prompt_attention};
 use crate::progress::step_bar;
 use crate::terminal::{print, print_json};
 
@@ -55,6 +55,7 @@ struct Score {
     tokens: u64,
     /// How experts were chosen otherwise than by the model's routers, in words.
     lossy: Option<String>,
+    prompt_attention: Option<&'static str>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
@@ -68,10 +69,11 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if args.json {
         return print_json(&score);
     }
-    let Score { perplexity, nll, tokens, lossy } = score;
+    let Score { perplexity, nll, tokens, lossy, prompt_attention } = score;
     let lossy = lossy.map(|lossy| format!("lossy: {lossy}\n")).unwrap_or_default();
+    let form = prompt_attention.map(|form| format!("prompts: {form} form of latent attention\n")).unwrap_or_default();
     print(&format!(
-        "perplexity {perplexity:.4} over {tokens} tokens in windows of {window} (nll {nll:.3} nats)\n{lossy}"
+        "perplexity {perplexity:.4} over {tokens} tokens in windows of {window} (nll {nll:.3} nats)\n{lossy}{form}"
     ))
 }
 
@@ -116,5 +118,5 @@ fn score(engine: &mut Engine, ids: &[u32], window: usize) -> Result<Score, CliEr
     }
     bar.finish_and_clear();
     let perplexity = (nll / tokens as f64).exp();
-    Ok(Score { perplexity, nll, tokens, lossy: lossy(engine) })
+    Ok(Score { perplexity, nll, tokens, lossy: lossy(engine), prompt_attention: prompt_attention(engine) })
 }

@@ -26,7 +26,7 @@ use crate::error::CliError;
 use crate::fetch::model_file;
 use crate::machine::MachineFile;
 use crate::size::{parse_size, parse_speed};
-use crate::terminal::{note, print, print_json, seconds};
+use crate::terminal::{counted, note, print, print_json, seconds};
 use crate::types as asked;
 
 const EXAMPLES: &str = "\
@@ -358,7 +358,7 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, String
     let first = |types: &[&'static str]| types.first().copied();
     let experts = (needs.token_cycle_bytes, first(&types.experts));
     let memory = of_file.map(|machine| machine.weights_per_second(experts, (needs.dense_bytes, first(&types.dense))));
-    let ram = args.ram.or_else(|| args.machine.as_ref().and(of_file).map(|machine| machine.ram));
+    let ram = args.ram.or_else(|| args.machine.as_ref().and(of_file).map(MachineFile::memory));
     let from = |asked: bool, measured: Option<&str>| match (asked, measured) {
         (true, _) => "as requested".to_owned(),
         (false, Some(source)) => format!("measured ({source})"),
@@ -423,6 +423,8 @@ fn warnings(needs: &Needs, speed: &Result<Speed, sluice_model::memory::BudgetErr
 /// Speeds use powers of ten, so sizes do too, because one is divided by the other.
 fn gigabytes(bytes: u64) -> String {
     match bytes as f64 {
+        b if b < 1e3 => counted(bytes, "byte"),
+        b if b < 1e6 => format!("{:.1} KB", b / 1e3),
         b if b < 1e9 => format!("{:.1} MB", b / 1e6),
         b => format!("{:.2} GB", b / 1e9),
     }
@@ -430,7 +432,12 @@ fn gigabytes(bytes: u64) -> String {
 
 /// The same, rounded up, so that the stated amount suffices.
 fn gigabytes_up(bytes: u64) -> String {
-    let step = if bytes < 1_000_000_000 { 100_000 } else { 10_000_000 };
+    let step = match bytes {
+        0..1_000 => 1,
+        1_000..1_000_000 => 100,
+        1_000_000..1_000_000_000 => 100_000,
+        _ => 10_000_000,
+    };
     gigabytes(bytes.div_ceil(step).saturating_mul(step))
 }
 
@@ -445,10 +452,11 @@ fn describe(r: &Report) -> String {
     line(
         "model",
         match r.moe_layers {
-            0 => format!("{}, {} layers, none with experts; all {dense}", r.family, r.layers),
+            0 => format!("{}, {}, none with experts; all {dense}", r.family, counted(r.layers, "layer")),
             n => format!(
-                "{}, {} layers, of which {n} with experts; experts {experts}, the rest {dense}",
-                r.family, r.layers
+                "{}, {}, of which {n} with experts; experts {experts}, the rest {dense}",
+                r.family,
+                counted(r.layers, "layer")
             ),
         },
     );
@@ -574,5 +582,6 @@ mod tests {
         assert_eq!(gigabytes_up(5_431_000_001), "5.44 GB");
         assert_eq!(gigabytes_up(5_430_000_000), "5.43 GB");
         assert_eq!(gigabytes_up(12_340_001), "12.4 MB");
+        assert_eq!([1, 999, 40_000].map(gigabytes), ["1 byte", "999 bytes", "40.0 KB"]);
     }
 }

@@ -10,7 +10,7 @@ use sluice_model::memory::Bytes;
 
 use crate::error::CliError;
 use crate::fetch::{Bars, client};
-use crate::terminal::{note, print, print_json, seconds};
+use crate::terminal::{counted, note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
 Interrupted? Run the same command again: it goes on where it stopped, with the commit that it was begun with. Every file is \
@@ -74,9 +74,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let pull = Pull::prepare(client, &reference, &folder, &filter)?;
     let left_out: u64 = pull.left_out().iter().map(|file| file.size).sum();
     if left_out > 0 {
-        let count = pull.left_out().len();
+        let (count, verb) = (pull.left_out().len(), if pull.left_out().len() == 1 { "is" } else { "are" });
         note(&format_args!(
-            "note: {count} files of {} are left out, which `convert` does not read; --include '*' takes everything",
+            "note: {} of {} {verb} left out, which `convert` does not read; --include '*' takes everything",
+            counted(count, "file"),
             Bytes(left_out)
         ));
     }
@@ -84,7 +85,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     // If the server states no digest of a file, only its length can be checked, which a note says.
     let is_verified = pull.files().iter().all(|file| file.digest != Digest::Unstated);
     let (bytes, count, commit) = (pull.bytes(), pull.files().len(), pull.commit().to_owned());
-    note(&format_args!("{}: {count} files, {}, to {}", reference, Bytes(bytes), folder.display()));
+    let files = counted(count, "file");
+    note(&format_args!("{}: {files}, {}, to {}", reference, Bytes(bytes), folder.display()));
     let bars = Bars::download(bytes);
     let outcome = pull.run(Arc::clone(&bars) as Arc<dyn Observer>);
     bars.finish();
@@ -97,5 +99,5 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
     let elapsed = seconds(started.elapsed().as_secs_f64());
     let verified = if is_verified { ", verified," } else { "" };
-    print(&format!("{}: {count} files, {}{verified} in {elapsed}\n", folder.display(), Bytes(bytes)))
+    print(&format!("{}: {files}, {}{verified} in {elapsed}\n", folder.display(), Bytes(bytes)))
 }

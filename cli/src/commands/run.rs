@@ -23,7 +23,7 @@ use crate::plot;
 use crate::profile::Profile;
 use crate::recorder::Recorder;
 use crate::sampling::SamplingArgs;
-use crate::terminal::{json_number, note, print_json, print_text, report as print_report};
+use crate::terminal::{counted, json_number, note, print_json, print_text, report as print_report};
 use crate::text_files::{CHAT_TEMPLATE, chat_options, read_template, try_out};
 
 const EXAMPLES: &str = "\
@@ -186,7 +186,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         }
     })?;
     recorder.map(Recorder::finish).transpose()?;
-    let profile = Profile::new(&engine, &generation, open_seconds);
+    let profile = Profile::new(&engine, &generation, started, open_seconds);
     report(args, &request, &generation, &profile, engine.spec().max_positions)?;
     if let Some(file) = &args.profile_svg {
         profile.chart(&engine.spec().family).write(file)?;
@@ -302,12 +302,10 @@ fn report(
         ));
     }
     if done.finish == Finish::Context {
-        let (tokens, context) = (done.ids.len(), profile.memory.context);
+        let (tokens, context) = (counted(done.ids.len(), "token"), profile.memory.context);
         let advice = if context < limit { "; --context makes it longer" } else { ", which is the model's limit" };
         let advice = format!("{advice}; --when-full drop-oldest goes on");
-        note(&format_args!(
-            "note: stopped after {tokens} tokens because the context of {context} tokens is full{advice}"
-        ));
+        note(&format_args!("note: stopped after {tokens} because the context of {context} tokens is full{advice}"));
     }
     if args.profile {
         print_report(profile.report().trim_end());

@@ -8,7 +8,7 @@ use sluice_lab::trace::{Replay, Row, Stats, Trace};
 use sluice_storage::pool::PolicyKind;
 
 use crate::error::CliError;
-use crate::terminal::{note, print, print_json, printable};
+use crate::terminal::{counted, note, print, print_json, printable};
 
 const EXAMPLES: &str = "\
 A trace has one JSON object a line and a token: {\"tok\": 0, \"layers\": [[expert ids of layer 0], …]}. \
@@ -150,8 +150,8 @@ fn table(rows: &[Row]) -> String {
 fn open(path: &Path) -> Result<Trace, CliError> {
     let trace = Trace::open(path)?;
     if trace.is_cut_short() {
-        let (path, tokens) = (path.display(), trace.tokens().len());
-        note(&format_args!("note: {path} ends within a line, which is left out: {tokens} tokens are complete"));
+        let (path, tokens) = (path.display(), counted(trace.tokens().len(), "complete token"));
+        note(&format_args!("note: {path} ends within a line, which is left out: there are {tokens}"));
     }
     Ok(trace)
 }

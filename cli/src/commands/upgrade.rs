@@ -12,7 +12,7 @@ use super::convert::{Bar, explain};
 use crate::error::CliError;
 use crate::progress::byte_bar;
 use crate::size::parse_size;
-use crate::terminal::{note, print, print_json, seconds};
+use crate::terminal::{counted, note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
 The weights stay what they are to the bit, and so do saved sessions and what is known of the experts: nothing is \
@@ -81,14 +81,14 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 }
 
 /// What runs have learned of the experts is true of the new file as well. Without it, the first run is slower.
-fn carry_counts(src: &Path, dst: &Path) {
+pub(crate) fn carry_counts(src: &Path, dst: &Path) {
     let carried = ModelFile::open(dst).map(|model| counts::carry(src, dst, model.state_id()));
     if let Ok(Err(e)) = carried {
         note(&format_args!("note: what runs have learned about the experts is not known of the new file: {e}"));
     }
 }
 
-fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {
+pub(crate) fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {
     if !s.written {
         return format!(
             "{}: nothing to do; it is of version {FORMAT_VERSION} of the format already, and as was asked for\n",
@@ -102,7 +102,7 @@ fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {
     };
     let compressed = match s.compressed_extents {
         0 => String::new(),
-        n => format!(", {n} extents compressed"),
+        n => format!(", {} compressed", counted(n, "extent")),
     };
     format!(
         "{files}: version {FORMAT_VERSION} of the format{compressed}; {} of version {} became {} in {}\n",

@@ -9,7 +9,7 @@ use sluice_model::memory::Bytes;
 
 use crate::error::CliError;
 use crate::progress::byte_bar;
-use crate::terminal::{print, print_json};
+use crate::terminal::{counted, print, print_json};
 
 const EXAMPLES: &str = "\
 Reads the whole file. `sluice run` also checks every byte that it reads; this command finds damage before it \
@@ -68,6 +68,9 @@ struct Source {
 #[derive(Debug, Serialize)]
 pub(crate) struct Damage {
     pub(crate) extent: String,
+    /// The file that it is in, if the model has several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    volume: Option<String>,
     offset: u64,
     problem: String,
 }
@@ -97,8 +100,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if !report.intact {
         let (damaged, extents) = (report.damaged.len(), report.extents);
         return Err(CliError::Failure(format!(
-            "{}: {damaged} of {extents} extents {} damaged. Copy the file again or convert it again",
+            "{}: {damaged} of {} {} damaged. Copy the file again or convert it again",
             report.file,
+            counted(extents, "extent"),
             if damaged == 1 { "is" } else { "are" }
         )));
     }
@@ -151,7 +155,23 @@ pub(crate) fn damage(file: &ModelFile) -> Vec<Damage> {
     let bar = byte_bar("verifying", file.extent_bytes());
     let wrong = file.verify_all(&mut |done| bar.set_position(done));
     bar.finish_and_clear();
-    wrong.into_iter().map(Damage::from).collect()
+    let several = file.volumes().len() > 1;
+    let damage = |error: FormatError| {
+        let volume = volume_of(&error).filter(|_| several);
+        Damage { volume, ..Damage::from(error) }
+    };
+    wrong.into_iter().map(damage).collect()
+}
+
+/// The file in which this is wrong.
+fn volume_of(error: &FormatError) -> Option<String> {
+    match error {
+        FormatError::ExtentChecksum { path, .. }
+        | FormatError::ExtentCode { path, .. }
+        | FormatError::ExtentRead { path, .. }
+        | FormatError::RegionChecksum { path, .. } => Some(path.display().to_string()),
+        _ => None,
+    }
 }
 
 impl From<FormatError> for Damage {
@@ -159,15 +179,15 @@ impl From<FormatError> for Damage {
         let problem = error.to_string();
         match error {
             FormatError::ExtentChecksum { extent, offset, .. } => {
-                Damage { extent, offset, problem: "its checksum does not match".into() }
+                Damage { extent, volume: None, offset, problem: "its checksum does not match".into() }
             }
             FormatError::ExtentCode { extent, offset, problem, .. } => {
-                Damage { extent, offset, problem: format!("it cannot be decompressed: {problem}") }
+                Damage { extent, volume: None, offset, problem: format!("it cannot be decompressed: {problem}") }
             }
             FormatError::ExtentRead { extent, offset, source, .. } => {
-                Damage { extent, offset, problem: format!("it cannot be read: {source}") }
+                Damage { extent, volume: None, offset, problem: format!("it cannot be read: {source}") }
             }
-            _ => Damage { extent: "file".into(), offset: 0, problem },
+            _ => Damage { extent: "file".into(), volume: None, offset: 0, problem },
         }
     }
 }
@@ -187,11 +207,12 @@ fn same(files: &[SourceFile]) -> String {
 fn describe(report: &Report) -> String {
     let mut out = String::new();
     if report.intact {
-        let (extents, bytes) = (report.extents, Bytes(report.bytes));
-        out = format!("{}: intact; {extents} extents, {bytes}, every checksum matches\n", report.file);
+        let (extents, bytes) = (counted(report.extents, "extent"), Bytes(report.bytes));
+        out = format!("{}: intact; {extents}, {bytes}, every checksum matches\n", report.file);
     }
     for d in &report.damaged {
-        out += &format!("damaged: {} at offset {}: {}\n", d.extent, d.offset, d.problem);
+        let volume = d.volume.as_ref().map(|path| format!(" of {path}")).unwrap_or_default();
+        out += &format!("damaged: {} at offset {}{volume}: {}\n", d.extent, d.offset, d.problem);
     }
     let Some(source) = &report.source else { return out };
     if source.same {

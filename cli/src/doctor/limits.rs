@@ -41,7 +41,7 @@ pub(crate) fn locked_memory(root: &Path, available: u64) -> Option<Finding> {
         _ => Finding::better(
             "locked memory",
             format!(
-                "{} may be locked, less than expert slots may take: they are not registered with io_uring",
+                "{} may be locked, less than expert slots may take: no more of them is registered with io_uring",
                 Bytes(limit)
             ),
             "`ulimit -l unlimited`; for good, `memlock unlimited` in /etc/security/limits.conf, `LimitMEMLOCK=infinity` of a systemd \

@@ -13,6 +13,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::terminal::printable;
+
 /// How well something is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -26,6 +28,15 @@ pub(crate) enum Verdict {
 }
 
 impl Verdict {
+    /// How terminals show it.
+    fn style(self) -> &'static str {
+        match self {
+            Verdict::Ok => "32",
+            Verdict::CouldBeBetter => "33",
+            Verdict::Wrong => "1;31",
+        }
+    }
+
     pub(crate) fn words(self) -> &'static str {
         match self {
             Verdict::Ok => "ok",
@@ -66,12 +77,17 @@ pub(crate) fn worst(findings: &[Finding]) -> Verdict {
     findings.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok)
 }
 
-/// For people: a line for each finding, and below it how to mend it.
-pub(crate) fn describe(findings: &[Finding]) -> String {
+/// For people: a line for each finding, and below it how to mend it. Nothing in it that files of the system say is obeyed by a terminal.
+pub(crate) fn describe(findings: &[Finding], coloured: bool) -> String {
     let verdicts = Verdict::CouldBeBetter.words().len();
     let line = |f: &Finding| {
-        let mend = f.mend.as_ref().map_or(String::new(), |mend| format!("{:verdicts$}  {:13}  → {mend}\n", "", ""));
-        format!("{:verdicts$}  {:13}  {}\n{mend}", f.verdict.words(), f.of, f.is)
+        let mend = f
+            .mend
+            .as_ref()
+            .map_or(String::new(), |mend| format!("{:verdicts$}  {:13}  → {}\n", "", "", printable(mend)));
+        let verdict = format!("{:verdicts$}", f.verdict.words());
+        let verdict = if coloured { format!("\x1b[{}m{verdict}\x1b[0m", f.verdict.style()) } else { verdict };
+        format!("{verdict}  {:13}  {}\n{mend}", f.of, printable(&f.is))
     };
     findings.iter().map(line).collect()
 }
@@ -109,12 +125,16 @@ mod tests {
             Finding::better("x", "y", "z"),
         ];
         assert_eq!((worst(&findings), worst(&findings[..1]), worst(&[])), (Verdict::Wrong, Verdict::Ok, Verdict::Ok));
-        let said = describe(&findings);
+        let said = describe(&findings, false);
         let lines: Vec<_> = said.lines().collect();
         assert_eq!(lines.len(), 5, "{said}");
         assert!(
             lines[1].starts_with("wrong ") && lines[1].ends_with("gone") && lines[2].ends_with("→ get it"),
             "{said}"
         );
+        let coloured = describe(&findings, true);
+        assert!(coloured.starts_with("\x1b[32mok") && coloured.contains("\x1b[1;31mwrong"), "{coloured:?}");
+        let hostile = describe(&[Finding::ok("x", "\x1b[2J")], false);
+        assert!(!hostile.contains('\x1b'), "{hostile:?}");
     }
 }

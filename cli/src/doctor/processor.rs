@@ -6,6 +6,7 @@ use std::path::Path;
 use sluice_kernels::{IsaError, Kernels};
 
 use super::{Finding, read};
+use crate::terminal::counted;
 
 /// Name, cores and threads. `allowed`: threads that this process may use at once.
 pub(crate) fn processor(root: &Path, allowed: usize) -> Finding {
@@ -15,11 +16,11 @@ pub(crate) fn processor(root: &Path, allowed: usize) -> Finding {
     });
     let name = model.map_or(String::new(), |name| format!("{name}; "));
     let Some((cores, threads)) = topology(root) else {
-        return Finding::ok("processor", format!("{name}{allowed} threads"));
+        return Finding::ok("processor", format!("{name}{}", counted(allowed, "thread")));
     };
     let threads_per_core =
         if threads > cores { format!(" with {} threads each", threads.div_ceil(cores)) } else { String::new() };
-    let is = format!("{name}{cores} cores{threads_per_core}");
+    let is = format!("{name}{}{threads_per_core}", counted(cores, "core"));
     if allowed < cores {
         return Finding::better(
             "processor",

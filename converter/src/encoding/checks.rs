@@ -11,7 +11,7 @@ pub(super) fn shape_error(checkpoint: &Checkpoint, tensor: usize, expected: &[us
     let t = &checkpoint.tensors[tensor];
     ConvertError::Shape {
         path: checkpoint.path_of(tensor).to_owned(),
-        tensor: t.name.clone(),
+        tensor: checkpoint.shown(&t.name),
         found: t.shape.clone(),
         expected: expected.to_vec(),
     }
@@ -21,7 +21,7 @@ pub(super) fn dtype_error(checkpoint: &Checkpoint, tensor: usize, supported: &'s
     let t = &checkpoint.tensors[tensor];
     ConvertError::Dtype {
         path: checkpoint.path_of(tensor).to_owned(),
-        tensor: t.name.clone(),
+        tensor: checkpoint.shown(&t.name),
         dtype: t.dtype.name().to_owned(),
         supported,
     }

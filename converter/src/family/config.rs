@@ -18,6 +18,8 @@ pub(crate) struct Config {
 impl Config {
     /// Parses the file's bytes; `path` is for messages.
     pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Self, ConvertError> {
+        // Editors of some systems write a byte order mark, which JSON does not have.
+        let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
         let keys = sluice_format::json::from_slice(bytes).map_err(|e| ConvertError::Damaged {
             path: path.to_owned(),
             problem: format!("it is not a JSON object: {e}"),
@@ -25,9 +27,18 @@ impl Config {
         Ok(Config { path: path.to_owned(), prefix: String::new(), keys })
     }
 
-    /// An error about a key of this section.
+    /// An error about a key of this section. What is wrong with the default of a key that is missing is said as such: `problem` then begins
+    /// with "is" and the value, as if the value were there.
     pub(crate) fn refuse(&self, key: &str, problem: impl Into<String>) -> ConvertError {
-        ConvertError::Config { path: self.path.clone(), key: format!("{}{key}", self.prefix), problem: problem.into() }
+        let problem = problem.into();
+        let written = key.split(['.', '[']).next().is_some_and(|key| self.keys.contains_key(key));
+        let problem = match problem.strip_prefix("is ") {
+            Some(value) if !written && !value.starts_with("missing") => {
+                format!("is missing, which means that it is {value}")
+            }
+            _ => problem,
+        };
+        ConvertError::Config { path: self.path.clone(), key: format!("{}{key}", self.prefix), problem }
     }
 
     /// An error about values that are each possible, but not together.

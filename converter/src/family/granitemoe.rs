@@ -43,6 +43,10 @@ impl Family for GraniteMoe {
 
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
         let decoder = Decoder::read(config, &DEFAULTS)?;
+        if config.opt_usize_or("shared_intermediate_size", None)?.is_some_and(|width| width > 0) {
+            let problem = "must be 0: models of this family have no shared expert, those of `granitemoeshared` have";
+            return Err(config.refuse("shared_intermediate_size", problem));
+        }
         let bias = config.bool_or("attention_bias", false)?;
         let attention = GqaSpec {
             qkv_bias: bias,

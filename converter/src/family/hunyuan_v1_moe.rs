@@ -35,6 +35,7 @@ impl Family for HunyuanV1Moe {
         config.require_bool("use_qk_norm", true)?;
         config.require_bool("use_mixed_mlp_moe", true)?;
         config.require_bool("use_cla", false)?;
+        config.require_bool("norm_topk_prob", true)?;
         config.require_bool("mlp_bias", false)?;
         let decoder = Decoder::read(config, &DEFAULTS)?;
         require_all(&decoder, "moe_layer_num_skipped", 0)?;

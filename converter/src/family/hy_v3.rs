@@ -37,7 +37,9 @@ impl Family for HyV3 {
     }
 
     fn spec(&self, config: &Config) -> Result<ModelSpec, ConvertError> {
-        for (key, supported) in [("mlp_bias", false), ("qk_norm", true), ("route_norm", true)] {
+        for (key, supported) in
+            [("mlp_bias", false), ("qk_norm", true), ("route_norm", true), ("moe_router_use_sigmoid", true)]
+        {
             config.require_bool(key, supported)?;
         }
         let decoder = Decoder::read(config, &DEFAULTS)?;

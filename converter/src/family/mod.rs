@@ -307,7 +307,30 @@ pub(crate) fn find(config: &Config) -> Result<&'static dyn Family, ConvertError>
         return Err(config.refuse("model_type", format!("is missing; supported: {}", supported.join(", "))));
     };
     let found = FAMILIES.iter().find(|f| f.model_types().contains(&model_type)).copied();
-    found.ok_or_else(|| config.refuse("model_type", nearest::refusal(model_type, &supported)))
+    let found = found.ok_or_else(|| config.refuse("model_type", nearest::refusal(model_type, &supported)))?;
+    check_class(config, found)?;
+    Ok(found)
+}
+
+/// Refuses a class of transformers that belongs to another supported family than `model_type`: one of both is wrong, and which one is
+/// not for this program to say. Classes that nothing here is called after are no reason.
+fn check_class(config: &Config, found: &dyn Family) -> Result<(), ConvertError> {
+    let named = config.opt_list("architectures")?.and_then(|list| list.first()?.as_str());
+    let Some((class, _)) = named.and_then(|named| named.split_once("For")) else { return Ok(()) };
+    let plain = |name: &str| name.replace('_', "").to_lowercase();
+    let class = plain(class);
+    // A text model alone has the class of the whole.
+    let is_of = |family: &dyn Family| {
+        family.model_types().iter().any(|name| plain(name.strip_suffix("_text").unwrap_or(name)) == class)
+    };
+    let other = FAMILIES.iter().find(|family| is_of(**family)).filter(|_| !is_of(found));
+    let Some(other) = other else { return Ok(()) };
+    let problem = format!(
+        "is {:?}, a class of `{}`, which `model_type` is not: correct the one that is wrong",
+        named.unwrap_or_default(),
+        other.model_types()[0]
+    );
+    Err(config.refuse("architectures", problem))
 }
 
 /// What the model computes according to its configuration `spec` and the tensors of its checkpoint; validated.

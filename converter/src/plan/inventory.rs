@@ -160,12 +160,8 @@ pub(crate) fn take(checkpoint: &Checkpoint, naming: Naming<'_>, tied: Tied) -> R
     ledger.need_tables(family, spec, table_parts);
     ledger.missing.dedup();
     if !ledger.missing.is_empty() {
-        return Err(ConvertError::MissingTensors {
-            path: checkpoint.dir.clone(),
-            count: ledger.missing.len(),
-            names: first_few(&ledger.missing),
-            hint: ledger.hint(&ledger.missing),
-        });
+        let shown: Vec<String> = ledger.missing.iter().map(|tensor| checkpoint.shown(tensor)).collect();
+        return Err(checkpoint.lacks(shown.len(), first_few(&shown), ledger.hint(&ledger.missing)));
     }
     if let (Tied::Yes, false, Some(copy)) = (tied, untied, stored_head) {
         copy.tensors.into_iter().for_each(|tensor| ledger.used[tensor] = true);

@@ -28,6 +28,7 @@ use crate::family::{self, config::Config};
 use crate::options::{Options, TypeChoice};
 use crate::source::{self, CONFIG, Checkpoint, RowOrder, recognise, side_file};
 use crate::steps;
+use crate::striping::Destination;
 use naming::Naming;
 use prediction::Found;
 
@@ -200,10 +201,7 @@ fn of_checkpoint(mut checkpoint: Checkpoint, options: &Options) -> Result<Plan, 
         blobs,
         hash: 0,
     };
-    if let Some(most) = options.split_size {
-        let tail = plan.tail_bytes().next_multiple_of(u64::from(options.page_size));
-        plan.layout = plan.layout.split(most, tail)?;
-    }
+    plan.layout = plan.in_volumes(options)?;
     plan.hash = plan.digest();
     Ok(plan)
 }
@@ -237,6 +235,22 @@ fn integers(carried: &[TensorRecord], experts: bool) -> TypeChoice {
 }
 
 impl Plan {
+    /// Where the model goes, if it is called `path`.
+    pub(crate) fn destination<'a>(&'a self, path: &'a Path) -> Destination<'a> {
+        Destination { path, striping: self.options.striping.as_ref() }
+    }
+
+    /// The layout in the volumes that are asked for.
+    fn in_volumes(&self, options: &Options) -> Result<FileLayout, ConvertError> {
+        let layout = self.layout.clone();
+        if let Some(striping) = &options.striping {
+            return Ok(layout.stripe(striping.shares().clone())?);
+        }
+        let Some(most) = options.split_size else { return Ok(layout) };
+        let tail = self.tail_bytes().next_multiple_of(u64::from(options.page_size));
+        Ok(layout.split(most, tail)?)
+    }
+
     /// What the model computes.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -256,7 +270,7 @@ impl Plan {
     }
 
     /// Bytes of tables and metadata, a few KiB too much at most.
-    fn tail_bytes(&self) -> u64 {
+    pub(crate) fn tail_bytes(&self) -> u64 {
         let page = u64::from(self.layout.page_size());
         let blobs: u64 = self.blobs.iter().map(|(_, b)| b.len() as u64).sum();
         let provenance = PROVENANCE_ROOM + FILE_ROOM * self.checkpoint.files().len() as u64;
@@ -392,6 +406,10 @@ impl Plan {
         }
         add(&[u8::from(self.options.compress)]);
         add(&self.options.split_size.unwrap_or(u64::MAX).to_le_bytes());
+        if let Some(striping) = &self.options.striping {
+            striping.shares().shares().iter().for_each(|share| add(&share.to_le_bytes()));
+            striping.folders().iter().for_each(|folder| add(folder.as_os_str().as_encoded_bytes()));
+        }
         add(&self.importance.as_ref().map_or(0, Importance::digest).to_le_bytes());
         if let (Some(_), Some(measured)) = (&self.reading, self.options.measured) {
             add(&measured.to_le_bytes());

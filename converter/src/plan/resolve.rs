@@ -23,12 +23,8 @@ pub(crate) fn resolve(
     plain: bool,
 ) -> Result<Selection, ConvertError> {
     let parts = form::find(checkpoint, &view.tensor).filter(|p| p.missing.is_none());
-    let parts = parts.ok_or_else(|| ConvertError::MissingTensors {
-        path: checkpoint.dir.clone(),
-        count: 1,
-        names: format!("`{}`", view.tensor),
-        hint: String::new(),
-    })?;
+    let name = || format!("`{}`", checkpoint.shown(&view.tensor));
+    let parts = parts.ok_or_else(|| checkpoint.lacks(1, name(), String::new()))?;
     let shape = view.source_shape.as_slice();
     let encoding = match view.below {
         Some(below) => encoding::resolve_numbers(checkpoint, shape, &parts, below)?,

@@ -13,12 +13,8 @@ pub(super) struct Tensors<'a>(pub(super) &'a Checkpoint);
 impl Stored for Tensors<'_> {
     fn integers(&self, tensor: &str, len: usize) -> Result<Vec<i64>, ConvertError> {
         let Tensors(checkpoint) = self;
-        let number = checkpoint.find(tensor).ok_or_else(|| ConvertError::MissingTensors {
-            path: checkpoint.dir.clone(),
-            count: 1,
-            names: format!("`{tensor}`"),
-            hint: String::new(),
-        })?;
+        let name = || format!("`{}`", checkpoint.shown(tensor));
+        let number = checkpoint.find(tensor).ok_or_else(|| checkpoint.lacks(1, name(), String::new()))?;
         let (found, path) = (&checkpoint.tensors[number], || checkpoint.path_of(number).to_owned());
         if found.shape != [len] {
             let (found, expected) = (found.shape.clone(), vec![len]);

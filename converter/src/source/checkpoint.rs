@@ -11,7 +11,7 @@ use super::folder::read_header;
 use super::locate::Located;
 use super::{Dtype, INDEX, RowOrder, Source, SourceFile, Stamp, header};
 use crate::contents::{Part, parts_of};
-use crate::error::{ConvertError, counted, first_few};
+use crate::error::{ConvertError, OF_CONFIG, OF_KEYS, counted, first_few};
 
 /// Location and form of a tensor.
 #[derive(Clone, Debug)]
@@ -64,7 +64,21 @@ pub(crate) struct Checkpoint {
     pub(crate) hint: Option<String>,
     /// Whether norms are the factors in every family, even those whose releases store one less.
     pub(crate) whole_norms: bool,
+    /// What a GGUF file calls tensors, by their names on the hub, both without the number of the layer; empty for other checkpoints.
+    pub(crate) called: HashMap<String, String>,
     by_name: HashMap<String, usize>,
+}
+
+/// The name of a tensor with a star for the number of its layer, and that number.
+pub(crate) fn without_layer(name: &str) -> (String, Option<&str>) {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let layer = name.split('.').find(|part| is_number(part));
+    let mut found = false;
+    let parts = name.split('.').map(|part| match is_number(part) && !std::mem::replace(&mut found, true) {
+        true => "*",
+        false => part,
+    });
+    (parts.collect::<Vec<_>>().join("."), layer)
 }
 
 impl Checkpoint {
@@ -82,7 +96,24 @@ impl Checkpoint {
             notes: Vec::new(),
             hint: None,
             whole_norms: false,
+            called: HashMap::new(),
         }
+    }
+
+    /// What the files call a tensor, for messages: layers that are alike call their tensors alike.
+    pub(crate) fn shown(&self, tensor: &str) -> String {
+        let (pattern, layer) = without_layer(tensor);
+        let own = self.called.get(&pattern).map(|own| own.replacen('*', layer.unwrap_or_default(), 1));
+        own.unwrap_or_else(|| match self.called.is_empty() {
+            true => tensor.to_owned(),
+            false => format!("{tensor}, as the hub calls it"),
+        })
+    }
+
+    /// That these tensors are missing, `count` in all.
+    pub(crate) fn lacks(&self, count: usize, names: String, hint: String) -> ConvertError {
+        let source_of = if self.called.is_empty() { OF_CONFIG } else { OF_KEYS };
+        ConvertError::MissingTensors { path: self.dir.clone(), source_of, count, names, hint }
     }
 
     /// Reads the headers of safetensors files and checks them.

@@ -30,7 +30,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub(crate) use checkpoint::{AbsentTensor, Checkpoint, SourceTensor};
+pub(crate) use checkpoint::{AbsentTensor, Checkpoint, SourceTensor, without_layer};
 pub(crate) use dtype::{Dtype, FLOATS, WIDE_FLOATS};
 pub(crate) use folder::{open_safetensors, read_side_file, side_file};
 pub(crate) use ggml_type::GgmlType;

@@ -9,6 +9,7 @@ use super::layout::{Layout, WeightTypes};
 use super::release::{self, Release};
 use crate::error::ConvertError;
 use crate::family::{self, config::Config};
+use crate::nearest::nearest;
 use crate::source::{CONFIG, read_side_file, recognise};
 
 /// A model that is known by name.
@@ -193,9 +194,11 @@ fn config_path(source: &str) -> Result<PathBuf, ConvertError> {
     if let Some(hint) = recognise::on_hub(Path::new(source), Some(CONFIG)) {
         return Err(ConvertError::Options(format!("`{source}`: {hint}")));
     }
-    let names = Geometry::presets().collect::<Vec<_>>().join(", ");
+    let names: Vec<&str> = Geometry::presets().collect();
+    let near = nearest(source, &names).map_or_else(|| ".".to_owned(), |near| format!("; did you mean {near}?"));
     Err(ConvertError::Options(format!(
-        "`{source}` is neither a file nor a known model: use a config.json or one of {names}"
+        "`{source}` is neither a file nor a known model{near} Use a config.json or one of {}",
+        names.join(", ")
     )))
 }
 

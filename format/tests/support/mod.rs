@@ -496,6 +496,40 @@ pub(crate) fn write_parts(whole: &Path, content: &Content, most: u64, compress: 
     paths
 }
 
+/// Writes a model of such weights striped over folders, which can be the same; returns where its volumes are.
+pub(crate) fn write_striped(folders: &[PathBuf], content: &Content, shares: &[u32], compress: bool) -> Vec<PathBuf> {
+    let layout = FileLayout::new(4096, &content.planned).expect("it can be laid out");
+    let layout = layout.stripe(Shares::new(shares).expect("possible shares")).expect("it can be striped");
+    let name = VolumeName::first_of(&folders[0].join("m.sluice"), folders.len() as u16);
+    let file = |(volume, folder): (usize, &PathBuf)| {
+        let path = folder.join(name.path_of(volume as u16).file_name().expect("it has a name"));
+        let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
+        (path, file.expect("a file"))
+    };
+    let files: Vec<_> = folders.iter().enumerate().map(file).collect();
+    let paths: Vec<_> = files.iter().map(|(path, _)| path.clone()).collect();
+    let mut writer = FileWriter::of_files(files, layout).expect("it can be written");
+    // Beside the first needs no name.
+    let recorded = |folder: &PathBuf| if *folder == folders[0] { PathBuf::new() } else { folder.clone() };
+    writer.set_folders(folders[1..].iter().map(recorded).collect());
+    if compress {
+        writer.compress(&content.tensors);
+    }
+    let write = |i| {
+        let bytes = trained(content, i);
+        let mut extent = writer.extent(i);
+        // In pieces that have nothing to do with stripes.
+        bytes.chunks(5000).for_each(|piece| extent.write(piece).expect("it is written"));
+        extent.finish().expect("it has its place")
+    };
+    // In any order.
+    let mut written: Vec<_> = (0..content.planned.len()).rev().map(write).collect();
+    written.reverse();
+    let (_, lens) = writer.finish(&written, &content.tensors, &content.metadata).expect("it is a model");
+    assert_eq!(lens.len(), folders.len());
+    paths
+}
+
 /// A folder that goes away with the test, and a file name in it.
 pub(crate) fn temp() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("a temporary folder");

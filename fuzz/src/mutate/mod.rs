@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use libfuzzer_sys::fuzzer_mutate;
 use serde_json::Value;
 
-use crate::targets::{Shape, Target, journal, rewrite, tokenizer};
+use crate::targets::{Shape, Target, batch, journal, rewrite, tokenizer};
 pub(crate) use random::Random;
 
 /// Sound inputs of the target, for parts of them.
@@ -85,6 +85,7 @@ fn change(target: &Target, input: &[u8], folder: &Path, random: &mut Random) -> 
         Shape::Model => sealed::model(&mut bytes, random),
         Shape::Rewrite => sealed::rewrite(&mut bytes, random),
         Shape::Journal => sealed::journal(&mut bytes, random),
+        Shape::Batch => sealed::batch(&mut bytes, random),
         Shape::Importance => sealed::importance(&mut bytes, random),
         Shape::Counts => sealed::counts(&mut bytes, random),
         Shape::Session => sealed::session(&mut bytes, random),
@@ -137,6 +138,7 @@ fn seal(target: &Target, input: &mut [u8], folder: &Path) {
         Shape::Model => sealed::seal_model(input),
         Shape::Rewrite => rewrite::seal(input),
         Shape::Journal => journal::seal(input, folder),
+        Shape::Batch => batch::seal(input, folder),
         Shape::Importance => sealed::seal_importance(input),
         Shape::Counts => sealed::seal_counts(input),
         Shape::Session => sealed::seal_session(input),

@@ -11,6 +11,7 @@ use sluice_format::{MAGIC, PAGE_SIZES, checksum};
 use sluice_model::session::{HEADER_FIELDS, PrefixHash, SECTION_FIELDS};
 
 use super::random::Random;
+use crate::targets::model::second_volume;
 use crate::targets::model::support::{self, at, get, set};
 use crate::targets::rewrite;
 
@@ -77,27 +78,69 @@ pub(crate) fn model(file: &mut [u8], random: &mut Random) {
     }
 }
 
-/// Makes the checksums of a model file right, and its length: those of extents, of tables, of the superblock, and the id.
+/// Makes the checksums of a model file right, and its length: those of extents, of tables, of the superblock, and the id. Of a model of
+/// two volumes, the second gets the tables of the first.
 pub(crate) fn seal_model(file: &mut [u8]) {
-    let page = if file.len() >= superblock::LEN { get(file, at(&superblock::FIELDS, "page_size").0, 4) } else { 0 };
-    if !file.starts_with(&MAGIC) || !PAGE_SIZES.contains(&(page as u32)) || file.len() < page as usize {
+    let second = second_volume(file).unwrap_or(file.len());
+    let (first, second) = file.split_at_mut(second);
+    let mut volumes: Vec<&mut [u8]> = [first, second].into_iter().filter(|file| !file.is_empty()).collect();
+    if !volumes.iter().all(|file| is_whole(file)) {
         return;
     }
-    if let Some(range) = table(file, "extents") {
-        for record in range.step_by(extent::LEN).filter(|r| r + extent::LEN <= file.len()).collect::<Vec<_>>() {
-            let number = |field| get(file, record + at(&extent::FIELDS, field).0, 8) as usize;
-            let start = number("offset");
-            let Some(stored) = start.checked_add(number("stored_len")).and_then(|end| file.get(start..end)) else {
-                continue;
-            };
-            let sum = checksum(stored);
-            set(file, record + at(&extent::FIELDS, "checksum").0, 8, sum);
-            let raw = get(file, record + at(&extent::FIELDS, "codec").0, 2) == 0;
-            if raw && get(file, at(&superblock::FIELDS, "version").0, 4) > 1 {
-                set(file, record + at(&extent::FIELDS, "logical_checksum").0, 8, sum);
-            }
+    if let Some(range) = table(volumes[0], "extents") {
+        seal_extents(&mut volumes, range);
+    }
+    for number in 0..volumes.len() {
+        if number > 0 {
+            copy_tables(&mut volumes);
+        }
+        seal_tables(volumes[number], number == 0);
+    }
+}
+
+/// Whether a file has a superblock.
+fn is_whole(file: &[u8]) -> bool {
+    let page = if file.len() >= superblock::LEN { get(file, at(&superblock::FIELDS, "page_size").0, 4) } else { 0 };
+    file.starts_with(&MAGIC) && PAGE_SIZES.contains(&(page as u32)) && file.len() >= page as usize
+}
+
+/// Gives the records of the extent table of the first volume, which is at `range`, the checksums of what they refer to.
+fn seal_extents(volumes: &mut [&mut [u8]], range: Range<usize>) {
+    let version = get(volumes[0], at(&superblock::FIELDS, "version").0, 4);
+    let end = range.end.min(volumes[0].len());
+    for record in range.step_by(extent::LEN).filter(|r| r + extent::LEN <= end).collect::<Vec<_>>() {
+        let field = |record: usize, name| {
+            let (offset, len) = at(&extent::FIELDS, name);
+            get(volumes[0], record + offset, len)
+        };
+        let start = field(record, "offset") as usize;
+        let Some(file) = volumes.get(field(record, "volume") as usize) else { continue };
+        let stored = start.checked_add(field(record, "stored_len") as usize).and_then(|end| file.get(start..end));
+        let Some(sum) = stored.map(checksum) else { continue };
+        let next = record + extent::LEN;
+        let alone = field(record, "stripe") == 0 && (next + extent::LEN > end || field(next, "stripe") == 0);
+        let raw = field(record, "codec") == 0;
+        set(volumes[0], record + at(&extent::FIELDS, "checksum").0, 8, sum);
+        if raw && alone && version > 1 {
+            set(volumes[0], record + at(&extent::FIELDS, "logical_checksum").0, 8, sum);
         }
     }
+}
+
+/// Gives the second volume the tables of the first, if they fit.
+fn copy_tables(volumes: &mut [&mut [u8]]) {
+    let [first, second] = volumes else { return };
+    for name in ["extents", "tensors"] {
+        if let (Some(from), Some(to)) = (table(first, name), table(second, name))
+            && from.len() == to.len()
+        {
+            second[to].copy_from_slice(&first[from]);
+        }
+    }
+}
+
+/// Makes the checksums of tables, the id, the length and the checksum of the superblock right. Only the first volume has metadata.
+fn seal_tables(file: &mut [u8], first: bool) {
     let mut ids = Vec::new();
     for name in ["extents", "tensors", "metadata"] {
         let reference = at(&superblock::FIELDS, name).0;
@@ -108,14 +151,15 @@ pub(crate) fn seal_model(file: &mut [u8]) {
             set(file, reference + at(&table_ref::FIELDS, "checksum").0, 8, sum);
         }
         let bytes = table(file, name).map_or(&[][..], |range| &file[range]);
-        let blobs = if name == "metadata" { support::blobs(file, bytes) } else { None };
+        let blobs = if first && name == "metadata" { support::blobs(file, bytes) } else { None };
         ids.extend(xxh3_128(blobs.as_deref().unwrap_or(bytes)).to_le_bytes());
     }
     let id = at(&superblock::FIELDS, "model_id").0;
     file[id..id + 16].copy_from_slice(&xxh3_128(&ids).to_le_bytes());
     let len = file.len() as u64;
     set(file, at(&superblock::FIELDS, "file_len").0, 8, len);
-    support::seal_superblock(&mut file[..page as usize]);
+    let page = get(file, at(&superblock::FIELDS, "page_size").0, 4) as usize;
+    support::seal_superblock(&mut file[..page]);
 }
 
 /// Changes the log at the end of a file, or the file before it.
@@ -265,4 +309,15 @@ pub(crate) fn journal(file: &mut [u8], random: &mut Random) {
         let old = get(file, word, 8);
         set(file, word, 8, random.number(old));
     }
+}
+
+/// Changes a number of the journal of a batch: most have four bytes, at any place.
+pub(crate) fn batch(file: &mut [u8], random: &mut Random) {
+    const LEN: usize = 4;
+    if file.len() < LEN {
+        return;
+    }
+    let at = random.below(file.len() - LEN + 1);
+    let old = get(file, at, LEN);
+    set(file, at, LEN, random.number(old));
 }

@@ -3,6 +3,7 @@
 //!
 //! These files are compiled twice: into the fuzzer, and into an ordinary test that replays `fuzz/regressions/`.
 
+pub(crate) mod batch;
 mod calibration;
 pub(crate) mod checkpoint;
 mod config;
@@ -30,6 +31,8 @@ pub(crate) enum Shape {
     Rewrite,
     /// A journal, bound to the plan of a conversion.
     Journal,
+    /// The journal of a batch.
+    Batch,
     /// A safetensors file, of which the header matters.
     Header,
     /// A JSON document.
@@ -65,10 +68,11 @@ pub(crate) struct Target {
 pub(crate) type Seeds = Vec<(String, Vec<u8>)>;
 
 /// Every parser.
-pub(crate) static TARGETS: [Target; 14] = [
+pub(crate) static TARGETS: [Target; 15] = [
     Target { name: "model", shape: Shape::Model, run: model::run, seeds: model::seeds },
     Target { name: "rewrite", shape: Shape::Rewrite, run: rewrite::run, seeds: rewrite::seeds },
     Target { name: "journal", shape: Shape::Journal, run: journal::run, seeds: journal::seeds },
+    Target { name: "batch", shape: Shape::Batch, run: batch::run, seeds: batch::seeds },
     Target { name: "header", shape: Shape::Header, run: header::run, seeds: header::seeds },
     Target { name: "index", shape: Shape::Json, run: index::run, seeds: index::seeds },
     Target { name: "config", shape: Shape::Json, run: config::run, seeds: config::seeds },

@@ -1,12 +1,14 @@
 //! Model files: opened, listed, verified, planned for, and run for a few tokens.
 //!
 //! An input that is JSON is the specification of a model: a file of it is made, with weights that mean nothing. A mutated
-//! file seldom has a specification that still fits its tensors, so this is how the computation meets strange ones.
+//! file seldom has a specification that still fits its tensors, so this is how the computation meets strange ones. An input can also consist
+//! of two files, the volumes of a model that is striped.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use sluice_format::{ExtentKind, FormatError, ModelFile, ModelSpec, NO_LAYER};
+use sluice_format::fields::superblock;
+use sluice_format::{ExtentKind, FormatError, MAGIC, ModelFile, ModelSpec, NO_LAYER, WeightType};
 use sluice_generate::sampler::{Sampler, SamplerConfig};
 use sluice_model::memory::{Demand, MemoryPlan};
 use sluice_model::{Engine, EngineOptions, KvType, ReadEngineKind};
@@ -25,9 +27,30 @@ const EXTENTS_MAX: usize = 256;
 const BUDGET: u64 = 256 << 20;
 const CONTEXT: usize = 8;
 
+/// The volumes of a model of two.
+const VOLUMES: [&str; 2] = ["model-00001-of-00002.sluice", "model-00002-of-00002.sluice"];
+
+/// Where the second of two volumes begins.
+pub(crate) fn second_volume(input: &[u8]) -> Option<usize> {
+    let field = |name| {
+        let (offset, len) = support::at(&superblock::FIELDS, name);
+        support::get(input, offset, len)
+    };
+    if input.len() < superblock::LEN || !input.starts_with(&MAGIC) || field("volume_count") != 2 {
+        return None;
+    }
+    usize::try_from(field("file_len")).ok().filter(|&len| len > 0 && len < input.len())
+}
+
 pub(crate) fn run(input: &[u8], folder: &Path) {
-    let path = folder.join("model.sluice");
-    if input.starts_with(b"{") {
+    let mut path = folder.join("model.sluice");
+    if let Some(second) = second_volume(input) {
+        let (first, second) = input.split_at(second);
+        let [first_path, second_path] = VOLUMES.map(|name| folder.join(name));
+        fs::write(&first_path, first).expect("the folder can be written");
+        fs::write(second_path, second).expect("the folder can be written");
+        path = first_path;
+    } else if input.starts_with(b"{") {
         match ModelSpec::from_json(input).map(|spec| write(&path, &spec, choice(input))) {
             Ok(Ok(true)) => {}
             Ok(Ok(false)) => return,
@@ -144,7 +167,7 @@ fn generate(path: &Path, choice: u64) {
     }
 }
 
-pub(crate) fn seeds(_folder: &Path) -> Seeds {
+pub(crate) fn seeds(folder: &Path) -> Seeds {
     let specs = [
         ("mla", support::small_spec()),
         ("gqa", support::gqa_spec()),
@@ -155,6 +178,9 @@ pub(crate) fn seeds(_folder: &Path) -> Seeds {
     let files = specs.iter().map(|(name, spec)| ((*name).to_owned(), support::file_of(spec, 4096)));
     let jsons = specs.iter().map(|(name, spec)| (format!("{name}.json"), spec.to_json()));
     let mut seeds: Seeds = files.chain(jsons).collect();
+    for compress in [false, true] {
+        seeds.push((format!("striped-{compress}"), striped(folder, compress)));
+    }
     // Rotary embeddings, without which grouped queries know no places.
     let mut spec = support::gqa_spec();
     let rope = support::small_spec().layers.into_iter().find_map(|l| match l.attention {
@@ -168,4 +194,15 @@ pub(crate) fn seeds(_folder: &Path) -> Seeds {
     }
     seeds.push(("rope.json".to_owned(), spec.to_json()));
     seeds
+}
+
+/// The volumes of a striped model, one behind the other.
+fn striped(folder: &Path, compress: bool) -> Vec<u8> {
+    let folder = folder.join("striped");
+    fs::create_dir_all(&folder).expect("the folder can be made");
+    let folders: [PathBuf; 2] = [folder.clone(), folder.clone()];
+    let paths = support::write_striped(&folders, &support::wide(WeightType::Bf16), &[2, 1], compress);
+    let volumes = paths.iter().flat_map(|path| fs::read(path).expect("it was written")).collect();
+    let _ = fs::remove_dir_all(folder);
+    volumes
 }

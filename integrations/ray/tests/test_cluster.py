@@ -21,7 +21,7 @@ import ray.data
 from ray.cluster_utils import Cluster
 
 import http_processor
-from cluster import MODEL, PROGRAM, cluster
+from cluster import MODEL, PROGRAM, cluster, machine
 from sluice_ray import Placing, RunError, Serving, answer, run
 from sluice_ray.requests import seed_of
 from sluice_ray.server import Server
@@ -147,6 +147,26 @@ def test_two_machines_and_a_server_that_dies(folder: Path, requests: Path, alone
     assert not killed.is_alive(), "nothing was killed"
     assert (summary.failures, summary.skipped) == (2, 0)
     assert out.read_bytes() == alone
+
+
+@pytest.mark.thorough
+def test_one_two_and_four_workers_give_the_same_answers(
+    machines: Any, folder: Path, requests: Path, alone: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the requests are divided, and whatever they share their reads with."""
+    monkeypatch.setattr(ray.data.DataContext.get_current(), "wait_for_min_actors_s", 120)
+    some = folder / "some.jsonl"
+    some.write_text("\n".join(requests.read_text().splitlines()[:48]) + "\n")
+    made, _ = machines
+    fourth = made.add_node(**machine(resources={"sluice": 1}))
+    try:
+        for workers in (1, 2, 4):
+            out = folder / f"workers-{workers}.jsonl"
+            summary = run(some, out, replace(serving(folder), at_once=3), Placing(workers=workers))
+            assert (summary.requests, summary.failures, summary.skipped) == (48, 1, 0)
+            assert out.read_bytes().splitlines() == alone.splitlines()[:48], f"{workers} workers"
+    finally:
+        made.remove_node(fourth)
 
 
 @pytest.mark.thorough

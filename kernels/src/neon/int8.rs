@@ -96,7 +96,20 @@ pub(super) fn sdot<const V: usize>(mut sums: int32x4_t, w: int8x16_t, x: int8x16
     sums
 }
 
-/// Adds part `part` of block `g`, whose products of integers are `dots`, to the sum for even or for odd blocks.
+/// Adds to the sums of two rows and two tokens the products of eight columns.
+#[inline]
+#[target_feature(enable = "neon,dotprod,i8mm")]
+pub(super) fn smmla(mut sums: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+    // SAFETY: the function enables the feature that the instruction belongs to; it touches only the registers named.
+    unsafe {
+        asm!("smmla {sums:v}.4s, {w:v}.16b, {x:v}.16b",
+            sums = inlateout(vreg) sums, w = in(vreg) w, x = in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sums
+}
+
+/// Adds part `part` of block `g`, whose products of integers are `dots`, to the sum whose turn it is.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 fn add<const TY: u8, const T: usize>(

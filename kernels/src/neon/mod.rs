@@ -1,18 +1,15 @@
-//! Kernels for aarch64: NEON with `sdot`.
+//! Kernels for aarch64: NEON with `sdot`, and with `smmla` for several tokens of int8 where the CPU has i8mm.
 //!
 //! A row group is two vectors of four rows. Each function follows the operation of the same name in the `scalar` module;
 //! lanes are rows, so each sum is formed in the same order.
 //!
 //! Instructions whose intrinsics are not in the oldest compiler that the crate supports are written as `asm!`, one each,
 //! without memory, stack or flags, so that the compiler may move them like intrinsics.
-//!
-//! `smmla` (i8mm) is not used. With eight tokens it takes half the multiplications of `sdot`, but two zips per load of
-//! weights, and zips and unzips of tokens; with scales to be applied after every block, 20 vector instructions per token
-//! and 32 columns of `q8` instead of 22, by counting.
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 mod blocked;
 mod grouped;
+mod i8mm;
 mod int8;
 mod unblocked;
 mod update;
@@ -30,17 +27,36 @@ use std::arch::{asm, is_aarch64_feature_detected};
 /// Proof that this CPU has NEON and the dot product of bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Neon {
-    _private: (),
+    i8mm: bool,
 }
 
 impl Neon {
     pub(crate) fn new() -> Option<Self> {
         let has = is_aarch64_feature_detected!("neon") && is_aarch64_feature_detected!("dotprod");
         // Planes are little-endian, and are loaded as they are.
-        (cfg!(target_endian = "little") && has).then_some(Neon { _private: () })
+        (cfg!(target_endian = "little") && has).then_some(Neon { i8mm: false })
+    }
+
+    /// With the products of matrices of bytes.
+    pub(crate) fn with_i8mm() -> Option<Self> {
+        Self::new().filter(|_| is_aarch64_feature_detected!("i8mm")).map(|_| Neon { i8mm: true })
+    }
+
+    /// `neon`, or with i8mm `i8mm`.
+    pub(crate) fn name(self) -> &'static str {
+        if self.i8mm { "i8mm" } else { "neon" }
+    }
+
+    /// Tokens of a tile.
+    pub(crate) fn tile_tokens(self) -> usize {
+        if self.i8mm { i8mm::TOKENS } else { 8 }
     }
 
     pub(crate) fn tile(self, w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+        if self.i8mm && shape.int8 && shape.tokens > 1 {
+            // SAFETY: the token proves the features that the function enables, i8mm because it says so.
+            return unsafe { i8mm::tile(w, x, shape, out) };
+        }
         // SAFETY: the token proves the features that the function enables.
         unsafe { tile(w, x, shape, out) }
     }

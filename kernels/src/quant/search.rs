@@ -2,6 +2,7 @@
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 use super::codebook::{Codebook, SCALE_MAX, scale_over_unit};
+use crate::isa::Kernels;
 use crate::math::ROUND;
 
 /// Cells of a [`Table`], half an integer wide; a power of two, so that indices can be masked.
@@ -92,15 +93,15 @@ impl Table {
     }
 
     /// Quantises a row, whose weights of error are `weight` or all equal, and writes the number of each level.
-    pub(super) fn row(&self, x: &[f32], weight: Option<&[f32]>, numbers: &mut [u8]) -> Row {
+    pub(super) fn row(&self, kernels: Kernels, x: &[f32], weight: Option<&[f32]>, numbers: &mut [u8]) -> Row {
         if self.book.block == 16 {
-            self.row_by::<16>(x, weight, numbers)
+            self.row_by::<16>(kernels, x, weight, numbers)
         } else {
-            self.row_by::<32>(x, weight, numbers)
+            self.row_by::<32>(kernels, x, weight, numbers)
         }
     }
 
-    fn row_by<const B: usize>(&self, x: &[f32], weight: Option<&[f32]>, numbers: &mut [u8]) -> Row {
+    fn row_by<const B: usize>(&self, kernels: Kernels, x: &[f32], weight: Option<&[f32]>, numbers: &mut [u8]) -> Row {
         numbers.fill(0);
         let zero = vec![0; x.len().div_ceil(B)];
         let (absmax, exponent) = match normalising(x) {
@@ -109,7 +110,7 @@ impl Table {
         };
         let power = |e: i64| f64::from_bits(((1023 + e) as u64) << 52);
         let blocks = blocks::<B>(x, weight, power(-exponent));
-        let (scale, bytes) = self.fit(&blocks, (f64::from(absmax) * power(-exponent)) as f32);
+        let (scale, bytes) = self.fit(kernels, &blocks, (f64::from(absmax) * power(-exponent)) as f32);
         for ((block, numbers), &byte) in blocks.iter().zip(numbers.chunks_mut(B)).zip(&bytes) {
             self.choose(block, scale, byte, numbers);
         }
@@ -122,19 +123,19 @@ impl Table {
     }
 
     /// Row scale and bytes of a row whose largest magnitude is `absmax`.
-    fn fit<const B: usize>(&self, blocks: &[Block<B>], absmax: f32) -> (f32, Vec<u8>) {
+    fn fit<const B: usize>(&self, kernels: Kernels, blocks: &[Block<B>], absmax: f32) -> (f32, Vec<u8>) {
         let mut best = (f64::INFINITY, 0.0, vec![0; blocks.len()]);
         let mut bytes = vec![0; blocks.len()];
         for first in FIRST {
             let scale = first * absmax / (self.reach() * SCALE_MAX);
-            let error = self.bytes(blocks, scale, None, &mut bytes);
+            let error = kernels.compiled(|| self.bytes(blocks, scale, None, &mut bytes));
             if error < best.0 {
                 best = (error, scale, bytes.clone());
             }
         }
         for _ in 0..REFINEMENTS {
             let Some(scale) = self.least_squares(blocks, best.1, &best.2) else { break };
-            let error = self.bytes(blocks, scale, Some(&best.2), &mut bytes);
+            let error = kernels.compiled(|| self.bytes(blocks, scale, Some(&best.2), &mut bytes));
             if error >= best.0 {
                 break;
             }
@@ -149,6 +150,7 @@ impl Table {
     }
 
     /// The best byte of every block and the sum of their errors. Beside `near`, only neighbouring scales are tried.
+    #[inline(always)]
     fn bytes<const B: usize>(&self, blocks: &[Block<B>], scale: f32, near: Option<&[u8]>, bytes: &mut [u8]) -> f64 {
         let mut sum = 0.0;
         for (i, (block, byte)) in blocks.iter().zip(bytes).enumerate() {
@@ -223,6 +225,7 @@ impl Table {
         }
     }
 
+    #[inline(always)]
     fn byte_near<const B: usize>(&self, block: &Block<B>, scale: f32, near: u8) -> (f32, u8) {
         let mut best = (self.error_of_zero(block), 0);
         let code = usize::from(near & 31);
@@ -242,7 +245,8 @@ impl Table {
     fn try_scale<const B: usize>(&self, block: &Block<B>, scale: f32, code: usize, best: &mut (f32, u8)) {
         let step = scale * self.scales[code];
         let (y, cells) = cells(&block.x, 1.0 / step);
-        let errors = self.errors(&y, &cells, &block.weight);
+        let wanted = |sum: f32| step * step * sum < best.0;
+        let Some(errors) = self.errors(&y, &cells, &block.weight, wanted) else { return };
         for (k, error) in errors.into_iter().enumerate() {
             let error = step * step * error;
             if error < best.0 {
@@ -251,19 +255,36 @@ impl Table {
         }
     }
 
-    /// The weighted squared error with each offset, in steps; lanes are offsets.
+    /// The weighted squared error with each offset, in steps; lanes are offsets. None once no offset has an error that is `wanted`:
+    /// terms are not negative, so sums do not become smaller again, rounded or not.
     #[inline(always)]
-    fn errors<const B: usize>(&self, y: &[f32; B], cells: &[u32; B], weight: &[f32; B]) -> [f32; OFFSETS] {
+    fn errors<const B: usize>(
+        &self,
+        y: &[f32; B],
+        cells: &[u32; B],
+        weight: &[f32; B],
+        wanted: impl Fn(f32) -> bool,
+    ) -> Option<[f32; OFFSETS]> {
+        const PART: usize = 8;
         let values: &[[f32; OFFSETS]; CELLS] = self.values[..].try_into().expect("one element per cell");
         let mut sums = [[0.0; OFFSETS]; 2];
-        for j in 0..B {
-            let value = &values[cells[j] as usize % CELLS];
+        for part in 0..B / PART {
+            for j in part * PART..(part + 1) * PART {
+                let value = &values[cells[j] as usize % CELLS];
+                for k in 0..OFFSETS {
+                    let distance = y[j] - value[k];
+                    sums[j % 2][k] += weight[j] * distance * distance;
+                }
+            }
+            let mut any = false;
             for k in 0..OFFSETS {
-                let distance = y[j] - value[k];
-                sums[j % 2][k] += weight[j] * distance * distance;
+                any |= wanted(sums[0][k] + sums[1][k]);
+            }
+            if !any {
+                return None;
             }
         }
-        std::array::from_fn(|k| sums[0][k] + sums[1][k])
+        Some(std::array::from_fn(|k| sums[0][k] + sums[1][k]))
     }
 
     /// The largest magnitude of the values chosen in a row, divided by the row scale; at least 1.

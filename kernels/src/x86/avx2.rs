@@ -10,7 +10,7 @@ mod many;
 mod update;
 mod vnni;
 
-use super::ahead::{Ahead, in_streams};
+use super::ahead::{Ahead, Stream, in_streams};
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
 use super::{
     bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows,
@@ -87,6 +87,15 @@ impl Avx2 {
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
         // SAFETY: as above.
         unsafe { attention::attend_block(tile, block) }
+    }
+}
+
+/// What the processor says about itself.
+pub(super) fn cpuid(leaf: u32, sub: u32) -> CpuidResult {
+    #[allow(unused_unsafe, reason = "the function is safe in newer compilers than the oldest supported")]
+    // SAFETY: every x86-64 processor has the instruction.
+    unsafe {
+        __cpuid_count(leaf, sub)
     }
 }
 
@@ -188,7 +197,9 @@ fn unblocked_tokens<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T])
         return columns::<TY, T>(w.values, x);
     }
     let mut total = [_mm256_setzero_ps(); T];
+    let mut ahead = Stream::whole(&[*w]);
     for (c, values) in w.values.chunks(FP8_BLOCK * ROW_GROUP).enumerate() {
+        ahead.bytes(values.len());
         let (first, len) = (c * FP8_BLOCK, values.len() / ROW_GROUP);
         let sum = columns::<TY, T>(values, parts(&x, first, len));
         let scale = _mm256_set1_ps(256.0 * f32_at(w.scales, c));
@@ -202,17 +213,37 @@ fn unblocked_tokens<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T])
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [__m256; T] {
+    if TY == FP8 && !has_nan(values) { sums::<TY, T, false>(values, x) } else { sums::<TY, T, true>(values, x) }
+}
+
+/// Whether there is a NaN among e4m3 codes. One look at many codes is cheaper than one at each.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn has_nan(codes: &[u8]) -> bool {
+    let magnitude = _mm256_set1_epi8(0x7f);
+    let mut largest = _mm256_setzero_si256();
+    let (lines, rest) = codes.as_chunks::<64>();
+    for line in lines {
+        for half in 0..2 {
+            largest = _mm256_max_epu8(largest, _mm256_and_si256(load32(line, 32 * half), magnitude));
+        }
+    }
+    _mm256_movemask_epi8(_mm256_cmpeq_epi8(largest, magnitude)) != 0 || rest.iter().any(|code| code & 0x7f == 0x7f)
+}
+
+/// [`columns`]; of `fp8`, `NAN` says whether there may be one.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn sums<const TY: u8, const T: usize, const NAN: bool>(values: &[u8], x: [&[f32]; T]) -> [__m256; T] {
     let step = const { four_columns(TY) };
     let cols = x[0].len();
     let quads = in_fours(&x, cols);
     let mut s = [[_mm256_setzero_ps(); 4]; T];
     for (i, w) in values.chunks_exact(step).take(cols / 4).enumerate() {
-        if const { TY == FP8 } {
-            prefetch(w)
-        } else {
-            in_streams(w)
+        if const { TY != FP8 } {
+            in_streams(w);
         }
-        let w = four::<TY>(w);
+        let w = four::<TY, NAN>(w);
         for t in 0..T {
             for j in 0..4 {
                 s[t][j] = _mm256_fmadd_ps(w[j], _mm256_set1_ps(quads[t][i][j]), s[t][j]);
@@ -223,7 +254,7 @@ fn columns<const TY: u8, const T: usize>(values: &[u8], x: [&[f32]; T]) -> [__m2
     if rest > 0 {
         let mut last = [0u8; 128];
         last[..rest * step / 4].copy_from_slice(&values[cols / 4 * step..][..rest * step / 4]);
-        let w = four::<TY>(&last[..step]);
+        let w = four::<TY, NAN>(&last[..step]);
         // Constant indices keep the sums in registers; columns that are not there must not be added, not even as zero.
         for j in 0..3 {
             if j < rest {
@@ -245,13 +276,13 @@ fn fold4(s: [__m256; 4]) -> __m256 {
 /// Four columns.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn four<const TY: u8>(w: &[u8]) -> [__m256; 4] {
+fn four<const TY: u8, const NAN: bool>(w: &[u8]) -> [__m256; 4] {
     match TY {
         F32 => each!(_mm256_setzero_ps(); 4, j => _mm256_castsi256_ps(load32(w, 32 * j))),
         F16 => each!(_mm256_setzero_ps(); 4, j => _mm256_cvtph_ps(load16(w, 16 * j))),
         BF16 => each!(_mm256_setzero_ps(); 4, j => _mm256_castsi256_ps(widen_bf16(load16(w, 16 * j)))),
         _ => {
-            let (low, high) = (e4m3_to_f16(load16(w, 0)), e4m3_to_f16(load16(w, 16)));
+            let (low, high) = (e4m3_to_f16::<NAN>(load16(w, 0)), e4m3_to_f16::<NAN>(load16(w, 16)));
             [
                 _mm256_cvtph_ps(_mm256_castsi256_si128(low)),
                 _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(low)),
@@ -268,13 +299,16 @@ fn widen_bf16(bits: __m128i) -> __m256i {
     _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits))
 }
 
-/// The binary16 bits of 16 codes, each worth 1/256 of the code.
+/// The binary16 bits of 16 codes, each worth 1/256 of the code. Without `NAN`, none of them may be one.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn e4m3_to_f16(codes: __m128i) -> __m256i {
+pub(super) fn e4m3_to_f16<const NAN: bool>(codes: __m128i) -> __m256i {
     // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
     let moved = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(codes));
     let bits = _mm256_and_si256(moved, _mm256_set1_epi16(0xbf80_u16 as i16));
+    if !NAN {
+        return bits;
+    }
     let magnitude = _mm256_set1_epi16(0x3f80);
     // All ones is a NaN of binary16 too.
     let nan = _mm256_cmpeq_epi16(_mm256_and_si256(bits, magnitude), magnitude);
@@ -367,7 +401,7 @@ fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&
         if TY == Q8 {
             in_streams(values)
         } else {
-            ahead.block::<TY, 1>(g)
+            ahead.block::<TY, 1, T>(g)
         }
         let dots = match (V, TY) {
             (true, _) => vnni::dots::<TY, T>(values, &x, g),

@@ -8,7 +8,7 @@ mod codebook;
 mod grouped;
 mod update;
 
-use super::ahead::Ahead;
+use super::ahead::{Ahead, Lines, Stream};
 use super::avx2::Avx2;
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
 use super::{
@@ -155,13 +155,14 @@ fn put<const T: usize>(rows: [__m512; T], out: &mut [[f32; 2 * ROW_GROUP]]) {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn unblocked_tokens<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[f32]; T]) -> [__m512; T] {
     if TY != FP8 {
-        return columns::<TY, T>(w[0].values, w[1].values, x);
+        return sums::<TY, T, true>(w[0].values, w[1].values, x, None);
     }
     let mut total = [_mm512_setzero_ps(); T];
     let block = FP8_BLOCK * ROW_GROUP;
+    let mut ahead = Stream::whole(w);
     for (c, (a, b)) in w[0].values.chunks(block).zip(w[1].values.chunks(block)).enumerate() {
         let (first, len) = (c * FP8_BLOCK, a.len() / ROW_GROUP);
-        let sum = columns::<TY, T>(a, b, parts(&x, first, len));
+        let sum = e4m3_columns::<T>(a, b, parts(&x, first, len), ahead.lines(2 * a.len()));
         let scale_a = _mm512_set1_ps(256.0 * f32_at(w[0].scales, c));
         let scale = _mm512_mask_mov_ps(scale_a, 0xff00, _mm512_set1_ps(256.0 * f32_at(w[1].scales, c)));
         for t in 0..T {
@@ -171,17 +172,51 @@ fn unblocked_tokens<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[f32]; T]) 
     total
 }
 
+/// Columns of `fp8`; `ahead` is asked for, a line for each four.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn columns<const TY: u8, const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> [__m512; T] {
+fn e4m3_columns<const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T], ahead: Lines) -> [__m512; T] {
+    if has_nan(a) || has_nan(b) {
+        return sums::<FP8, T, true>(a, b, x, Some(ahead));
+    }
+    sums::<FP8, T, false>(a, b, x, Some(ahead))
+}
+
+/// Whether there is a NaN among e4m3 codes. One look at many codes is cheaper than one at each.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn has_nan(codes: &[u8]) -> bool {
+    let magnitude = _mm512_set1_epi8(0x7f);
+    let mut largest = _mm512_setzero_si512();
+    let (lines, rest) = codes.as_chunks::<64>();
+    for line in lines {
+        largest = _mm512_max_epu8(largest, _mm512_and_si512(load64(line), magnitude));
+    }
+    _mm512_cmpeq_epi8_mask(largest, magnitude) != 0 || rest.iter().any(|code| code & 0x7f == 0x7f)
+}
+
+/// Columns of an unblocked type. Of `fp8`, `NAN` says whether there may be one, and the lines to ask for come along.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn sums<const TY: u8, const T: usize, const NAN: bool>(
+    a: &[u8],
+    b: &[u8],
+    x: [&[f32]; T],
+    ahead: Option<Lines>,
+) -> [__m512; T] {
     let step = const { four_columns(TY) };
     let cols = x[0].len();
     let quads = in_fours(&x, cols);
     let mut s = [[_mm512_setzero_ps(); 4]; T];
     for (i, (a, b)) in a.chunks_exact(step).zip(b.chunks_exact(step)).take(cols / 4).enumerate() {
-        prefetch(a);
-        prefetch(b);
-        let w = four::<TY>(a, b);
+        match ahead {
+            Some(ahead) => ahead.ask(i),
+            None => {
+                prefetch(a);
+                prefetch(b);
+            }
+        }
+        let w = four::<TY, NAN>(a, b);
         for t in 0..T {
             for j in 0..4 {
                 s[t][j] = _mm512_fmadd_ps(w[j], _mm512_set1_ps(quads[t][i][j]), s[t][j]);
@@ -194,7 +229,7 @@ fn columns<const TY: u8, const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> 
         let mut last = [[0u8; 128]; 2];
         last[0][..len].copy_from_slice(&a[at..at + len]);
         last[1][..len].copy_from_slice(&b[at..at + len]);
-        let w = four::<TY>(&last[0][..step], &last[1][..step]);
+        let w = four::<TY, NAN>(&last[0][..step], &last[1][..step]);
         // Constant indices keep the sums in registers; columns that are not there must not be added, not even as zero.
         for j in 0..3 {
             if j < rest {
@@ -210,7 +245,7 @@ fn columns<const TY: u8, const T: usize>(a: &[u8], b: &[u8], x: [&[f32]; T]) -> 
 /// Four columns of both groups.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn four<const TY: u8>(a: &[u8], b: &[u8]) -> [__m512; 4] {
+fn four<const TY: u8, const NAN: bool>(a: &[u8], b: &[u8]) -> [__m512; 4] {
     match TY {
         F32 => each!(_mm512_setzero_ps(); 4, j => _mm512_castsi512_ps(load32x2(a, b, 32 * j))),
         F16 => each!(_mm512_setzero_ps(); 4, j => _mm512_cvtph_ps(load16x2(a, b, 16 * j))),
@@ -218,8 +253,8 @@ fn four<const TY: u8>(a: &[u8], b: &[u8]) -> [__m512; 4] {
         _ => {
             let (a, b) = (load32(a, 0), load32(b, 0));
             // Eight bytes of a, eight of b: columns 0 and 2, then 1 and 3.
-            let even = e4m3_to_f16(_mm256_unpacklo_epi64(a, b));
-            let odd = e4m3_to_f16(_mm256_unpackhi_epi64(a, b));
+            let even = e4m3_to_f16::<NAN>(_mm256_unpacklo_epi64(a, b));
+            let odd = e4m3_to_f16::<NAN>(_mm256_unpackhi_epi64(a, b));
             [
                 _mm512_cvtph_ps(_mm512_castsi512_si256(even)),
                 _mm512_cvtph_ps(_mm512_castsi512_si256(odd)),
@@ -236,13 +271,16 @@ fn widen_bf16(bits: __m256i) -> __m512i {
     _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits))
 }
 
-/// The binary16 bits of 32 codes, each worth 1/256 of the code.
+/// The binary16 bits of 32 codes, each worth 1/256 of the code. Without `NAN`, none of them may be one.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn e4m3_to_f16(codes: __m256i) -> __m512i {
+fn e4m3_to_f16<const NAN: bool>(codes: __m256i) -> __m512i {
     // The sign is extended so that it lands in bit 15; the copy of it in bit 14 is masked out.
     let moved = _mm512_slli_epi16::<7>(_mm512_cvtepi8_epi16(codes));
     let bits = _mm512_and_si512(moved, _mm512_set1_epi16(0xbf80_u16 as i16));
+    if !NAN {
+        return bits;
+    }
     let magnitude = _mm512_set1_epi16(0x3f80);
     let nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(bits, magnitude), magnitude);
     _mm512_mask_mov_epi16(bits, nan, _mm512_set1_epi16(0x7e00))
@@ -305,7 +343,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]
     let ahead = Ahead::new(w);
     let pairs = blocks_of::<TY>(&w[0]).zip(blocks_of::<TY>(&w[1]));
     for (g, ((a, a_scales), (b, b_scales))) in (0..blocks).zip(pairs) {
-        ahead.block::<TY, 2>(g);
+        ahead.block::<TY, 2, T>(g);
         let words = words(&x, g);
         // Integers are made unsigned by their bias, which the sum of x removes again.
         let mut dots = each!(_mm512_setzero_si512(); T, t => _mm512_set1_epi32(const { -bias(TY) } * x[t][g].sum));
@@ -407,6 +445,13 @@ fn load32(from: &[u8], at: usize) -> __m256i {
 fn load16(from: &[u8], at: usize) -> __m128i {
     // SAFETY: the reference covers the 16 bytes; the load has no alignment.
     unsafe { _mm_loadu_si128(bytes::<16>(from, at).as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load64(from: &[u8; 64]) -> __m512i {
+    // SAFETY: the reference covers the 64 bytes; the load has no alignment.
+    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }
 
 #[inline]

@@ -5,6 +5,7 @@ use sluice_format::limits::MAX_EXTENTS;
 
 use super::{Phase, Trace};
 use sluice_storage::pool::policy::{Belady, Choice, Key, Pass, Policy, PolicyKind, Shape};
+use sluice_storage::pool::{LayerSize, SlotPlan};
 
 /// A trace prepared for replays: the passes through its routed layers, in the order of computation.
 ///
@@ -156,17 +157,59 @@ impl Replay {
     /// If the slots do not hold all experts of a pass, those that have been computed make room for the next ones.
     pub fn run_with(&self, policy: &mut dyn Policy, slots: usize) -> ReplayResult {
         let mut result = ReplayResult { policy: policy.kind(), slots, accesses: 0, hits: 0, evictions: 0 };
+        result.evictions = self.go_through(policy, &[slots], &vec![0; self.shape.layers as usize], |_, hit| {
+            result.accesses += 1;
+            result.hits += u64::from(hit);
+        });
+        result
+    }
+
+    /// The bytes that need not be read, as a part of the bytes of all experts used, where experts of different layers have different sizes:
+    /// `sizes` has the bytes of an expert of every layer with routing. The cache has slots as a pool of `bytes` bytes has them.
+    ///
+    /// # Panics
+    /// If there is not a size for each layer with routing, or `policy` is [`PolicyKind::Belady`], which would have to plan across sizes.
+    pub fn run_sized(&self, policy: PolicyKind, sizes: &[u64], bytes: u64) -> f64 {
+        assert_eq!(sizes.len(), self.shape.layers as usize, "a size for each layer");
+        let layer = |(layer, &len): (u32, &u64)| {
+            let choices = self.passes.iter().filter(|pass| pass.layer == layer).map(|pass| pass.end - pass.start);
+            LayerSize { len, experts: self.shape.experts as usize, top_k: choices.max().unwrap_or(0) }
+        };
+        let plan = SlotPlan::new((0..).zip(sizes).map(layer), bytes);
+        let class = |len: &u64| plan.classes().partition_point(|class| class.len < *len) as u8;
+        let classes: Vec<u8> = sizes.iter().map(class).collect();
+        let mut policy = policy.build(self.shape).expect("a policy that does not know the future");
+        policy.classify(&classes);
+        let (mut used, mut found) = (0, 0);
+        self.go_through(policy.as_mut(), &plan.counts(), &classes, |layer, hit| {
+            used += sizes[layer as usize];
+            found += if hit { sizes[layer as usize] } else { 0 };
+        });
+        if used == 0 { 0.0 } else { found as f64 / used as f64 }
+    }
+
+    /// Replays the trace with `slots` slots of each size class; `classes` has the class of every layer. Tells `seen` the layer of every
+    /// expert used and whether it was in the cache. Returns how many had to leave.
+    pub(super) fn go_through(
+        &self,
+        policy: &mut dyn Policy,
+        slots: &[usize],
+        classes: &[u8],
+        mut seen: impl FnMut(u32, bool),
+    ) -> u64 {
+        let mut evictions = 0;
         let mut resident = vec![false; self.shape.keys()];
-        let mut free = slots;
+        let mut free = slots.to_vec();
         let (mut pinned, mut missing) = (Vec::<Key>::new(), Vec::<Key>::new());
         for pass in &self.passes {
             let choices = &self.choices[pass.start..pass.end];
             policy.begin_pass(&Pass { layer: pass.layer, tokens: 1, prefill: pass.prefill, choices });
-            result.accesses += choices.len() as u64;
+            let class = classes[pass.layer as usize];
+            let (slots, free) = (slots[usize::from(class)], &mut free[usize::from(class)]);
             for choice in choices {
                 let key = self.shape.key(pass.layer, choice.expert);
+                seen(pass.layer, resident[key.index()]);
                 if resident[key.index()] {
-                    result.hits += 1;
                     policy.hit(key);
                     policy.pin(key);
                     pinned.push(key);
@@ -178,17 +221,17 @@ impl Replay {
                 if slots == 0 {
                     continue;
                 }
-                if free > 0 {
-                    free -= 1;
+                if *free > 0 {
+                    *free -= 1;
                 } else {
-                    let victim = policy.victim().or_else(|| {
+                    let victim = policy.victim_in(class).or_else(|| {
                         pinned.drain(..).for_each(|done| policy.unpin(done));
-                        policy.victim()
+                        policy.victim_in(class)
                     });
                     let victim = victim.expect("some key is resident and none is pinned");
                     assert!(std::mem::take(&mut resident[victim.index()]), "{victim:?} is not resident");
                     policy.evict(victim);
-                    result.evictions += 1;
+                    evictions += 1;
                 }
                 resident[key.index()] = true;
                 policy.insert(key);
@@ -197,7 +240,7 @@ impl Replay {
             }
             pinned.drain(..).for_each(|key| policy.unpin(key));
         }
-        result
+        evictions
     }
 
     /// A report: every policy in `policies` at every cache size, each a part of all experts, with the optimum beside it.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use proptest::prelude::*;
 
 use super::*;
-use sluice_storage::pool::policy::{NextUse, Policy, PolicyKind};
+use sluice_storage::pool::policy::{NextUse, Policy, PolicyKind, Shape};
 
 fn fixture(name: &str) -> Trace {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/traces");
@@ -53,6 +53,64 @@ fn the_default_reaches_the_table() {
         );
         let ours = rate(&replay, PolicyKind::Lru, cache);
         assert!((ours - lru).abs() <= 1.2, "{name} at {cache}: LRU {ours:.1} % instead of {lru} %");
+    }
+}
+
+/// Trace, and in % for caches of 3, 6, 12 and 25 % of all experts: the hit rate of the default policy, and its share of the optimum.
+/// These are the figures of docs/notes/2026-11-30-cache.md, with which changes of the policy are compared.
+const DEFAULT: [(&str, [(f64, f64); 4]); 3] = [
+    (OLMOE, [(14.2, 80.5), (29.4, 78.3), (47.3, 81.0), (65.1, 85.1)]),
+    (QWEN, [(30.4, 68.6), (45.7, 75.1), (62.8, 82.5), (80.9, 91.7)]),
+    (GPT_OSS, [(35.0, 65.3), (48.4, 74.6), (61.9, 82.6), (73.7, 93.9)]),
+];
+
+#[test]
+fn the_default_does_not_get_worse() {
+    for (name, rates) in DEFAULT {
+        let replay = Replay::new(&fixture(name), None).unwrap();
+        for (cache, (hits, share)) in [0.03, 0.06, 0.12, 0.25].into_iter().zip(rates) {
+            let (ours, optimum) = (rate(&replay, PolicyKind::NextUse, cache), rate(&replay, PolicyKind::Belady, cache));
+            assert!(ours > hits - 0.15, "{name} at {cache}: {ours:.2} % instead of {hits} %");
+            assert!(
+                100.0 * ours / optimum > share - 0.3,
+                "{name} at {cache}: {:.2} % of the optimum",
+                100.0 * ours / optimum
+            );
+        }
+    }
+}
+
+/// Sizes as recipes make them: the first and the last eighth of the layers, and a third of the others, have larger experts.
+#[test]
+fn slots_of_the_sizes_of_experts_save_more_bytes_than_slots_of_the_largest() {
+    for name in [OLMOE, QWEN, GPT_OSS] {
+        let replay = Replay::new(&fixture(name), None).unwrap();
+        let Shape { layers, experts } = replay.shape();
+        let large = |layer: u32| layer < layers / 8 || layer >= layers - layers / 8 || (layer - layers / 8) % 3 == 2;
+        for larger in [120, 200] {
+            let sizes: Vec<u64> = (0..layers).map(|layer| 4096 * if large(layer) { larger } else { 100 }).collect();
+            let all: u64 = sizes.iter().sum::<u64>() * u64::from(experts);
+            for part in [0.06, 0.12, 0.25] {
+                let bytes = (all as f64 * part) as u64;
+                let found = replay.run_sized(PolicyKind::NextUse, &sizes, bytes);
+                let (mut used, mut saved) = (0, 0);
+                let slots = (bytes / 4096 / larger) as usize;
+                replay.go_through(
+                    &mut NextUse::new(replay.shape()),
+                    &[slots],
+                    &vec![0; layers as usize],
+                    |layer, hit| {
+                        used += sizes[layer as usize];
+                        saved += if hit { sizes[layer as usize] } else { 0 };
+                    },
+                );
+                let one = saved as f64 / used as f64;
+                assert!(found >= one, "{name}, {larger}, {part}: {found} instead of {one}");
+                if larger == 200 && part >= 0.12 {
+                    assert!(found > one + 0.01, "{name}, {larger}, {part}: {found} instead of {one}");
+                }
+            }
+        }
     }
 }
 

@@ -32,7 +32,7 @@ impl Drive {
     /// Reads the sequence that was found. `None` if it cannot be read or has another text; then the prompt is read again.
     pub(super) fn restore(&self, engine: &Engine, found: &Found, tokens: &[u32]) -> Option<Sequence> {
         let restored = self.store.restore(engine, found).ok()?;
-        (restored.position() < tokens.len() && tokens.starts_with(restored.tokens())).then_some(restored)
+        (restored.position() < tokens.len() && tokens.starts_with(restored.phased())).then_some(restored)
     }
 
     /// Saves a sequence, on another thread.
@@ -66,7 +66,7 @@ impl Drive {
     fn settle<'a>(&self, kept: impl Iterator<Item = &'a Sequence>) {
         self.store.flush();
         for sequence in kept {
-            let stored = self.store.longest(self.binding, sequence.tokens()).map_or(0, |found| found.position());
+            let stored = self.store.longest(self.binding, sequence.phased()).map_or(0, |found| found.position());
             if stored < sequence.position() {
                 self.store.keep(sequence.fork(), None);
                 self.store.flush();
@@ -104,7 +104,7 @@ impl Scheduler {
         if let Some(drive) = &self.drive
             && running.sequence.position() >= FEWEST
         {
-            drive.touch(running.sequence.tokens());
+            drive.touch(running.sequence.phased());
         }
     }
 
@@ -130,11 +130,13 @@ impl Scheduler {
         }
     }
 
-    /// Waits until the sequences that are kept are all written, if there is a store.
+    /// Waits until the sequences that are kept are all written, if there is a store that is to have them.
     pub(super) fn settle(&mut self) {
         self.forget_deleted();
-        if let Some(drive) = &self.drive {
-            drive.settle(self.kept.sequences());
+        match &self.drive {
+            Some(drive) if self.options.save_ended => drive.settle(self.kept.sequences()),
+            Some(drive) => drive.flush(),
+            None => {}
         }
     }
 }

@@ -1,8 +1,10 @@
 //! One generation: the tokens that it wants to append, and its use of the logits after them.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use crate::sampler::{Sampler, logprobs};
+use sluice_model::GENERATED;
 use sluice_model::rows::Phase;
 
 use super::guard::guarded;
@@ -27,6 +29,10 @@ pub struct Generation {
     tokens: Vec<u32>,
     /// How many of these must be read as a prompt before the next token can be chosen.
     to_read: usize,
+    /// How many of these are tokens of the prompt.
+    of_prompt: usize,
+    /// Whether those have other numbers than generated tokens.
+    phases: bool,
     /// Tokens of the prompt.
     prompt: usize,
     generated: Vec<u32>,
@@ -82,6 +88,8 @@ impl Generation {
         let mut generation = Generation {
             prompt: prompt.len(),
             to_read: prompt.len(),
+            of_prompt: prompt.len(),
+            phases: shape.phases,
             tokens: prompt,
             generated: Vec::new(),
             dropped: 0,
@@ -129,7 +137,7 @@ impl Generation {
             self.take(token, &mut |event| events.push(event))?;
         }
         if given > 0 {
-            // All of them are read like a prompt. Nothing has been read yet, so there is nothing to go back from.
+            // All of them are read before the next one is chosen. Nothing has been read yet, so there is nothing to go back from.
             self.to_read = self.tokens.len();
             self.back_to = None;
         }
@@ -148,8 +156,9 @@ impl Generation {
     }
 
     /// The tokens to append next to a sequence that has seen the first `position`: the rest of the prompt, later the token that was
-    /// sampled last; all of them if the sequence was dropped. [`accept`](Self::accept) takes the logits behind the last of them.
-    /// Empty once the generation has ended.
+    /// sampled last; all of them if the sequence was dropped, but no generated ones together with those of the prompt if they have
+    /// numbers of another kind. [`accept`](Self::accept) takes the logits behind the last token of the context. Empty once the generation
+    /// has ended.
     ///
     /// With a draft ([`draft`](Self::draft)), the proposals follow the last token, and [`accept_draft`](Self::accept_draft) takes
     /// the logits after each of them.
@@ -164,8 +173,15 @@ impl Generation {
             None => self.tokens.get(position..).unwrap_or_default(),
         };
         // A step that failed behind a choice leaves two tokens to decode.
-        let phase = if position < self.to_read || rest.len() > 2 { Phase::Prompt } else { Phase::Decode };
-        (rest, phase)
+        let reads = position < self.to_read || rest.len() > 2;
+        match (reads, self.phases) {
+            (false, _) => (rest, Phase::Decode),
+            (true, false) => (rest, Phase::Prompt),
+            (true, true) => match self.of_prompt.saturating_sub(position).min(rest.len()) {
+                0 => (rest, Phase::Again),
+                left => (&rest[..left], Phase::Prompt),
+            },
+        }
     }
 
     /// Whether the logits after tokens of the prompt are needed, to [score](Self::score) the tokens after them.
@@ -352,6 +368,7 @@ impl Generation {
         }
         let dropped = others / 2;
         self.tokens.drain(keep..keep + dropped);
+        self.of_prompt -= self.of_prompt.saturating_sub(keep).min(dropped);
         self.to_read = self.tokens.len();
         self.marks.clear();
         self.dropped += dropped;
@@ -396,15 +413,26 @@ impl Generation {
         &self.tokens
     }
 
+    /// The tokens of the context as sequences have them ([`Sequence::phased`](sluice_model::Sequence::phased)).
+    pub(super) fn phased(&self) -> Cow<'_, [u32]> {
+        if !self.phases {
+            return Cow::Borrowed(&self.tokens);
+        }
+        let mut phased = self.tokens.clone();
+        phased[self.of_prompt..].iter_mut().for_each(|token| *token |= GENERATED);
+        Cow::Owned(phased)
+    }
+
     /// How many of the tokens are read before the next one can be chosen.
     pub(super) fn to_read(&self) -> usize {
         self.to_read
     }
 
-    /// It begins with a sequence that has seen the first `position` tokens. False if it has begun before.
+    /// It begins with a sequence that has seen the first `position` tokens. False if it has begun before. Tokens that were sampled in an
+    /// earlier run are none of the prompt.
     pub(super) fn begin_at(&mut self, position: usize) -> bool {
         let first = self.cached.is_none();
-        self.cached.get_or_insert(position);
+        self.cached.get_or_insert(position.min(self.prompt));
         first
     }
 

@@ -61,9 +61,9 @@ impl Kept {
         self.entries.clear();
     }
 
-    /// Gives up those whose tokens are such.
+    /// Gives up those whose tokens, with their phases, are such.
     pub(super) fn forget(&mut self, is_such: impl Fn(&[u32]) -> bool) {
-        self.entries.retain(|entry| !is_such(entry.sequence.tokens()));
+        self.entries.retain(|entry| !is_such(entry.sequence.phased()));
     }
 
     /// The sequence that can continue as a sequence of `tokens` with the most tokens already seen, and the number of these tokens.
@@ -134,7 +134,7 @@ impl Kept {
 /// How many of `tokens` a sequence that continues from this one has already seen. At least one is left, because its logits are
 /// needed.
 pub(super) fn reach(sequence: &Sequence, tokens: &[u32]) -> usize {
-    sequence.reachable(shared(sequence.tokens(), tokens)).unwrap_or(0)
+    sequence.reachable(shared(sequence.phased(), tokens)).unwrap_or(0)
 }
 
 /// Number of tokens with which both begin, excluding the last of `wanted`.
@@ -155,7 +155,7 @@ pub(super) fn fork_at(sequence: &Sequence, position: usize) -> Sequence {
 
 /// Whether the longer one makes the other superfluous.
 fn covers(longer: &Sequence, other: &Sequence) -> bool {
-    longer.tokens().starts_with(other.tokens()) && longer.reachable(other.position()) == Ok(other.position())
+    longer.phased().starts_with(other.phased()) && longer.reachable(other.position()) == Ok(other.position())
 }
 
 #[cfg(test)]

@@ -24,6 +24,9 @@ const USUAL_TOKENS: usize = 256;
 /// Largest of a model's own files that [`Model::metadata`] keeps. Configurations and templates are smaller. Tokenizers can be
 /// larger, but have already been read.
 const LARGEST_FILE: usize = 4 << 20;
+/// While there is nothing to do but to fill the cache: how often it is looked what has arrived. A fast drive reads 20 MB meanwhile, less than
+/// is in flight.
+const WARM_EVERY: Duration = Duration::from_millis(2);
 
 /// The result of a generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,7 +90,8 @@ pub struct Drain {
 }
 
 impl Model {
-    /// Opens a model file; reads its dense parts, which for a large model takes seconds. Memory is planned for `options.sequences`
+    /// Opens a model file and begins to read its dense parts; the first answer waits for them. While there is nothing to do, the experts
+    /// that were used most are read into empty slots ([`Engine::warm`]). Memory is planned for `options.sequences`
     /// generations of `options.context` tokens; more run at a time while they are shorter.
     ///
     /// # Errors
@@ -118,10 +122,18 @@ impl Model {
         let closing = Closing(submitter.clone(), end);
         let run = move || {
             let _closing = closing;
+            let mut was_warming = false;
             loop {
+                let warms = scheduler.is_idle() && engine.warm();
+                if warms || was_warming {
+                    scheduler.outdate_report();
+                }
+                was_warming = warms;
                 // At rest, nothing but work changes anything.
-                match scheduler.wait_for(rest_after.filter(|_| !engine.is_at_rest())) {
+                let rests = rest_after.filter(|_| !engine.is_at_rest());
+                match scheduler.wait_for(if warms { Some(WARM_EVERY) } else { rests }) {
                     Work::Ready => _ = scheduler.turn(&mut engine, &mut Watch::default()),
+                    Work::Idle if warms => {}
                     Work::Idle => {
                         scheduler.release_kept();
                         engine.release_idle();

@@ -7,7 +7,6 @@
 use std::time::Instant;
 
 use sluice_model::Engine;
-use sluice_model::rows::Phase;
 
 use super::predicted::{self, Asked, Predicted, Wanted};
 use super::scheduler::{Running, Scheduler};
@@ -133,7 +132,7 @@ impl Scheduler {
         (proposer.measures, proposer.seconds) = (false, 0.0);
         let mut taking: Vec<&mut Running> =
             running.iter_mut().filter(|r| !r.is_over() && r.follows.is_none()).collect();
-        let reads = |r: &&mut Running| r.generation.offer(r.sequence.position()).1 == Phase::Prompt;
+        let reads = |r: &&mut Running| r.generation.offer(r.sequence.position()).1.reads();
         if proposer.drafts == Drafts::Off || taking.iter().any(|r| reads(r) || r.generation.has_draft()) {
             return;
         }

@@ -111,6 +111,7 @@ fn difference(earlier: &Stats, later: &Stats) -> Stats {
         expert_bytes_read: count(later.expert_bytes_read, earlier.expert_bytes_read),
         dense_bytes_read: count(later.dense_bytes_read, earlier.dense_bytes_read),
         replaced: count(later.replaced, earlier.replaced),
+        warmed: count(later.warmed, earlier.warmed),
     }
 }
 

@@ -37,7 +37,9 @@ pub enum WhenFull {
     #[default]
     Stop,
     /// It goes on with a shorter text: the first `keep` tokens and the newer half of the others. The part behind the first `keep`
-    /// tokens is read again, so the result is exactly what the shorter text would give as a prompt, and costs as much as reading it.
+    /// tokens is read again, so the result is exactly what the shorter text would give as a prompt (with
+    /// [`PromptAttention::Expanded`](sluice_model::PromptAttention): what it would give if the same of its tokens had been generated), and
+    /// costs as much as reading it.
     DropOldest {
         /// Tokens at the beginning that are never dropped, such as a prompt's instructions. Must be fewer than the context has.
         keep: usize,
@@ -215,4 +217,7 @@ pub struct Shape {
     pub context: usize,
     /// Turns tokens into text; without a tokenizer there is no text.
     pub tokenizer: Option<Tokenizer>,
+    /// Whether the numbers of a token that was read differ from those of one that was generated, so that a generated token must not be
+    /// read as a part of a prompt ([`PromptAttention`](sluice_model::PromptAttention)).
+    pub phases: bool,
 }

@@ -40,7 +40,7 @@ pub(super) struct Saved {
 /// A sequence in a file of its own. Dropping this deletes the file.
 struct SavedSequence {
     path: PathBuf,
-    /// The tokens that it holds. Two programs in different containers can have the same process id and share the folder, so a
+    /// The tokens that it holds, with their phases. Two programs in different containers can have the same process id and share the folder, so a
     /// file is only used if these agree.
     tokens: Vec<u32>,
 }
@@ -51,13 +51,13 @@ impl SavedSequence {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = folder.join(format!("sluice-{}-{number}.session", std::process::id()));
-        let saved = SavedSequence { path, tokens: sequence.tokens().to_vec() };
+        let saved = SavedSequence { path, tokens: sequence.phased().to_vec() };
         sequence.save_file(&saved.path).is_ok().then_some(saved)
     }
 
     /// `None` if the file cannot be read, or has become another one; then the tokens are read again.
     fn restore(&self, engine: &Engine) -> Option<Sequence> {
-        engine.restore_file(&self.path).ok().filter(|sequence| sequence.tokens() == self.tokens)
+        engine.restore_file(&self.path).ok().filter(|sequence| sequence.phased() == self.tokens)
     }
 }
 
@@ -146,12 +146,12 @@ impl Scheduler {
         let queued = state.queue.front().map(|arrival| arrival.id);
         // Saved generations arrived earlier than queued ones, except those in the background.
         if let Some(saved) = self.saved.first().filter(|saved| queued.is_none_or(|queued| saved.id < queued)) {
-            return of(saved.id, &saved.generation, saved.generation.tokens().into(), saved.file.is_some(), true);
+            return of(saved.id, &saved.generation, saved.generation.phased().into(), saved.file.is_some(), true);
         }
         let Arrival { id, generation, .. } = state.queue.front()?;
         // It can wait for many turns.
         if self.next.as_ref().is_none_or(|next| next.0 != *id) {
-            self.next = Some((*id, generation.tokens().into()));
+            self.next = Some((*id, generation.phased().into()));
         }
         of(*id, generation, Arc::clone(&self.next.as_ref()?.1), false, false)
     }

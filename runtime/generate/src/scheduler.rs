@@ -60,6 +60,9 @@ pub struct SchedulerOptions {
     /// If there is a store, a generation is saved whenever this many tokens are new, and once a prompt with this many new tokens
     /// has been read, so that little is lost when the program is killed.
     pub save_every: usize,
+    /// Where there is a store, whether sequences of generations that have come to their end are saved as well, and not only those of
+    /// generations that were cancelled or still go on.
+    pub save_ended: bool,
     /// Who proposes tokens to generations that have no draft of their own.
     pub drafts: Drafts,
     /// How many tokens are proposed to a generation in a step; `None`: as many as pay, often none, which is learned from the steps.
@@ -77,6 +80,7 @@ impl Default for SchedulerOptions {
             queue: None,
             store: None,
             save_every: 2048,
+            save_ended: true,
             drafts: Drafts::Off,
             draft_tokens: None,
         }
@@ -243,7 +247,8 @@ pub enum Work {
 impl Scheduler {
     /// A scheduler for `engine`; each turn must be given this engine. Without a tokenizer there is no text.
     pub fn new(engine: &Engine, tokenizer: Option<Tokenizer>, options: SchedulerOptions) -> Self {
-        let shape = Shape { vocab: engine.spec().vocab_size, context: engine.memory().context, tokenizer };
+        let phases = engine.prompt_attention().tells_phases_apart();
+        let shape = Shape { vocab: engine.spec().vocab_size, context: engine.memory().context, tokenizer, phases };
         let forgets = engine.pages().iter().any(|pages| pages.kind.forgets());
         Scheduler {
             shared: Shared::new(shape, options.queue.map(|limit| limit.max(1))),
@@ -299,6 +304,11 @@ impl Scheduler {
         self.proposer.failure()
     }
 
+    /// Whether there is no generation, running, saved or in the queue.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.saved.is_empty() && self.shared.lock().queue.is_empty()
+    }
+
     /// Waits until there is something to do; false once the scheduler has been closed and nothing is left.
     pub fn wait(&self) -> bool {
         self.wait_for(None) == Work::Ready
@@ -329,7 +339,7 @@ impl Scheduler {
         Work::Ready
     }
 
-    /// The engine has given its memory back, so that reports of it are out of date.
+    /// The engine has given its memory back, or other experts are in memory, so that reports of it are out of date.
     pub(super) fn outdate_report(&self) {
         self.shared.board.outdate();
     }
@@ -410,7 +420,7 @@ impl Scheduler {
             end(generation, owner, Vec::new());
         }
         for Running { mut generation, sequence, owner, events, .. } in ended {
-            self.keep(&mut generation, sequence);
+            self.keep(&mut generation, sequence, true);
             end(generation, owner, events);
         }
         for Arrival { generation, owner, .. } in queued {
@@ -437,12 +447,16 @@ impl Scheduler {
         }
     }
 
-    /// Keeps what a generation that has ended leaves behind.
-    fn keep(&mut self, generation: &mut Generation, mut sequence: Sequence) {
+    /// Keeps what a generation that has ended leaves behind, also on the drive if it is to be `saved`.
+    fn keep(&mut self, generation: &mut Generation, mut sequence: Sequence, saved: bool) {
         if generation.keeps().0 {
             go_back(generation, &mut sequence);
-            if let Some(drive) = &self.drive {
+            if let Some(drive) = self.drive.as_ref().filter(|_| saved) {
                 drive.keep(&sequence, generation.keeps().1);
+                if !self.options.save_ended {
+                    // Nothing is saved once more in the end, so none may be left out because many come at a time.
+                    drive.flush();
+                }
             }
             // A fork has no page for the next pass to write.
             self.kept.insert(sequence.fork());
@@ -496,16 +510,17 @@ impl Scheduler {
             let Running { generation, sequence, events, reported, failed, .. } = running;
             let (tokens, rest) = left.split_at(count);
             left = rest;
-            let (offer, phase) = generation.offer(sequence.position());
+            let (_, phase) = generation.offer(sequence.position());
             let scores_from = (phase == Phase::Prompt && generation.scores_prompt()).then(|| sequence.position());
-            let chooses_at = scores_from.map(|_| offer.len() - 1);
+            let left_to_see = generation.len() - sequence.position();
+            let chooses_at = scores_from.map(|_| left_to_see - 1);
             let logits = match phase {
                 Phase::Draft => Want::All,
                 _ if scores_from.is_some() => Want::All,
-                _ if count == offer.len() => Want::Last,
+                _ if count == left_to_see => Want::Last,
                 _ => Want::Nothing,
             };
-            prompt_rows += if phase == Phase::Prompt { count } else { 0 };
+            prompt_rows += if phase.reads() { count } else { 0 };
             spans.push(Span { sequence, tokens, phase, logits });
             let draft = phase == Phase::Draft;
             takers.push(Taker { generation, events, reported, failed, draft, scores_from, chooses_at });
@@ -559,7 +574,7 @@ impl Scheduler {
     fn rows(&self, most: usize, takes_part: &dyn Fn(&Running) -> bool) -> Vec<usize> {
         let wanted = |prompt: bool| -> Vec<usize> {
             let of = |r: &Running| match r.generation.offer(r.sequence.position()) {
-                (tokens, phase) if (phase == Phase::Prompt) == prompt && takes_part(r) => match prompt {
+                (tokens, phase) if phase.reads() == prompt && takes_part(r) => match prompt {
                     true => tokens.len().min(self.rows_to_stop(r)),
                     false => tokens.len(),
                 },
@@ -648,7 +663,8 @@ impl Scheduler {
     /// A generation has ended: its sequence is kept, and the rest is returned to be dropped.
     fn retire(&mut self, running: Running) -> (Generation, Owner) {
         let Running { mut generation, sequence, owner, .. } = running;
-        self.keep(&mut generation, sequence);
+        let saved = self.options.save_ended;
+        self.keep(&mut generation, sequence, saved);
         (generation, owner)
     }
 }

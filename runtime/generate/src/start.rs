@@ -32,7 +32,7 @@ pub(super) enum Start {
 }
 
 impl Scheduler {
-    /// How generation `id` with these tokens best begins; `drive`: whether the drive counts.
+    /// How generation `id` with these tokens, as sequences have them, best begins; `drive`: whether the drive counts.
     pub(super) fn start(&mut self, engine: &Engine, id: u64, tokens: &[u32], drive: bool) -> Start {
         self.forget_deleted();
         let kept = self.kept.best(tokens);
@@ -58,7 +58,7 @@ impl Scheduler {
     /// An older generation that will have read enough more than `reached` of these tokens to be worth waiting for.
     fn leader(&self, id: u64, tokens: &[u32], reached: usize) -> Option<Follows> {
         let older = self.running.iter().filter(|r| r.id < id && !r.is_over() && r.start() < r.generation.to_read());
-        let ahead = older.map(|r| (r, shared(&r.generation.tokens()[..r.generation.to_read()], tokens)));
+        let ahead = older.map(|r| (r, shared(&r.generation.phased()[..r.generation.to_read()], tokens)));
         // The oldest of equals.
         let ahead = ahead.filter(|(r, position)| *position > r.start()).rev().max_by_key(|ahead| ahead.1);
         let (leader, position) = ahead?;
@@ -75,7 +75,7 @@ impl Scheduler {
             if self.running.iter().any(|r| r.id == follows.leader && !r.is_over() && r.start() < follows.position) {
                 continue;
             }
-            let tokens = self.running[at].generation.tokens().to_vec();
+            let tokens = self.running[at].generation.phased().into_owned();
             match self.start(engine, id, &tokens, false) {
                 Start::Behind(follows) => self.running[at].follows = Some(follows),
                 // The drive was not searched.
@@ -115,8 +115,9 @@ impl Scheduler {
         let position = running.sequence.position();
         running.saved = position;
         if running.generation.begin_at(position) {
-            self.totals.prompt_tokens += running.generation.usage().prompt_tokens as u64;
-            self.totals.cached_tokens += position as u64;
+            let usage = running.generation.usage();
+            self.totals.prompt_tokens += usage.prompt_tokens as u64;
+            self.totals.cached_tokens += usage.cached_tokens as u64;
         }
         running.report(position);
         running.mark();

@@ -61,6 +61,14 @@ pub fn scratch_width(spec: &AttentionSpec) -> usize {
     }
 }
 
+/// Bytes that a thread needs to expand latents for passes of so many rows; 0 where there are none.
+pub fn expansion_memory(spec: &AttentionSpec, rows: usize) -> u64 {
+    match spec {
+        AttentionSpec::Mla(m) => mla::expansion_memory(m, rows),
+        _ => 0,
+    }
+}
+
 impl Attention {
     pub(super) fn new(spec: &AttentionSpec, tensors: &ExtentTensors<'_>) -> Result<Self, ModelError> {
         Ok(match spec {

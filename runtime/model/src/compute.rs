@@ -9,6 +9,8 @@ use sluice_format::ExtentKind;
 use sluice_kernels::{Activations, Kernels, KvBuffer, Precision, QueryTile, ThreadPool, TopK};
 
 use super::control::Cancel;
+use super::mla::Expansion;
+use super::prompt_attention::PromptAttention;
 use super::rows::Rows;
 use super::weights::{MatrixPlace, MatrixRef, VectorRef};
 
@@ -32,6 +34,8 @@ pub struct Compute {
     pub threads: Arc<ThreadPool>,
     /// Whether quantised weights are multiplied with f32 or int8 activations.
     pub precision: Precision,
+    /// In which form the latent attention of prompts is computed.
+    pub prompt_attention: PromptAttention,
     /// Sees the inputs of every quantisable matrix.
     pub observer: Option<Arc<dyn InputObserver>>,
     /// Ends the computation.
@@ -56,10 +60,11 @@ impl fmt::Debug for Compute {
 }
 
 impl Compute {
-    /// For a model that nobody observes.
+    /// For a model that nobody observes, with prompts in the absorbed form.
     pub fn new(kernels: Kernels, threads: Arc<ThreadPool>, precision: Precision) -> Self {
         let reordered = Mutex::new(Activations::new(precision));
-        Compute { kernels, threads, precision, observer: None, cancel: None, reordered }
+        let prompt_attention = PromptAttention::default();
+        Compute { kernels, threads, precision, prompt_attention, observer: None, cancel: None, reordered }
     }
 
     /// Frees its buffer.
@@ -178,6 +183,8 @@ pub struct HeadScratch {
     pub scores: Vec<f32>,
     /// The positions with the best of all the indexer's scores.
     pub best: TopK,
+    /// What expands latents to the keys and values of a head.
+    pub expansion: Expansion,
 }
 
 thread_local! {
@@ -193,6 +200,7 @@ thread_local! {
         chosen_values: None,
         scores: Vec::new(),
         best: TopK::default(),
+        expansion: Expansion::default(),
     });
 }
 

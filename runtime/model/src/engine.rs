@@ -12,7 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use sluice_format::{Codec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, open_regular};
+use sluice_format::{
+    Codec, ExtentKind, ExtentRecord, FormatError, ModelFile, ModelSpec, NO_LAYER, Stripe, open_regular,
+};
 use sluice_kernels::{IsaError, Kernels, KvType, Precision, ThreadPool};
 
 use crate::cache::{PageCount, PagePool, PagesFull};
@@ -25,16 +27,17 @@ use crate::memory::{BudgetError, Demand, MemoryPlan, PressureWatch};
 use crate::model::HeadStep;
 use crate::ngrams;
 use crate::room;
-use crate::rows::{Cursor, Rows, Span, Want};
+use crate::rows::{Cursor, Phase, Rows, Span, Want};
 use crate::sequence::MarkLimits;
 use crate::session::{self, Binding, SegmentFile, SessionError};
 use crate::{
-    LayerTimes, Model, ModelError, ModelOptions, RewindError, Sequence, Thrift, Weights, dense_extents, opened_extents,
+    GENERATED, LayerTimes, Model, ModelError, ModelOptions, PromptAttention, RewindError, Sequence, Thrift, Weights,
+    dense_extents, opened_extents,
 };
-use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, Tuning};
+use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, StripeRead, Tuning};
 use sluice_storage::pool::{
-    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Packed, PolicyKind, PoolError, Storage, StorageConfig,
-    Workers,
+    DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Packed, PolicyKind, PoolError, SlotPlan, Storage,
+    StorageConfig, Workers,
 };
 
 /// How to open a model.
@@ -77,6 +80,8 @@ pub struct EngineOptions {
     pub simulated_packed: Option<sluice_storage::pool::Packed>,
     /// Whether the budget shrinks while the system is short of memory.
     pub yields: Yields,
+    /// Whether [`Engine::warm`] does nothing.
+    pub no_warm: bool,
     /// While a prompt is read, a sequence with room for marks makes one by itself each time it has read this many tokens; `None`: 2048. So a
     /// rewind into a long prompt need not begin anew. Marks that are asked for take the place of these.
     pub mark_every: Option<usize>,
@@ -86,6 +91,8 @@ pub struct EngineOptions {
     pub prediction: bool,
     /// How experts are chosen otherwise than by the model's routers, so that fewer are read. This is lossy, and off by default.
     pub thrift: Thrift,
+    /// In which form the latent attention (MLA) of prompts is computed.
+    pub prompt_attention: PromptAttention,
 }
 
 /// The default of [`EngineOptions::mark_every`]. A rewind to one of the latest automatic marks computes at most this many tokens
@@ -195,6 +202,8 @@ pub struct Stats {
     pub dense_bytes_read: u64,
     /// Experts chosen instead of the routers' own, because those in memory were preferred ([`Thrift::preference`]).
     pub replaced: u64,
+    /// Experts read while there was nothing to do ([`Engine::warm`]).
+    pub warmed: u64,
 }
 
 /// An opened model.
@@ -218,16 +227,22 @@ pub struct Engine {
     rows: Rows,
     wanted: Vec<usize>,
     /// Expert slots that the budget allows; there are fewer while the system is short of memory.
-    allowed_slots: usize,
+    allowed_slots: SlotPlan,
     /// Watches the system's memory, if the budget follows it.
     pressure: Option<PressureWatch>,
+    /// What was known when it was looked last how much memory slots can still take.
+    looked: Option<budget::Look>,
+    /// When the last step ended.
+    stepped: Option<Instant>,
+    warms: bool,
 }
 
 impl Engine {
-    /// Opens a model: checks the file, plans the memory, reads the dense parts.
+    /// Opens a model: checks the file, plans the memory, and begins to read the dense parts. Each layer of the first step waits for
+    /// its own dense parts only. Memory of expert slots is taken as they are filled.
     ///
     /// # Errors
-    /// See [`RuntimeError`].
+    /// See [`RuntimeError`]. A dense part that cannot be read, or is damaged, is an error of the first step that needs it.
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
         let file = ModelFile::open(path)?;
         let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
@@ -236,7 +251,9 @@ impl Engine {
         if prediction && file.spec().prediction.is_none() {
             return Err(RuntimeError::NoPrediction { path: path.to_owned() });
         }
-        let demand = Demand { sequences, context, kv_type, marks, prediction };
+        let prompt_attention = options.prompt_attention.in_model(file.spec());
+        let expanding = if prompt_attention == PromptAttention::Expanded { thread_count(options.threads) } else { 0 };
+        let demand = Demand { sequences, context, kv_type, marks, prediction, expanding };
         let memory = plan_memory(&file, options, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
@@ -248,7 +265,8 @@ impl Engine {
         let threads = Arc::new(compute_threads(options.threads, storage.io.reading()));
         let workers: Arc<dyn Workers> = Arc::new(Unpacking(Arc::clone(&threads)));
         storage.set_workers(&workers);
-        let compute = Compute::new(kernels, threads, precision);
+        let mut compute = Compute::new(kernels, threads, precision);
+        compute.prompt_attention = prompt_attention;
         if !options.forget
             && let Some(counts) = counts::load(file.path(), file.state_id())
         {
@@ -262,7 +280,8 @@ impl Engine {
         let model = Model::new(&file, &handles, &compute, of_model)?;
         let pages = memory.page_pool(model.spec());
         let prediction_pages = memory.prediction_pool(model.spec());
-        let binding = Binding { state_id: file.state_id(), kv_type: memory.kv_type, exact: options.exact, thrift };
+        let (state_id, exact) = (file.state_id(), options.exact);
+        let binding = Binding { state_id, kv_type: memory.kv_type, exact, thrift, prompt_attention };
         let marks = MarkLimits { most: memory.marks, every: options.mark_every.unwrap_or(MARK_EVERY).max(1) };
         let (tokens, time) = (0, Duration::ZERO);
         let (rows, wanted) = (Rows::default(), Vec::new());
@@ -272,7 +291,7 @@ impl Engine {
             Yields::Never => false,
         };
         let pressure = yields.then(PressureWatch::new).flatten();
-        let allowed_slots = memory.slots;
+        let allowed_slots = memory.slot_plan.clone();
         Ok(Engine {
             file,
             memory,
@@ -290,6 +309,9 @@ impl Engine {
             wanted,
             allowed_slots,
             pressure,
+            looked: None,
+            stepped: None,
+            warms: !options.no_warm,
         })
     }
 
@@ -307,6 +329,11 @@ impl Engine {
     /// model.
     pub fn thrift(&self) -> Thrift {
         self.binding.thrift
+    }
+
+    /// In which form prompts are read: [`EngineOptions::prompt_attention`], where it makes a difference in this model.
+    pub fn prompt_attention(&self) -> PromptAttention {
+        self.binding.prompt_attention
     }
 
     /// How the budget is spent.
@@ -366,6 +393,15 @@ impl Engine {
             return Ok(());
         }
         counts::save(self.file.path(), self.file.state_id(), &counts)
+    }
+
+    /// Waits until all dense parts that stay are in memory, and verified. No step needs this: it is for measurements, and for callers
+    /// who want to know at once whether they are sound.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Pool`] for the first dense part that cannot be read or is damaged.
+    pub fn wait_for_dense(&self) -> Result<(), RuntimeError> {
+        Ok(self.storage.dense.wait_for_all()?)
     }
 
     /// An empty sequence for as many tokens as the memory plan gives each. It has no pages yet: there can be more sequences than
@@ -438,7 +474,8 @@ impl Engine {
     /// Reads what a chain of segments has of the first of `tokens` into a new sequence: each begins inside of the one before it or at
     /// its end, and all that stands before a segment is of that text. The sequence has as many tokens as it can go on with: in models
     /// whose layers see everything all that agree, in others those up to the last mark or end of a segment. It has no marks. Nothing is
-    /// read but what the sequence needs, a few rows at the end of a segment excepted.
+    /// read but what the sequence needs, a few rows at the end of a segment excepted. Where phases are told apart, `tokens` have theirs
+    /// ([`Sequence::phased`]).
     ///
     /// # Errors
     /// Like [`Engine::restore_onto`].
@@ -452,7 +489,7 @@ impl Engine {
     }
 
     /// Takes the tokens from `position` on out of a sequence. Where it cannot go there ([`Sequence::rewind_to`]), it goes to the
-    /// nearest earlier position that it can go to, and the tokens in between are computed again, under `control`.
+    /// nearest earlier position that it can go to, and the tokens in between are computed again, each in its phase, under `control`.
     ///
     /// # Errors
     /// [`RuntimeError::Rewind`] if it has fewer tokens; otherwise the errors of [`Engine::step`], after which the sequence is at a
@@ -464,13 +501,15 @@ impl Engine {
         control: &mut Control<'_>,
     ) -> Result<(), RuntimeError> {
         let reached = sequence.reachable(position)?;
-        let again = sequence.tokens()[reached..position].to_vec();
+        let again = sequence.phased()[reached..position].to_vec();
         sequence.rewind_to(reached)?;
-        if again.is_empty() {
-            return Ok(());
+        for run in again.chunk_by(|a, b| a & GENERATED == b & GENERATED) {
+            let phase = if run[0] & GENERATED == 0 { Phase::Prompt } else { Phase::Again };
+            let tokens: Vec<u32> = run.iter().map(|token| token & !GENERATED).collect();
+            let span = Span { sequence: &mut *sequence, tokens: &tokens, phase, logits: Want::Nothing };
+            self.step(&mut [span], control, &mut |_, _, _| {})?;
         }
-        let span = Span::prompt(sequence, &again, Want::Nothing);
-        self.step(&mut [span], control, &mut |_, _, _| {})
+        Ok(())
     }
 
     /// Appends a prompt, or a part of one, to the sequence and writes the logits of its last token, `[vocab]`.
@@ -541,6 +580,9 @@ impl Engine {
         sink: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), RuntimeError> {
         let started = Instant::now();
+        if control.inputs.is_some() && self.binding.prompt_attention == PromptAttention::Expanded {
+            return Err(ModelError::ObservedExpanded.into());
+        }
         if spans.is_empty() || spans.iter().any(|span| span.tokens.is_empty()) {
             return Err(ModelError::NoTokens.into());
         }
@@ -564,6 +606,8 @@ impl Engine {
             self.room(pages, spans).map_err(ModelError::from)?;
         }
         self.wake_up()?;
+        self.storage.pool.stop_warming();
+        self.limit_new_memory();
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
@@ -571,7 +615,9 @@ impl Engine {
         spans.iter_mut().for_each(|span| span.sequence.settle());
         (self.compute.observer, self.compute.cancel) = (None, None);
         self.compute.threads.cancel_by(None);
-        self.time += started.elapsed();
+        let ended = Instant::now();
+        self.time += ended - started;
+        self.stepped = Some(ended);
         Ok(outcome?)
     }
 
@@ -640,15 +686,21 @@ impl Engine {
                 + self.model.embedding_bytes_read()
                 + self.storage.tables.bytes_read(),
             replaced: self.model.replaced(),
+            warmed: pool.warmed,
         }
     }
 }
 
-/// As many threads as were asked for, or one per core. If they take all cores, decoding leaves one to reading while there
+/// As many threads as were asked for, or one per core.
+fn thread_count(asked: Option<usize>) -> usize {
+    asked.unwrap_or_else(|| thread::available_parallelism().map_or(1, Into::into)).max(1)
+}
+
+/// A pool of [so many](thread_count) threads. If they take all cores, decoding leaves one to reading while there
 /// are reads in flight: the I/O thread needs it, and in a virtual machine so may the host that moves the bytes.
 fn compute_threads(asked: Option<usize>, reading: Arc<AtomicBool>) -> ThreadPool {
     let cores = thread::available_parallelism().map_or(1, Into::into);
-    let pool = ThreadPool::new(asked.unwrap_or(cores).max(1));
+    let pool = ThreadPool::new(thread_count(asked));
     if pool.threads() < cores { pool } else { pool.sparing_while(reading) }
 }
 
@@ -663,7 +715,7 @@ fn prepare(rows: &Rows, spans: &mut [Span<'_>]) -> Result<(), PagesFull> {
     take(spans)
 }
 
-/// Opens the storage: dense parts in memory, as many expert slots as the plan has. `paths`: the files that the extents lie in, by
+/// Opens the storage: dense parts on their way into memory, as many expert slots as the plan has. `paths`: the files that the extents lie in, by
 /// volume, each with its tuning.
 fn open_storage(
     paths: &[PathBuf],
@@ -674,16 +726,16 @@ fn open_storage(
 ) -> Result<Storage, RuntimeError> {
     let opened = opened_extents(file.spec(), file.extents(), options.prediction);
     let dense: Vec<_> =
-        dense_extents(&opened).iter().map(|e| DenseLocation { extent: location(e), name: name(e) }).collect();
+        dense_extents(&opened).iter().map(|e| DenseLocation { extent: location(file, e), name: name(e) }).collect();
     let layers = file.spec().layers.len() + usize::from(options.prediction);
     let layers = file.spec().all_layers().take(layers).enumerate().map(|(layer, spec)| {
         let count = spec.ffn.moe.as_ref().map_or(0, |m| m.experts as u32);
         let experts = (0..count).filter_map(|e| file.extent(ExtentKind::Expert, layer as u32, e));
-        experts.map(location).collect::<Vec<_>>()
+        experts.map(|e| location(file, e)).collect::<Vec<_>>()
     });
     let experts = ExpertDirectory::new(&layers.collect::<Vec<_>>())?;
     let config = StorageConfig {
-        expert_slots: memory.slots,
+        expert_slots: memory.slot_plan.clone(),
         staging_slots: memory.staging_slots,
         pinned: memory.pinned.clone(),
         tables: ngrams::tables(file),
@@ -700,7 +752,9 @@ fn open_storage(
 }
 
 /// Where an extent is, and what its bytes become.
-fn location(e: &ExtentRecord) -> ExtentLocation {
+fn location(file: &ModelFile, e: &ExtentRecord) -> ExtentLocation {
+    let read = |s: &Stripe| StripeRead { file: s.volume, offset: s.offset, len: s.len as usize, checksum: s.checksum };
+    let stripes = file.stripes(e);
     let packed = Packed { logical_len: e.logical_len, padded_len: e.padded_len, checksum: e.logical_checksum };
     ExtentLocation {
         file: e.volume,
@@ -708,6 +762,7 @@ fn location(e: &ExtentRecord) -> ExtentLocation {
         len: e.stored_len,
         checksum: e.checksum,
         packed: (e.codec == Codec::Planes).then_some(packed),
+        stripes: (stripes.len() > 1).then(|| stripes.iter().map(read).collect()),
     }
 }
 

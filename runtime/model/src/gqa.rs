@@ -286,7 +286,8 @@ impl Gqa {
                 let mut left = out;
                 for (span, rows) in step.rows.parts(task.rows.clone()) {
                     let (out, rest) = left.split_at_mut(rows.len() * task.heads.len() * s.v_head_dim);
-                    self.attend_rows(queries, span, &Task { rows, heads: task.heads.clone() }, scratch, out);
+                    let part = Task { rows, heads: task.heads.clone(), expanded: false };
+                    self.attend_rows(queries, span, &part, scratch, out);
                     left = rest;
                 }
             });
@@ -312,7 +313,11 @@ impl Gqa {
             let own = chosen(row);
             let alike = (row + 1..task.rows.end).find(|&row| chosen(row).is_some());
             let end = if own.is_some() { row + 1 } else { alike.unwrap_or(task.rows.end) };
-            self.begin_tile(queries, &Task { rows: row..end, heads: task.heads.clone() }, &mut scratch.tile);
+            self.begin_tile(
+                queries,
+                &Task { rows: row..end, heads: task.heads.clone(), expanded: false },
+                &mut scratch.tile,
+            );
             let done = match own {
                 Some(own) => key_blocks::attend(step, cache, kv_head, own, scratch),
                 None => tasks::attend(step, &mut scratch.tile, |positions| cache.rows(kv_head, positions)),

@@ -30,6 +30,7 @@ pub mod outputs;
 mod prediction;
 mod prefetch;
 mod projection;
+mod prompt_attention;
 mod recurrent;
 mod residual;
 mod room;
@@ -50,6 +51,7 @@ pub use self::engine::{Engine, EngineOptions, Prefetch, ReadEngineKind, RuntimeE
 pub use self::model::ModelError;
 pub(crate) use self::model::{LayerTimes, Model, ModelOptions, Weights, dense_extents, opened_extents};
 pub use self::prediction::{PredictionSequence, PredictionSpan};
+pub use self::prompt_attention::{GENERATED, PromptAttention};
 pub use self::rows::{Phase, Span, Want};
 pub use self::sequence::{Mark, RewindError, Sequence};
 pub use self::thrift::{Preference, Thrift};

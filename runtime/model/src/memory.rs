@@ -3,6 +3,7 @@
 mod available;
 mod pressure;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use sluice_kernels::KvType;
 use crate::cache::{Layout, PageLayout, PagePool};
 use crate::ngrams::cached_sectors;
 use crate::{Model, dense_extents, opened_extents};
-use sluice_storage::pool::RING_SLOTS;
+use sluice_storage::pool::{LEAST_SLOTS, LayerSize, RING_SLOTS, SlotPlan};
 
 pub use available::{GroupLimit, SystemMemory, available_memory, group_limits};
 pub use pressure::{Pressure, PressureWatch, Sample, Wish};
@@ -29,8 +30,8 @@ const MIN_ROWS: usize = 16;
 /// Part of the budget, and most bytes, for experts' outputs that wait to be summed. The 8 choices of 146 rows with a hidden size of
 /// 7168 fit the latter.
 const KEPT_OUTPUTS: (u64, u64) = (64, 32 << 20);
-/// Slots without which no layer can run: one is computed while one is read.
-pub(crate) const MIN_SLOTS: usize = 2;
+/// Slots of each size without which no layer can run.
+pub(crate) const MIN_SLOTS: usize = LEAST_SLOTS;
 /// Most staging slots: more than a drive needs to be kept busy.
 const MAX_STAGING: usize = 18;
 /// What is left to the system when no budget is given: this part of the available memory, but this many bytes at least, of
@@ -82,10 +83,15 @@ pub struct MemoryPlan {
     pub kept_outputs: u64,
     /// Expert slots; fewer than at first once the budget has shrunk.
     pub slots: usize,
-    /// Expert slots at first: the most that there can be.
+    /// Bytes of all expert slots.
+    pub slot_bytes: u64,
+    /// Expert slots of each size.
     #[serde(skip)]
-    pub most_slots: usize,
-    /// Bytes of one slot.
+    pub slot_plan: SlotPlan,
+    /// The same at first: the most that there can be.
+    #[serde(skip)]
+    pub most_slots: SlotPlan,
+    /// Bytes of the largest slot, which holds any expert; smaller experts have smaller slots where the budget holds enough of them.
     pub slot_len: u64,
     /// Experts of the whole model.
     pub experts: usize,
@@ -109,12 +115,14 @@ pub struct Demand {
     pub marks: usize,
     /// Whether the prediction layer is opened too, with as many sequences.
     pub prediction: bool,
+    /// Threads that read prompts in the expanded form of latent attention; 0: none does.
+    pub expanding: usize,
 }
 
 impl Demand {
     /// One sequence.
     pub fn one(context: usize, kv_type: KvType) -> Self {
-        Demand { sequences: 1, context, kv_type, marks: 0, prediction: false }
+        Demand { sequences: 1, context, kv_type, marks: 0, prediction: false, expanding: 0 }
     }
 }
 
@@ -229,7 +237,7 @@ impl MemoryPlan {
         let left = budget - kv_cache - scratch;
         let wanted_slots = (2 * need.top_k).max(MIN_SLOTS).min(need.experts) as u64 * need.slot_len;
         let dense = need.pin(left - least_slots.max(wanted_slots.min(left - least_dense.bytes())));
-        let slots = (left - dense.bytes()).checked_div(need.slot_len).map_or(0, |n| (n as usize).min(need.experts));
+        let slots = need.slots(left - dense.bytes());
         Ok(MemoryPlan {
             requested,
             available,
@@ -248,7 +256,9 @@ impl MemoryPlan {
             scratch,
             rows,
             kept_outputs,
-            slots,
+            slots: slots.slots(),
+            slot_bytes: slots.bytes(),
+            slot_plan: slots.clone(),
             most_slots: slots,
             slot_len: need.slot_len,
             experts: need.experts,
@@ -268,9 +278,18 @@ impl MemoryPlan {
         Some(PagePool::new(Layout::new(&model, self.kv_type), &self.prediction_pages))
     }
 
+    /// Bytes of available memory that slots leave alone while they are filled for the first time.
+    pub(crate) fn left_alone(&self) -> u64 {
+        match self.requested {
+            None => headroom(self.available),
+            // Much of the overhead has been taken by then.
+            Some(_) => OVERHEAD / 2,
+        }
+    }
+
     /// Bytes that will be allocated.
     pub fn used(&self) -> u64 {
-        self.dense + self.dense_ring + self.kv_cache + self.scratch + self.staging + self.slots as u64 * self.slot_len
+        self.dense + self.dense_ring + self.kv_cache + self.scratch + self.staging + self.slot_bytes
     }
 }
 
@@ -290,6 +309,9 @@ struct Need<'a> {
     /// Cached parts of the embedding, and of tables.
     looked_up: u64,
     experts: usize,
+    /// The layers with experts.
+    layers: Vec<LayerSize>,
+    /// Bytes of the largest expert.
     slot_len: u64,
     /// Stored bytes of the longest compressed expert; 0 if there is none.
     staging_len: u64,
@@ -312,6 +334,21 @@ impl Pinning {
     }
 }
 
+/// The layers with experts among these extents.
+fn layer_sizes(spec: &ModelSpec, extents: &[ExtentRecord]) -> Vec<LayerSize> {
+    let mut sizes = BTreeMap::<u32, LayerSize>::new();
+    for extent in extents.iter().filter(|e| e.kind == ExtentKind::Expert) {
+        let size = sizes.entry(extent.layer).or_insert(LayerSize { len: 0, experts: 0, top_k: 0 });
+        size.len = size.len.max(extent.padded_len);
+        size.experts += 1;
+    }
+    for (layer, size) in &mut sizes {
+        let moe = spec.all_layers().nth(*layer as usize).and_then(|layer| layer.ffn.moe.as_ref());
+        size.top_k = moe.map_or(0, |moe| moe.top_k);
+    }
+    sizes.into_values().collect()
+}
+
 impl Need<'_> {
     fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], demand: Demand) -> Need<'a> {
         let extents = &opened_extents(spec, extents, demand.prediction)[..];
@@ -319,8 +356,8 @@ impl Need<'_> {
         let (count, slot_len) = experts.clone().fold((0, 0), |(n, len), e| (n + 1, e.padded_len.max(len)));
         let packed = experts.filter(|e| e.codec != Codec::Raw).map(|e| e.stored_len);
         let prediction = spec.prediction_model().filter(|_| demand.prediction);
-        let layers = spec.layers.iter().chain(prediction.iter().flat_map(|model| &model.layers));
-        let top_k = layers.filter_map(|l| l.ffn.moe.as_ref()).map(|m| m.top_k).max();
+        let layers = layer_sizes(spec, extents);
+        let top_k = layers.iter().map(|layer| layer.top_k).max();
         let with_layout = |model: ModelSpec| {
             let layout = Layout::new(&model, demand.kv_type);
             (model, layout)
@@ -336,6 +373,7 @@ impl Need<'_> {
             prediction: prediction.map(with_layout),
             looked_up: Model::embedding_memory(extents) + cached_sectors(spec).1,
             experts: count,
+            layers,
             slot_len,
             staging_len: packed.max().unwrap_or(0),
             top_k: top_k.unwrap_or(0),
@@ -353,7 +391,12 @@ impl Need<'_> {
 
     /// Bytes of slots and staging slots for everything.
     fn all_slots(&self) -> u64 {
-        self.slot_len * self.experts as u64 + self.staging(u64::MAX).1
+        self.slots(u64::MAX).bytes().saturating_add(self.staging(u64::MAX).1)
+    }
+
+    /// Expert slots in this many bytes.
+    fn slots(&self, bytes: u64) -> SlotPlan {
+        SlotPlan::new(self.layers.iter().copied(), bytes)
     }
 
     /// Staging slots for compressed experts, and their bytes, where the budget has `spare` bytes beyond the least: as many as are read
@@ -409,6 +452,8 @@ impl Need<'_> {
     fn lists(&self, rows: usize) -> u64 {
         let Demand { sequences, context, .. } = self.demand;
         let tokens = (context as u64).saturating_mul(4).saturating_mul(sequences as u64);
+        // Where phases are told apart, they are kept beside the tokens.
+        let tokens = tokens.saturating_mul(if self.demand.expanding > 0 { 2 } else { 1 });
         let tokens = tokens.saturating_mul(self.layouts().count() as u64);
         tokens.saturating_add(self.of_pages(rows, PageLayout::overhead))
     }
@@ -448,7 +493,9 @@ impl Need<'_> {
     fn scratch(&self, rows: usize, kept: u64) -> u64 {
         let passes = self.models().map(|model| Model::scratch_memory(model, rows, self.slot_len, kept));
         let prediction = self.prediction.as_ref().map_or(0, |(model, _)| Model::projection_memory(model));
-        let scratch = passes.max().unwrap_or(0) + self.looked_up + prediction;
+        let expansion = self.models().map(|model| Model::expansion_memory(model, rows)).max().unwrap_or(0);
+        let expansion = expansion.saturating_mul(self.demand.expanding as u64);
+        let scratch = passes.max().unwrap_or(0) + self.looked_up + prediction + expansion;
         scratch.saturating_add(self.lists(rows)).saturating_sub(FREE_SCRATCH)
     }
 
@@ -518,9 +565,14 @@ impl fmt::Display for Bytes {
 fn effective_budget(requested: Option<u64>, everything: u64, available: u64) -> u64 {
     // A user who states a budget knows what else the machine does, but not that the program itself takes memory too.
     match requested {
-        None => everything.min(available.saturating_sub((available / HEADROOM.0).max(HEADROOM.1.min(available / 2)))),
+        None => everything.min(available.saturating_sub(headroom(available))),
         Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
     }
+}
+
+/// What is left to the system of so much available memory when no budget is given.
+fn headroom(available: u64) -> u64 {
+    (available / HEADROOM.0).max(HEADROOM.1.min(available / 2))
 }
 
 #[cfg(test)]

@@ -1,7 +1,11 @@
-//! Multi-head latent attention in the absorbed form (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+//! Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 //!
 //! The cache holds one latent `c` and one rotated key `k_pe` per token, shared by all heads. With `k_b` and `v_b` the two
-//! halves of the up-projection of a head: `score = (k_b · q_nope) · c + q_pe · k_pe`, `out = v_b · Σ softmax(score) c`.
+//! halves of the up-projection of a head: `score = (k_b · q_nope) · c + q_pe · k_pe`, `out = v_b · Σ softmax(score) c`. This is the
+//! absorbed form. On request the rows of prompts have the expanded form instead ([`PromptAttention`]): `score = q_nope · (k_bᵀ · c) +
+//! q_pe · k_pe`, `out = Σ softmax(score) (v_b · c)`.
+
+mod expanded;
 
 use std::ops::Range;
 
@@ -13,10 +17,13 @@ use super::cache::latent_width;
 use super::compute::{Compute, HeadScratch, Step, sized, with_head_scratch};
 use super::gqa::gate_heads;
 use super::indexer::{self, IndexScratch, Indexer};
+use super::prompt_attention::PromptAttention;
 use super::rope::{Rope, RopeAngles};
-use super::rows::Caches;
+use super::rows::{Caches, Phase, SpanRows};
 use super::tasks::{self, Heads, Most, Task, Tasks};
 use super::weights::{ExtentTensors, MatrixRef, VectorRef};
+
+pub use self::expanded::{Expansion, expansion_memory};
 
 /// Queries (heads times rows) that meet the same latents together: with a block of these they fit the second-level cache.
 const QUERIES_TOGETHER: usize = 32;
@@ -230,15 +237,21 @@ impl Mla {
         let MlaScratch { query, by_task, tasks, angles, index, .. } = scratch;
         let s = &self.spec;
         let shape = Heads { heads: s.heads, sharing: s.heads, width: s.v_head_dim };
-        // What an observer adds up has to come in order.
-        tasks.plan(step, shape, step.compute.observer.is_some(), |rows| most_together(rows, index.chooses()));
         let queries = Queries { step, caches, query, angles, index };
+        // What an observer adds up has to come in order.
+        let in_order = step.compute.observer.is_some();
+        let most = |rows| most_together(rows, index.chooses());
+        tasks.plan_with(step, shape, in_order, most, |span| self.expanded_rows(queries, span));
         tasks.run(&step.compute.threads, sized(by_task, step.n() * s.heads * s.v_head_dim), &|task, out| {
             with_head_scratch(|scratch| {
+                if task.expanded {
+                    return self.attend_expanded(queries, task, &mut scratch.expansion, out);
+                }
                 let rows = rows_together(task.heads.len());
                 for (i, out) in out.chunks_mut(rows * task.heads.len() * s.v_head_dim).enumerate() {
                     let first = task.rows.start + i * rows;
-                    let part = Task { rows: first..(first + rows).min(task.rows.end), heads: task.heads.clone() };
+                    let rows = first..(first + rows).min(task.rows.end);
+                    let part = Task { rows, heads: task.heads.clone(), expanded: false };
                     self.absorb(queries, &part, scratch);
                     if step.is_cancelled() || !self.attend_rows(queries, &part, scratch) {
                         return;
@@ -247,6 +260,15 @@ impl Mla {
                 }
             });
         });
+    }
+
+    /// How many rows at the beginning of a span have the expanded form: those of a prompt, as long as they see all keys before them. Rows
+    /// with keys of their own choice would each have to expand them.
+    fn expanded_rows(&self, Queries { step, index, .. }: Queries<'_, '_>, span: &SpanRows) -> usize {
+        if step.compute.prompt_attention == PromptAttention::Absorbed || span.phase != Phase::Prompt {
+            return 0;
+        }
+        span.rows().take_while(|&row| self.chosen(index, row).is_none()).count()
     }
 
     /// `scratch.product` `[heads, rows, rank]`: the parts without positions of a task's queries, in terms of latents.

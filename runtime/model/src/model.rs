@@ -98,6 +98,11 @@ pub enum ModelError {
         /// Numbers that were given.
         found: usize,
     },
+    /// Inputs cannot be observed in the expanded form, which multiplies other things than the absorbed one.
+    #[error(
+        "what matrices are multiplied with can only be observed while prompts are in the absorbed form: leave --prompt-attention expanded out"
+    )]
+    ObservedExpanded,
     /// No tokens.
     #[error("there are no tokens to compute: give a prompt of at least one token")]
     NoTokens,
@@ -570,7 +575,7 @@ impl Model {
         // A prompt needs most experts of the next layer anyway.
         let decoder = &self.layers[..self.spec.layers.len()];
         let wanted = rows.generate() && ffn.prefetches();
-        let next = next_routed(decoder, index).filter(|(_, l)| wanted && dense_parts.is_pinned(l.router));
+        let next = next_routed(decoder, index).filter(|(_, l)| wanted && dense_parts.is_here(l.router));
         let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
             let (norm, extent) = (l.ffn.router_norm().or(l.residual.norm()), router.bytes());
@@ -679,6 +684,11 @@ impl Model {
         let streams = (spec.residual_width() - spec.hidden_size) as u64 * 4 * rows as u64;
         let residual = streams + residual::scratch_memory(spec, rows) + ngrams::scratch_memory(spec, rows);
         (widest + 8 * hidden) * 4 * rows as u64 + residual + kept + logits + crate::experts::tally_memory(expert_len)
+    }
+
+    /// Bytes that one thread needs to read the prompts of passes of `rows` rows in the expanded form; 0 in models without latent attention.
+    pub fn expansion_memory(spec: &ModelSpec, rows: usize) -> u64 {
+        spec.layers.iter().map(|l| crate::attention::expansion_memory(&l.attention, rows)).max().unwrap_or(0)
     }
 
     /// Bytes of the outputs of all experts that `rows` rows choose in a layer.

@@ -263,9 +263,10 @@ mod tests {
             len: 2 * PAGE_BYTES as u64,
             checksum: xxh3_64(&extent(id)) ^ u64::from(damaged == Some(id)),
             packed: None,
+            stripes: None,
         };
         let directory = ExpertDirectory::new(&[(0..experts).map(locate).collect()]).unwrap();
-        let arena = Pool::reserve(&directory, experts.into()).unwrap();
+        let arena = Pool::reserve(&directory, &directory.uniform_slots(experts.into())).unwrap();
         let (config, data) = (IoConfig::default(), DataFile::open(file.path(), DirectMode::Never).unwrap());
         let engine = open_engine(EngineKind::Pread, vec![data], &[arena.region()], &config).unwrap();
         let io = Arc::new(Scheduler::start(engine, config).unwrap());

@@ -17,6 +17,15 @@ pub enum Phase {
     Decode,
     /// Tokens that were proposed and are to be checked.
     Draft,
+    /// Tokens that were generated before, and are read again as a prompt is: many at once, with the numbers of generated tokens.
+    Again,
+}
+
+impl Phase {
+    /// Whether tokens are read that are known beforehand, so that a pass has many of them.
+    pub fn reads(self) -> bool {
+        matches!(self, Phase::Prompt | Phase::Again)
+    }
 }
 
 /// The tokens of a span whose logits the caller wants.
@@ -160,8 +169,8 @@ impl Rows {
     pub fn advance(&self, spans: &mut [Span<'_>]) {
         for part in &self.spans {
             let Span { sequence, tokens, .. } = &mut spans[part.span];
-            sequence.advance(&tokens[part.token..][..part.count]);
-            if part.phase == Phase::Prompt {
+            sequence.advance(&tokens[part.token..][..part.count], part.phase);
+            if part.phase.reads() {
                 sequence.mark_prompt();
             }
         }
@@ -226,7 +235,7 @@ impl Rows {
     /// Whether all rows decode or check drafts. The experts of such a pass predict those of the next, and it waits for the drive
     /// more than it computes. A prompt uses most experts, and computes for a long time.
     pub fn generate(&self) -> bool {
-        self.spans.iter().all(|span| span.phase != Phase::Prompt)
+        self.spans.iter().all(|span| !span.phase.reads())
     }
 }
 

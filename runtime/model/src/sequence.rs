@@ -11,6 +11,8 @@ use sluice_format::ModelSpec;
 use sluice_kernels::KvType;
 
 use super::cache::{LayerCache, LayerCacheMut, Layout, PageKind, PageLayout, PagePool, PagesFull, Table};
+use super::prompt_attention::GENERATED;
+use super::rows::Phase;
 use super::session::Binding;
 
 /// A place to which a sequence can go back, until it goes back further. A fork has the marks of the sequence from which it was
@@ -101,6 +103,8 @@ pub struct Sequence {
     /// One for each kind of page.
     tables: Vec<Table>,
     tokens: Vec<u32>,
+    /// The tokens with their phases, where these are told apart; otherwise empty.
+    phased: Vec<u32>,
     capacity: usize,
     /// The marks that have not been given up, in the order in which they were made.
     marks: Vec<Snapshot>,
@@ -117,6 +121,7 @@ impl Sequence {
             tables: kinds.map(|(number, page)| Table::new(number, page.kind(), capacity)).collect(),
             pool: Arc::clone(pool),
             tokens: Vec::with_capacity(capacity),
+            phased: Vec::with_capacity(if binding.prompt_attention.tells_phases_apart() { capacity } else { 0 }),
             capacity,
             marks: Vec::new(),
             limits,
@@ -176,6 +181,32 @@ impl Sequence {
     /// The tokens seen so far.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
+    }
+
+    /// What tells it from other sequences of the same [binding](Self::binding): its tokens, and where the numbers of a token that was
+    /// read differ from those of one that was generated ([`PromptAttention`](crate::PromptAttention)), generated ones have their highest
+    /// bit set ([`GENERATED`]). Sequences with the same beginning here have the same numbers there.
+    pub fn phased(&self) -> &[u32] {
+        if self.tells_phases_apart() { &self.phased } else { &self.tokens }
+    }
+
+    fn tells_phases_apart(&self) -> bool {
+        self.binding.prompt_attention.tells_phases_apart()
+    }
+
+    /// The id of a token with its phase.
+    pub(crate) fn id_of(&self, phased: u32) -> u32 {
+        if self.tells_phases_apart() { phased & !GENERATED } else { phased }
+    }
+
+    /// Appends tokens with their phases.
+    fn push(&mut self, phased: &[u32]) {
+        if self.tells_phases_apart() {
+            self.tokens.extend(phased.iter().map(|token| token & !GENERATED));
+            self.phased.extend_from_slice(phased);
+        } else {
+            self.tokens.extend_from_slice(phased);
+        }
     }
 
     /// The most tokens that it can hold.
@@ -320,6 +351,7 @@ impl Sequence {
             }
         }
         self.tokens.truncate(position);
+        self.phased.truncate(position);
         self.marks.retain(|s| s.mark.position <= position);
     }
 
@@ -327,17 +359,13 @@ impl Sequence {
     /// is copied, when one of them continues.
     #[must_use]
     pub fn fork(&self) -> Self {
-        let mut tokens = Vec::with_capacity(self.capacity);
-        tokens.extend_from_slice(&self.tokens);
-        Sequence {
-            pool: Arc::clone(&self.pool),
+        let mut fork = Sequence {
             tables: self.tables.iter().map(Table::fork).collect(),
-            tokens,
-            capacity: self.capacity,
             marks: self.marks.clone(),
-            limits: self.limits,
-            binding: self.binding,
-        }
+            ..Sequence::new(&self.pool, self.capacity, self.binding, self.limits)
+        };
+        fork.push(self.phased());
+        fork
     }
 
     /// A sequence of the first `position` tokens, a whole number of pages, which it shares. It lacks what layers with windows and
@@ -352,17 +380,13 @@ impl Sequence {
             }
             kind => Table::new(number, kind, self.capacity),
         });
-        let mut tokens = Vec::with_capacity(self.capacity);
-        tokens.extend_from_slice(&self.tokens[..position]);
-        Sequence {
-            pool: Arc::clone(&self.pool),
+        let mut beginning = Sequence {
             tables: tables.collect(),
-            tokens,
-            capacity: self.capacity,
             marks: self.marks.iter().filter(|mark| mark.position() < position).cloned().collect(),
-            limits: self.limits,
-            binding: self.binding,
-        }
+            ..Sequence::new(&self.pool, self.capacity, self.binding, self.limits)
+        };
+        beginning.push(&self.phased()[..position]);
+        beginning
     }
 
     pub(crate) fn pool(&self) -> &Arc<PagePool> {
@@ -379,9 +403,13 @@ impl Sequence {
         self.tables.iter_mut().try_for_each(|table| table.prepare(&self.pool, position, count))
     }
 
-    /// All layers have seen these tokens.
-    pub(crate) fn advance(&mut self, tokens: &[u32]) {
+    /// All layers have seen these tokens, in this phase.
+    pub(crate) fn advance(&mut self, tokens: &[u32], phase: Phase) {
         self.tokens.extend_from_slice(tokens);
+        if self.tells_phases_apart() {
+            let mark = if phase == Phase::Prompt { 0 } else { GENERATED };
+            self.phased.extend(tokens.iter().map(|token| token | mark));
+        }
         let position = self.position();
         self.tables.iter_mut().for_each(|table| table.advance(position));
     }
@@ -398,9 +426,9 @@ impl Sequence {
         self.tables.iter_mut().try_for_each(|table| table.restore(&self.pool, there, position))
     }
 
-    /// The tokens of a restored sequence, whose layers have been filled.
-    pub(crate) fn restored(&mut self, tokens: &[u32]) {
-        self.tokens.extend_from_slice(tokens);
+    /// The tokens with their phases of a restored sequence, whose layers have been filled.
+    pub(crate) fn restored(&mut self, phased: &[u32]) {
+        self.push(phased);
     }
 
     /// The marks, oldest first.

@@ -27,6 +27,7 @@ pub use self::header::{
 pub use self::prefix::PrefixHash;
 pub(crate) use self::read::{append, restore_segments};
 use super::cache::{LayerCache, Place};
+use super::prompt_attention::PromptAttention;
 use super::sequence::Sequence;
 use super::thrift::Thrift;
 
@@ -56,6 +57,8 @@ pub struct Binding {
     pub exact: bool,
     /// How experts were chosen otherwise than by the routers.
     pub thrift: Thrift,
+    /// In which form prompts were read.
+    pub prompt_attention: PromptAttention,
 }
 
 /// The opened file of a segment.

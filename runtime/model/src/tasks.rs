@@ -10,6 +10,9 @@ use super::rows::SpanRows;
 /// Spans with fewer rows are taken together: each has its own keys, but all meet the same weights.
 const LONG_SPAN: usize = 4;
 
+/// Fewest rows of a task that expands the keys of its head, where threads want more tasks: all of them are expanded for each task.
+const EXPANDED_ROWS: usize = 512;
+
 /// Rows and heads of a pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {
@@ -17,6 +20,8 @@ pub struct Task {
     pub rows: Range<usize>,
     /// The heads, which share their keys.
     pub heads: Range<usize>,
+    /// Whether latents are expanded to keys and values for them: then the rows are of one span, and there is one head.
+    pub expanded: bool,
 }
 
 /// The heads of a layer.
@@ -49,26 +54,45 @@ impl Tasks {
     /// Divides the heads and the rows of the pass. `most`: the most that a task takes of spans with that many rows; it takes fewer
     /// heads if there would be too few tasks for the threads. `in_order`: a task has all rows of its heads, however many.
     pub fn plan(&mut self, step: Step<'_>, shape: Heads, in_order: bool, most: impl Fn(usize) -> Most) {
+        self.plan_with(step, shape, in_order, most, |_| 0);
+    }
+
+    /// As [`plan`](Self::plan). `expanded`: how many rows at the beginning of a span are attended to in the expanded form; none if
+    /// tasks are in order.
+    pub fn plan_with(
+        &mut self,
+        step: Step<'_>,
+        shape: Heads,
+        in_order: bool,
+        most: impl Fn(usize) -> Most,
+        expanded: impl Fn(&SpanRows) -> usize,
+    ) {
         let Heads { heads, sharing, width } = shape;
         self.width = width;
         self.tasks.clear();
         let threads = step.compute.threads.threads();
         let enough = if threads == 1 { 1 } else { 2 * threads };
-        let alike = |a: &SpanRows, b: &SpanRows| in_order || a.count < LONG_SPAN && b.count < LONG_SPAN;
+        let is_short = |span: &SpanRows| span.count < LONG_SPAN && expanded(span) == 0;
+        let alike = |a: &SpanRows, b: &SpanRows| in_order || is_short(a) && is_short(b);
         for spans in step.rows.spans().chunk_by(alike) {
-            let rows = spans[0].first..spans.last().map_or(0, |span| span.rows().end);
+            let mut rows = spans[0].first..spans.last().map_or(0, |span| span.rows().end);
+            let first = rows.start;
+            rows.start += if in_order { 0 } else { expanded(&spans[0]) };
+            self.plan_expanded(first..rows.start, heads, enough);
+            if rows.is_empty() {
+                continue;
+            }
             let most = most(spans.iter().map(|span| span.count).max().unwrap_or(0));
             let portion = if in_order { rows.len() } else { most.rows.min(rows.len()) };
             let portions = rows.len().div_ceil(portion);
             let fits = |&n: &usize| sharing.is_multiple_of(n) && heads / n * portions >= enough;
             let together = (1..=most.heads.min(sharing)).rev().find(fits).unwrap_or(1);
             for head in (0..heads).step_by(together) {
-                self.tasks.extend(
-                    rows.clone().step_by(portion).map(|first| Task {
-                        rows: first..(first + portion).min(rows.end),
-                        heads: head..head + together,
-                    }),
-                );
+                self.tasks.extend(rows.clone().step_by(portion).map(|first| Task {
+                    rows: first..(first + portion).min(rows.end),
+                    heads: head..head + together,
+                    expanded: false,
+                }));
             }
         }
         self.ends.clear();
@@ -76,6 +100,22 @@ impl Tasks {
             *end += task.rows.len() * task.heads.len() * width;
             Some(*end)
         }));
+    }
+
+    /// Each head with these rows of one span, divided only if there would be fewer tasks than are `enough`.
+    fn plan_expanded(&mut self, rows: Range<usize>, heads: usize, enough: usize) {
+        if rows.is_empty() {
+            return;
+        }
+        let portions = enough.div_ceil(heads).min(rows.len().div_ceil(EXPANDED_ROWS));
+        let portion = rows.len().div_ceil(portions);
+        for head in 0..heads {
+            self.tasks.extend(rows.clone().step_by(portion).map(|first| Task {
+                rows: first..(first + portion).min(rows.end),
+                heads: head..head + 1,
+                expanded: true,
+            }));
+        }
     }
 
     /// Runs `f` for each task and its part of `out`, `[rows, heads, width]` of the task.
@@ -175,8 +215,16 @@ mod tests {
                 for (heads, sharing) in [(8, 8), (8, 2), (6, 3), (4, 1)] {
                     for (in_order, most) in [(false, Most { rows: 7, heads: 4 }), (true, Most { rows: 7, heads: 8 })] {
                         let (shape, mut tasks) = (Heads { heads, sharing, width: 2 }, Tasks::default());
-                        tasks.plan(step, shape, in_order, |_| most);
-                        check(&tasks, rows.len(), shape, most, in_order);
+                        for expanded in [0, 1, 3, 70] {
+                            let expanded = if in_order { 0 } else { expanded };
+                            tasks.plan_with(step, shape, in_order, |_| most, |span| span.count.min(expanded));
+                            check(&tasks, rows.len(), shape, most, in_order);
+                            let in_form = |task: &&Task| task.expanded;
+                            let pairs =
+                                tasks.tasks.iter().filter(in_form).map(|task| task.rows.len() * task.heads.len());
+                            let want: usize = counts.iter().map(|&n| n.min(expanded)).sum();
+                            assert_eq!(pairs.sum::<usize>(), want * heads, "{tasks:?}");
+                        }
                     }
                 }
             }
@@ -199,7 +247,11 @@ mod tests {
     #[test]
     fn tasks_are_no_larger_than_they_may_be_and_their_heads_share_keys() {
         for_plans(|tasks, n, Heads { sharing, .. }, most, in_order| {
-            for Task { rows, heads } in &tasks.tasks {
+            for Task { rows, heads, expanded } in &tasks.tasks {
+                if *expanded {
+                    assert_eq!(heads.len(), 1, "{tasks:?}");
+                    continue;
+                }
                 assert_eq!(heads.start / sharing, (heads.end - 1) / sharing, "{tasks:?}");
                 assert!(heads.len() <= most.heads, "{tasks:?}");
                 assert!(if in_order { *rows == (0..n) } else { rows.len() <= most.rows }, "{tasks:?}");

@@ -52,13 +52,15 @@ fn scores_decide(moe: &MoeSpec) -> bool {
 impl fmt::Display for Thrift {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let preferred = "experts in memory replace others that score better by up to";
+        let fewer = |most: NonZeroU16| match most.get() {
+            1 => "at most 1 expert per token and layer".to_owned(),
+            most => format!("at most {most} experts per token and layer"),
+        };
         match (self.preference.is_none(), self.top_k) {
             (true, None) => f.write_str("experts are chosen as the model's routers say"),
-            (true, Some(most)) => write!(f, "at most {most} experts per token and layer"),
+            (true, Some(most)) => f.write_str(&fewer(most)),
             (false, None) => write!(f, "{preferred} {} of the range", self.preference),
-            (false, Some(most)) => {
-                write!(f, "{preferred} {} of the range; at most {most} experts per token and layer", self.preference)
-            }
+            (false, Some(most)) => write!(f, "{preferred} {} of the range; {}", self.preference, fewer(most)),
         }
     }
 }

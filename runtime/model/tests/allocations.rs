@@ -84,6 +84,7 @@ fn passes_do_not_allocate_in_steady_state() {
         len: EXPERT_BYTES as u64,
         checksum: xxh3_64(bytes),
         packed: None,
+        stripes: None,
     };
     let layer: Vec<_> = bytes.chunks(EXPERT_BYTES).enumerate().map(locate).collect();
     for kind in [EngineKind::Auto, EngineKind::Pread] {
@@ -158,6 +159,11 @@ fn many_sequences_decode_over_the_ends_of_pages_without_allocating() {
             let prompt: Vec<u32> = (0..=i as u32).map(|token| token % engine.spec().vocab_size as u32).collect();
             engine.forward(sequence, &prompt, &mut Vec::new()).expect("there is room");
         }
+        // While slots are filled for the first time, it is looked now and then how much memory the system has left.
+        let (plan, filled) = (engine.memory().clone(), engine.residency().iter().map(|layer| layer.count()).sum());
+        engine
+            .set_budget(plan.used() - plan.slots.saturating_sub(filled) as u64 * plan.slot_len)
+            .expect("not too little");
         for _ in 0..20 {
             decode(&mut engine, &mut sequences);
         }

@@ -66,6 +66,8 @@ pub struct Usage {
     pub deleted: u64,
     /// Sequences that were not written because newer ones came too fast.
     pub dropped: u64,
+    /// Sessions that were to be read back and could not be.
+    pub refused: u64,
     /// Errors; [`Store::last_error`](crate::Store::last_error) has the last one.
     pub errors: u64,
 }

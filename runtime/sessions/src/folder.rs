@@ -196,6 +196,17 @@ impl Folder {
         }
     }
 
+    /// Removes the list of uses, the file that is locked, and the folder, if nothing else is in it.
+    ///
+    /// # Errors
+    /// [`StoreError::File`].
+    pub(crate) fn remove_all(&self) -> Result<(), StoreError> {
+        [USES, LOCK].into_iter().try_for_each(|name| self.remove(&self.path.join(name)))?;
+        // What else is in it belongs to somebody.
+        let _ = fs::remove_dir(&self.path);
+        Ok(())
+    }
+
     /// Reads the list of uses, which is empty if the file is damaged or missing.
     pub(crate) fn read_uses(&self) -> Uses {
         let mut bytes = Vec::new();

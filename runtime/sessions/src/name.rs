@@ -20,6 +20,9 @@ impl SegmentId {
         bytes.extend(kv_code(binding.kv_type).to_le_bytes());
         bytes.extend(u16::from(binding.exact).to_le_bytes());
         thrift_codes(binding.thrift).iter().for_each(|code| bytes.extend(code.to_le_bytes()));
+        if binding.prompt_attention.tells_phases_apart() {
+            bytes.extend(binding.prompt_attention.code().to_le_bytes());
+        }
         bytes.extend((start as u64).to_le_bytes());
         bytes.extend(text.0.to_le_bytes());
         SegmentId(xxh3_128(&bytes))

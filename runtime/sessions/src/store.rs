@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use sluice_format::open_no_link;
 use sluice_model::session::{Binding, SegmentFile, SessionError};
-use sluice_model::{Engine, Sequence};
+use sluice_model::{Engine, GENERATED, Sequence};
 
 use crate::folder::{Folder, Scan};
 use crate::name::SegmentId;
@@ -69,7 +69,8 @@ impl Store {
         Ok(Store { shared, writer: Some(writer) })
     }
 
-    /// The longest stored beginning of `tokens` from which a sequence can continue. Reads nothing from the drive. A sequence that has
+    /// The longest stored beginning of `tokens`, which have their phases where these are told apart ([`Sequence::phased`]), from which a
+    /// sequence can continue. Reads nothing from the drive. A sequence that has
     /// all tokens of a prompt has no logits for the next token, so leave out the last one.
     pub fn longest(&self, binding: Binding, tokens: &[u32]) -> Option<Found> {
         let state = self.shared.lock();
@@ -96,6 +97,7 @@ impl Store {
                 state.dirty = true;
             }
             Err(error) => {
+                state.refused();
                 // Another segment may have its place by now.
                 let same = |segment: &&Arc<Segment>| {
                     state.tree.get(segment.id).is_some_and(|node| Arc::ptr_eq(&node.segment, segment))
@@ -146,7 +148,13 @@ impl Store {
         let leaves = state.tree.nodes().filter(|node| node.children.is_empty() && node.segment.info.binding == binding);
         let mut leaves: Vec<_> = leaves.map(|node| (node.history.used, node.segment.id)).collect();
         leaves.sort_by_key(|&(used, _)| used);
-        leaves.into_iter().map(|(_, id)| text_of(&state.tree.chain(id))).collect()
+        let ids = |mut text: Vec<u32>| {
+            if binding.prompt_attention.tells_phases_apart() {
+                text.iter_mut().for_each(|token| *token &= !GENERATED);
+            }
+            text
+        };
+        leaves.into_iter().map(|(_, id)| ids(text_of(&state.tree.chain(id)))).collect()
     }
 
     /// Deletes a session and those that continue it; `false` if no session has that id. Sequences that continue it and wait to be
@@ -161,7 +169,7 @@ impl Store {
         let chain = state.tree.chain(id);
         let Some(last) = chain.last() else { return Ok(false) };
         let (binding, text) = (last.info.binding, text_of(&chain));
-        let given_up = state.give_up(|waiting| waiting.binding() == binding && waiting.tokens().starts_with(&text));
+        let given_up = state.give_up(|waiting| waiting.binding() == binding && waiting.phased().starts_with(&text));
         let continued = state.tree.with_continuations(id);
         let texts: Vec<_> = continued.into_iter().map(|id| (binding, text_of(&state.tree.chain(id)))).collect();
         state.deleted.extend(texts);
@@ -171,7 +179,7 @@ impl Store {
         self.shared.delete(&removed).map(|()| true)
     }
 
-    /// The tokens of the sessions that were [deleted](Self::delete) since the last call. A caller with sequences in memory should
+    /// The tokens, as [`longest`](Self::longest) takes them, of the sessions that were [deleted](Self::delete) since the last call. A caller with sequences in memory should
     /// give up those that have or continue these tokens, so that they are not saved again.
     pub fn take_deleted(&self, binding: Binding) -> Vec<Vec<u32>> {
         let mut state = self.shared.lock();
@@ -199,6 +207,26 @@ impl Store {
         self.shared.lock().last_error.clone()
     }
 
+    /// Deletes all sessions, and the folder if nothing else is in it. Sequences that wait to be written are given up.
+    ///
+    /// # Errors
+    /// [`StoreError::File`] if a file cannot be deleted. The others are deleted nevertheless.
+    pub fn discard(mut self) -> Result<(), StoreError> {
+        drop(self.shared.lock().give_up(|_| true));
+        self.end();
+        let deleted = self.shared.delete_all();
+        self.shared.folder.remove_all().and(deleted)
+    }
+
+    /// Waits until everything is written, and ends the thread that writes.
+    fn end(&mut self) {
+        self.shared.stop();
+        if let Some(writer) = self.writer.take() {
+            // If the thread has panicked, it cannot write anything more.
+            let _ = writer.join();
+        }
+    }
+
     /// Where the sessions are, and how many.
     pub fn options(&self) -> &StoreOptions {
         &self.shared.options
@@ -207,11 +235,7 @@ impl Store {
 
 impl Drop for Store {
     fn drop(&mut self) {
-        self.shared.stop();
-        if let Some(writer) = self.writer.take() {
-            // If the thread has panicked, it cannot write anything more.
-            let _ = writer.join();
-        }
+        self.end();
     }
 }
 

@@ -31,7 +31,7 @@ impl Waiting {
     /// Whether it has all tokens that `other` has.
     fn extends(&self, other: &Waiting) -> bool {
         let (own, other) = (&self.sequence, &other.sequence);
-        own.binding() == other.binding() && own.tokens().starts_with(other.tokens())
+        own.binding() == other.binding() && own.phased().starts_with(other.phased())
     }
 }
 
@@ -62,6 +62,11 @@ impl State {
     pub(crate) fn failed(&mut self, error: StoreError) {
         self.counts.errors += 1;
         self.last_error = Some(Arc::new(error));
+    }
+
+    /// A session could not be read back.
+    pub(crate) fn refused(&mut self) {
+        self.counts.refused += 1;
     }
 
     pub(crate) fn usage(&self) -> Usage {
@@ -240,7 +245,7 @@ impl Shared {
 
     /// The part that has to be written; `None` if all is stored, which is then noted as a use.
     fn plan(&self, Waiting { sequence, title }: &Waiting) -> Option<Plan> {
-        let (binding, tokens) = (sequence.binding(), sequence.tokens());
+        let (binding, tokens) = (sequence.binding(), sequence.phased());
         let mut state = self.lock();
         let walk = state.tree.walk(binding, tokens);
         if let Some((id, _)) = walk.best.filter(|best| best.1 == tokens.len()) {
@@ -306,6 +311,19 @@ impl Shared {
             state = self.lock();
         }
         Ok(())
+    }
+
+    /// Deletes all sessions, and the files that cannot be used.
+    pub(crate) fn delete_all(&self) -> Result<(), StoreError> {
+        let _files = self.lock_files();
+        let mut state = self.lock();
+        let roots = state.tree.nodes().filter(|node| node.parent.is_none()).map(|node| node.segment.id);
+        let roots: Vec<_> = roots.collect();
+        let removed: Vec<_> = roots.into_iter().flat_map(|root| state.tree.remove(root)).collect();
+        let unusable = std::mem::take(&mut state.unusable);
+        drop(state);
+        let deleted = self.delete(&removed);
+        unusable.into_iter().map(|file| self.delete_unusable(file)).fold(deleted, Result::and)
     }
 
     fn delete_unusable(&self, file: Unusable) -> Result<(), StoreError> {

@@ -68,6 +68,7 @@ async fn status(State(app): State<Arc<App>>) -> Response<Body> {
             "bytes": entry.facts.bytes,
             "loaded": served.is_some(),
             "lossy": entry.facts.lossy,
+            "prompt_attention": entry.facts.prompt_attention,
             "idle_seconds": entry.idle_seconds(),
             "context": served.as_ref().map(|served| served.context()),
             "status": served.as_ref().map(|served| served.model().status()),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, TryLockError};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use sluice_format::replace_private_file_with;
+use sluice_format::{open_regular, replace_private_file_with};
 
 use super::object::{BatchObject, Counts, FileObject, Status};
 use crate::api::openai::{new_id, now};
@@ -21,11 +21,17 @@ use crate::options::BatchOptions;
 const MOST: usize = 10_000;
 /// What a file is while it comes.
 const PARTIAL: &str = ".partial";
+/// Most bytes of a description: metadata have 16 short pairs, and problems are a few sentences.
+const DESCRIPTION_MOST: u64 = 1 << 20;
+/// Most characters of an id.
+const LONGEST_ID: usize = 64;
 
 /// Files and batches of a server.
 pub struct Batches {
     options: BatchOptions,
     state: Mutex<State>,
+    /// Held while a description is written or removed, so that the state need not be: whoever only reads does not wait for the drive.
+    writing: Mutex<()>,
     /// There is something to do, or the end has come.
     wake: Condvar,
     /// Unlocked when it is dropped.
@@ -86,7 +92,8 @@ impl Batches {
             batches: load(&options.folder.join("batches"))?,
             ..State::default()
         };
-        Ok(Batches { options, state: Mutex::new(state), wake: Condvar::new(), _lock: lock })
+        let (state, writing) = (Mutex::new(state), Mutex::new(()));
+        Ok(Batches { options, state, writing, wake: Condvar::new(), _lock: lock })
     }
 
     /// The content of a file.
@@ -146,7 +153,8 @@ impl Batches {
     /// # Errors
     /// When there is none of this id, a batch needs it, or what the system says.
     pub fn delete(&self, id: &str) -> Result<(), ApiError> {
-        let mut state = self.lock();
+        let _writing = self.lock_writing();
+        let state = self.lock();
         if !state.files.contains_key(id) {
             return Err(missing("file", id));
         }
@@ -157,10 +165,10 @@ impl Batches {
                 batch.id
             )));
         }
+        drop(state);
         // Without its description it is no file, whatever becomes of its content.
         fs::remove_file(self.description("files", id)).map_err(unwritten)?;
-        state.files.remove(id);
-        drop(state);
+        self.lock().files.remove(id);
         fs::remove_file(self.content(id)).map_err(unwritten)
     }
 
@@ -169,6 +177,7 @@ impl Batches {
     /// # Errors
     /// When its file is not there, there are too many batches, or what the system says.
     pub fn create(&self, new: NewBatch) -> Result<BatchObject, ApiError> {
+        let _writing = self.lock_writing();
         let file =
             self.file(&new.input_file_id).map_err(|error| ApiError { param: Some("input_file_id".into()), ..error })?;
         if file.purpose != "batch" {
@@ -177,9 +186,8 @@ impl Batches {
                 "`input_file_id`: this file was not uploaded with `purpose` batch",
             ));
         }
-        let mut state = self.lock();
-        if state.batches.len() >= MOST {
-            self.drop_oldest(&mut state)?;
+        if self.lock().batches.len() >= MOST {
+            self.drop_oldest()?;
         }
         let NewBatch { input_file_id, endpoint, completion_window, metadata } = new;
         let batch = BatchObject {
@@ -197,8 +205,7 @@ impl Batches {
             metadata,
         };
         self.write("batches", &batch.id, &batch).map_err(unwritten)?;
-        state.batches.insert(batch.id.clone(), batch.clone());
-        drop(state);
+        self.lock().batches.insert(batch.id.clone(), batch.clone());
         self.wake.notify_all();
         Ok(batch)
     }
@@ -266,12 +273,19 @@ impl Batches {
 
     /// Changes a batch, on the drive as well.
     pub(super) fn change(&self, id: &str, change: impl FnOnce(&mut BatchObject)) -> io::Result<BatchObject> {
-        let mut state = self.lock();
-        let batch = state.batches.get_mut(id).ok_or(io::ErrorKind::NotFound)?;
-        let mut changed = batch.clone();
+        let _writing = self.lock_writing();
+        let before = self.lock().batches.get(id).cloned().ok_or(io::ErrorKind::NotFound)?;
+        let mut changed = before.clone();
         change(&mut changed);
         self.write("batches", id, &changed)?;
-        batch.clone_from(&changed);
+        let mut state = self.lock();
+        if let Some(batch) = state.batches.get_mut(id) {
+            // More may have been counted meanwhile.
+            if changed.counts == before.counts {
+                changed.counts = batch.counts;
+            }
+            batch.clone_from(&changed);
+        }
         Ok(changed)
     }
 
@@ -282,11 +296,12 @@ impl Batches {
         }
     }
 
-    fn drop_oldest(&self, state: &mut State) -> Result<(), ApiError> {
-        let oldest = in_order(state).into_iter().find(|batch| batch.status.is_final());
-        let oldest = oldest.ok_or_else(|| ApiError::busy(state.batches.len()))?;
+    fn drop_oldest(&self) -> Result<(), ApiError> {
+        let batches = self.batches();
+        let oldest = batches.iter().find(|batch| batch.status.is_final());
+        let oldest = oldest.ok_or_else(|| ApiError::busy(batches.len()))?;
         fs::remove_file(self.description("batches", &oldest.id)).map_err(unwritten)?;
-        state.batches.remove(&oldest.id);
+        self.lock().batches.remove(&oldest.id);
         Ok(())
     }
 
@@ -302,6 +317,11 @@ impl Batches {
     /// The state is consistent between any two statements, so a panic elsewhere does not spoil it.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Is always taken before the state.
+    fn lock_writing(&self) -> MutexGuard<'_, ()> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -374,24 +394,79 @@ fn in_order(state: &State) -> Vec<BatchObject> {
     batches
 }
 
-/// The descriptions in a folder, by id. What is left of uploads that were interrupted is removed.
-fn load<T: DeserializeOwned>(folder: &Path) -> io::Result<BTreeMap<String, T>> {
+/// What is described in a folder.
+trait Described: DeserializeOwned {
+    /// Its id.
+    fn id(&self) -> &str;
+
+    /// The ids of files that it names. They become parts of paths.
+    fn files(&self) -> Vec<&str>;
+}
+
+impl Described for FileObject {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn files(&self) -> Vec<&str> {
+        Vec::new()
+    }
+}
+
+impl Described for BatchObject {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn files(&self) -> Vec<&str> {
+        let optional = [&self.output_file_id, &self.error_file_id];
+        std::iter::once(&self.input_file_id).chain(optional.into_iter().flatten()).map(String::as_str).collect()
+    }
+}
+
+/// The descriptions in a folder, by id. What is left of uploads that were interrupted is removed; what is no description is left alone.
+fn load<T: Described>(folder: &Path) -> io::Result<BTreeMap<String, T>> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", folder.display()));
     let mut found = BTreeMap::new();
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
+    for entry in fs::read_dir(folder).map_err(named)? {
+        let path = entry.map_err(named)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if name.ends_with(PARTIAL) {
-            fs::remove_file(&path)?;
+            if let Err(error) = fs::remove_file(&path) {
+                tracing::warn!(path = %path.display(), %error, "what is left of an upload cannot be removed");
+            }
         } else if let Some(id) = name.strip_suffix(".json") {
-            match serde_json::from_slice(&fs::read(&path)?) {
+            match describe::<T>(&path, id) {
                 Ok(object) => _ = found.insert(id.to_owned(), object),
                 Err(error) => {
-                    tracing::warn!(path = %path.display(), %error, "this description cannot be read, and is left alone")
+                    tracing::warn!(path = %path.display(), %error, "this description cannot be used, and is left alone")
                 }
             }
         }
     }
     Ok(found)
+}
+
+/// Reads the description at `path`, which is named after the id.
+fn describe<T: Described>(path: &Path, id: &str) -> io::Result<T> {
+    let mut text = Vec::new();
+    open_regular(path)?.take(DESCRIPTION_MOST).read_to_end(&mut text)?;
+    let object: T = serde_json::from_slice(&text)?;
+    let invalid = |message: String| Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    if object.id() != id {
+        return invalid(format!("it describes {:?}, so it must have that name", object.id()));
+    }
+    let wrong = std::iter::once(id).chain(object.files()).find(|id| !is_id(id)).map(str::to_owned);
+    match wrong {
+        Some(wrong) => invalid(format!("{wrong:?} is no id: these have letters, digits, - and _ only")),
+        None => Ok(object),
+    }
+}
+
+/// Whether this can be an id, and so a part of the name of a file.
+fn is_id(text: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    (1..=LONGEST_ID).contains(&text.len()) && text.bytes().all(is_plain)
 }
 
 fn missing(what: &str, id: &str) -> ApiError {
@@ -441,6 +516,55 @@ mod tests {
         assert_eq!(fs::read(batches.content(&file.id)).unwrap(), b"12345678");
         assert_eq!(batches.batch(&batch.id).unwrap().status, Status::Cancelling);
         assert_eq!(fs::read_dir(folder.path().join("files")).unwrap().count(), 2, "content and description");
+    }
+
+    #[test]
+    fn what_is_no_description_is_left_alone_and_blocks_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let batches = open(folder.path());
+        let file = upload(&batches, b"12345678").unwrap();
+        let batch = batches.create(batch_of(&file)).unwrap();
+        drop(batches);
+        let described = fs::read_to_string(folder.path().join(format!("batches/{}.json", batch.id))).unwrap();
+        let write = |name: &str, text: &str| fs::write(folder.path().join("batches").join(name), text).unwrap();
+        fs::create_dir(folder.path().join("batches/batch_0.json")).unwrap();
+        fs::create_dir(folder.path().join("files/file-0.jsonl.partial")).unwrap();
+        write("batch_1.json", "{");
+        // The oldest in the queue, under the name of another.
+        write("batch_2.json", &described);
+        let elsewhere = described.replace(&batch.id, "batch_3").replace(&file.id, "../../../etc/passwd");
+        write("batch_3.json", &elsewhere);
+        let batches = open(folder.path());
+        assert_eq!(batches.batches(), std::slice::from_ref(&batch));
+        assert_eq!(batches.next().unwrap().0, batch);
+        assert!(
+            ["batch_0.json", "batch_1.json", "batch_2.json", "batch_3.json"].iter().all(|name| folder
+                .path()
+                .join("batches")
+                .join(name)
+                .exists())
+        );
+        assert!(is_id("file-0aB_") && !["", "..", "a/b", "a.b", &"x".repeat(65)].iter().any(|text| is_id(text)));
+    }
+
+    #[test]
+    fn whoever_reads_does_not_wait_for_the_drive() {
+        let folder = tempfile::tempdir().unwrap();
+        let batches = open(folder.path());
+        let file = upload(&batches, b"12345678").unwrap();
+        let batch = batches.create(batch_of(&file)).unwrap();
+        // Somebody writes, and does not come to an end.
+        let writing = batches.lock_writing();
+        std::thread::scope(|scope| {
+            let change = scope.spawn(|| batches.change(&batch.id, |batch| batch.set(Status::InProgress)));
+            assert_eq!(batches.batch(&batch.id).unwrap().status, Status::Validating);
+            assert_eq!((batches.files().len(), batches.batches().len()), (1, 1));
+            batches.count(&batch.id, Counts { total: 3, completed: 1, failed: 0 });
+            drop(writing);
+            assert_eq!(change.join().unwrap().unwrap().counts.total, 3);
+        });
+        assert_eq!(batches.batch(&batch.id).unwrap().status, Status::InProgress);
+        assert_eq!(batches.batch(&batch.id).unwrap().counts.completed, 1, "what was counted meanwhile stays");
     }
 
     #[test]

@@ -51,27 +51,53 @@ impl From<io::Error> for Halt {
 }
 
 impl Halt {
+    /// It never goes on. The message is for clients, who need not know where the server keeps what.
+    fn failed(code: &str, message: impl Into<String>, line: Option<usize>) -> Halt {
+        Halt::Failed(Problem { code: code.to_owned(), message: message.into(), line, param: None })
+    }
+
     /// A file that is gone or damaged stays so, and other batches must not wait for it.
     fn of_file(error: &io::Error, message: String) -> Halt {
-        use io::ErrorKind::{InvalidData, IsADirectory, NotADirectory, NotFound, UnexpectedEof};
-        if !matches!(error.kind(), InvalidData | IsADirectory | NotADirectory | NotFound | UnexpectedEof) {
+        use io::ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound, UnexpectedEof};
+        let kinds = [InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound, UnexpectedEof];
+        if !kinds.contains(&error.kind()) {
             return Halt::Later(message);
         }
-        let message = format!("a file of this batch is lost or damaged: {message}");
-        Halt::Failed(Problem { code: "file_lost".to_owned(), message, line: None, param: None })
+        tracing::error!(message, "a file of a batch is lost or damaged");
+        Halt::failed("file_lost", "a file of this batch is lost or damaged; the log of the server says which", None)
     }
 }
 
 impl From<BatchError> for Halt {
     fn from(error: BatchError) -> Self {
-        let (code, line) = match &error {
-            BatchError::File { source, .. } => return Halt::of_file(source, error.to_string()),
-            BatchError::Broken { .. } | BatchError::Busy { .. } => return Halt::Later(error.to_string()),
-            BatchError::Duplicate { second, .. } => ("duplicate_custom_id", Some(*second)),
-            BatchError::OtherModel { .. } | BatchError::OtherSettings { .. } => ("model_changed", None),
-            _ => ("invalid_batch", None),
-        };
-        Halt::Failed(Problem { code: code.to_owned(), message: error.to_string(), line, param: None })
+        match &error {
+            BatchError::File { source, .. } | BatchError::Start { source, .. } => {
+                Halt::of_file(source, error.to_string())
+            }
+            BatchError::Broken { .. } | BatchError::Busy { .. } => Halt::Later(error.to_string()),
+            BatchError::Duplicate { first, second, id, .. } => {
+                let message = format!("lines {first} and {second} have the same custom_id {id:?}: give each its own");
+                Halt::failed("duplicate_custom_id", message, Some(*second))
+            }
+            BatchError::TooMany { most, .. } => {
+                Halt::failed("invalid_batch", format!("the file has more than {most} lines: split it"), None)
+            }
+            BatchError::OtherModel { .. } | BatchError::OtherSettings { .. } => {
+                let message = "the model or its settings are others than when the batch began: make another batch";
+                Halt::failed("model_changed", message, None)
+            }
+            BatchError::InputChanged { .. }
+            | BatchError::OutputExists { .. }
+            | BatchError::OutputChanged { .. }
+            | BatchError::JournalLost { .. }
+            | BatchError::JournalDamaged { .. }
+            | BatchError::NotAJournal { .. }
+            | BatchError::NotRegular { .. } => {
+                tracing::error!(message = %error, "a batch cannot go on");
+                let message = "a file of this batch is damaged; the log of the server says which. Make another batch";
+                Halt::failed("file_lost", message, None)
+            }
+        }
     }
 }
 
@@ -140,7 +166,7 @@ impl Work<'_> {
         let file = ModelFile::open(app.models.find(&served.id)?.path());
         let file = file.map_err(|error| Halt::Later(error.to_string()))?;
         let identity = identity(&file, engine, served.context());
-        let mut run = Batch::open(&SystemFiles, Options { identity, ..options.clone() })?;
+        let mut run = open(Options { identity, ..options.clone() })?;
         if batch.status == Status::Validating {
             batches.change(&batch.id, |batch| batch.set(Status::InProgress))?;
         }
@@ -154,6 +180,25 @@ impl Work<'_> {
         })?;
         Ok(!summary.interrupted)
     }
+}
+
+/// Begins a batch or goes on with it. Where its journal is lost or damaged, it begins again: nobody has seen its results yet, and the same
+/// come again.
+fn open(options: Options) -> Result<Batch, Halt> {
+    let error = match Batch::open(&SystemFiles, options.clone()) {
+        Err(error @ (BatchError::JournalLost { .. } | BatchError::JournalDamaged { .. })) => error,
+        other => return Ok(other?),
+    };
+    tracing::error!(message = %error, "a batch begins again; its files are kept under names that end in .damaged");
+    for path in [options.journal(), options.output.clone()] {
+        let mut aside = path.clone().into_os_string();
+        aside.push(".damaged");
+        match fs::rename(&path, &aside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Halt::Later(error.to_string())),
+            _ => {}
+        }
+    }
+    Ok(Batch::open(&SystemFiles, options)?)
 }
 
 /// The model that the requests name: that of the first line that is one.
@@ -208,4 +253,31 @@ fn settle(batches: &Batches, id: &str, options: &Options) -> Result<(), Halt> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_with_a_damaged_journal_begins_again_and_clients_see_no_paths() {
+        let folder = tempfile::tempdir().unwrap();
+        let (input, output) = (folder.path().join("in.jsonl"), folder.path().join("out.jsonl"));
+        fs::write(&input, "{\"prompt\": \"x\"}\n").unwrap();
+        let options = Options { input, output, ..Options::default() };
+        drop(open(options.clone()).map_err(|_| ()).unwrap());
+        // As after a crash that has left the results and not the journal.
+        fs::write(options.journal(), "").unwrap();
+        fs::write(&options.output, "{}\n").unwrap();
+        let batch = open(options.clone()).map_err(|_| ()).unwrap();
+        assert!(!batch.is_finished());
+        assert_eq!(fs::read(folder.path().join("out.jsonl.damaged")).unwrap(), b"{}\n");
+        drop(batch);
+        fs::write(options.journal(), "something else").unwrap();
+        let Err(Halt::Failed(problem)) = open(options.clone()) else { panic!("it is no journal") };
+        assert!(problem.code == "file_lost" && !problem.message.contains("out.jsonl"), "{}", problem.message);
+        fs::remove_file(&options.input).unwrap();
+        let Err(Halt::Failed(problem)) = open(options) else { panic!("there is no input") };
+        assert!(problem.code == "file_lost" && !problem.message.contains("in.jsonl"), "{}", problem.message);
+    }
 }

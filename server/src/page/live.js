@@ -119,7 +119,7 @@ export class Live {
   }
 
   memory({ memory, pages }) {
-    const slots = memory.slots * memory.slot_len;
+    const slots = memory.slot_bytes;
     const all = memory.effective || 1;
     const sizes = [
       ["Experts", slots, "accent"],

@@ -25,6 +25,7 @@ mod split;
 mod table;
 mod tokenizer;
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use self::arch::Arch;
@@ -35,7 +36,7 @@ use self::keys::Keys;
 use self::metadata::Problem;
 use self::source::WithTexts;
 use self::table::Table;
-use super::{CONFIG, Checkpoint, Source};
+use super::{CONFIG, Checkpoint, Source, without_layer};
 use crate::error::ConvertError;
 
 /// Opens the model to which the file at `path` belongs, as its only file or as any part.
@@ -56,17 +57,25 @@ pub(crate) fn of_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertEr
         key: problem.key,
         problem: problem.problem,
     };
-    let names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
-    split::check(&names, &heads).map_err(of_file)?;
+    let of_files: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
+    split::check(&of_files, &heads).map_err(of_file)?;
     let of_first = |problem: Problem| of_file((0, problem));
     let (arch, name) = Arch::find(&heads[0].metadata).map_err(of_first)?;
     let described = describe(&*source, arch, name, &heads)?;
     let mut tables = Vec::with_capacity(heads.len());
+    let patterns = |(hub, own): (String, String)| (without_layer(&hub).0, without_layer(&own).0);
+    let mut called: HashMap<_, _> = names::usual(arch, &described.linear).into_iter().map(patterns).collect();
     for (number, head) in heads.iter().enumerate() {
         let read = |tensor: &Tensor| read_tensor(&*source, number, tensor);
         let table = Table { arch, described: &described, file: number, read: &read };
-        let entries = head.tensors.iter().map(|tensor| table.entries(tensor));
-        tables.push(entries.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect());
+        let mut entries = Vec::new();
+        for tensor in &head.tensors {
+            let of_tensor = table.entries(tensor)?;
+            let own = without_layer(&tensor.name).0;
+            called.extend(of_tensor.iter().map(|entry| (without_layer(&entry.name).0, own.clone())));
+            entries.extend(of_tensor);
+        }
+        tables.push(entries);
     }
     let mut texts = vec![(CONFIG.to_owned(), described.config.to_string().into_bytes())];
     let of_tokenizer = tokenizer::text_files(&heads[0].metadata).map_err(of_first)?;
@@ -82,6 +91,7 @@ pub(crate) fn of_source(source: Box<dyn Source>) -> Result<Checkpoint, ConvertEr
     checkpoint.index();
     checkpoint.notes = described.notes;
     checkpoint.whole_norms = true;
+    checkpoint.called = called;
     Ok(checkpoint)
 }
 

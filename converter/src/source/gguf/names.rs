@@ -222,6 +222,28 @@ pub(super) fn rename(arch: Arch, linear: &[bool], name: &str) -> Option<Renamed>
     Some(Renamed { name: in_layer(&format!("{hub}.{end}")), change })
 }
 
+/// Feed-forward modules of a layer.
+const FEED_FORWARD: [&str; 10] = [
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+    "ffn_gate_inp",
+    "ffn_gate_exps",
+    "ffn_up_exps",
+    "ffn_down_exps",
+    "ffn_gate_shexp",
+    "ffn_up_shexp",
+    "ffn_down_shexp",
+];
+
+/// Names of matrices that files of this kind usually have, those in layers as the first layer has them: on the hub, and in the file.
+pub(super) fn usual(arch: Arch, linear: &[bool]) -> Vec<(String, String)> {
+    let modules = MODULES.iter().chain(modules_of(arch)).map(|(own, ..)| *own).chain(FEED_FORWARD);
+    let in_layer = modules.map(|module| format!("blk.0.{module}.weight"));
+    let outside = OUTSIDE.iter().chain(outside_of(arch)).map(|(own, _)| (*own).to_owned());
+    in_layer.chain(outside).filter_map(|own| Some((rename(arch, linear, &own)?.name, own))).collect()
+}
+
 /// Names outside of the layers that a family has, or calls otherwise.
 fn outside_of(arch: Arch) -> &'static [(&'static str, &'static str)] {
     match arch {

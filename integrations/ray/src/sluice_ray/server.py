@@ -28,7 +28,15 @@ SHOWN_LINES = 12
 # Seconds that it has to end when it is told to.
 GRACE = 5.0
 # Options of `sluice serve` that can change a text. Others, such as `--budget`, only change how long it takes.
-TEXT_OPTIONS = ("--context", "--exact", "--expert-preference", "--kv-type", "--normalise-agents", "--top-k-experts")
+TEXT_OPTIONS = (
+    "--context",
+    "--exact",
+    "--expert-preference",
+    "--kv-type",
+    "--normalise-agents",
+    "--prompt-attention",
+    "--top-k-experts",
+)
 _LISTENING = re.compile(r"listening at (http://\S+)")
 
 

@@ -3,6 +3,7 @@
 //! The scales of 256 columns are decoded together, whatever their form; the products need to know only the codes, and the columns
 //! that share a scale. A weight is `a·(integer + offset) + bias`, and integers are one byte each.
 
+pub(super) mod i8mm;
 mod integers;
 mod scales;
 

@@ -122,7 +122,7 @@ fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&
     let x = cut(&x, blocks);
     let ahead = Ahead::new(&[*w]);
     for (g, (values, codes)) in (0..blocks).zip(blocks_of::<TY>(w)) {
-        ahead.block::<TY, 1>(g);
+        ahead.block::<TY, 1, T>(g);
         let words = words(&x, g);
         if TY == Q4 {
             let mut dots = [_mm256_setzero_si256(); T];

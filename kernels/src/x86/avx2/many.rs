@@ -54,7 +54,7 @@ pub(super) fn tile<const TY: u8, const G: usize, const V: bool>(
     // Because the compiler does not know the number of steps, it keeps the loop over them, and so the order described above.
     let steps = black_box(const { steps_of(TY) });
     for g in 0..blocks {
-        ahead.block::<TY, G>(g);
+        ahead.block::<TY, G, AVX2_TOKENS>(g);
         let block = each!(block::<TY, V>(&w[0], g); G, i => block::<TY, V>(&w[i], g));
         let (full, rest) = rows.as_chunks::<PASS>();
         for (p, x) in full.iter().enumerate() {

@@ -88,7 +88,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]
     let ahead = Ahead::new(w);
     let pairs = blocks_of::<TY>(&w[0]).zip(blocks_of::<TY>(&w[1]));
     for (g, ((a, a_codes), (b, b_codes))) in (0..blocks).zip(pairs) {
-        ahead.block::<TY, 2>(g);
+        ahead.block::<TY, 2, T>(g);
         let words = words(&x, g);
         let codes = _mm512_cvtepu8_epi32(load8x2(a_codes, b_codes, 0));
         if TY == Q4 {

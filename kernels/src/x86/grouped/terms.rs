@@ -1,10 +1,37 @@
 //! The terms of a strip, decoded, for vectors of any width.
 
+/// Decodes group `$i`, to which `$per_group` blocks belong, of scales of format `$s` with `$z` beside them. A macro, so that it
+/// becomes part of the loops over groups, whatever compilers make of its size.
+macro_rules! group {
+    ($terms:ident, $planes:ident, $i:expr, $per_group:expr, $s:ident, $z:ident) => {{
+        let at = $i * const { ROW_GROUP * group_len($s, $z) };
+        let (zeros, blocks) = (at + const { ROW_GROUP * scale_len($s) }, $i * $per_group..($i + 1) * $per_group);
+        let a = mul_ps(numbers::<$s>($planes, at), $terms.unit);
+        let rest = match $z {
+            NONE => None,
+            BYTE => {
+                let number = sub_epi32($terms.middle, cvtepu8_epi32(quarter($planes, zeros)));
+                // Where blocks have two halves, each has a group of its own.
+                Some($terms.pair(blocks.start, number))
+            }
+            BIAS => Some(cast(numbers::<$s>($planes, zeros))),
+            _ => Some(minus(mul_ps(a, numbers::<$s>($planes, zeros)))),
+        };
+        for block in blocks {
+            $terms.a[block] = a;
+            if let Some(rest) = rest {
+                $terms.rest[block] = rest;
+            }
+        }
+    }};
+}
+
 /// The type `Terms` for one instruction set, and `row_factors`.
 ///
 /// Who calls it provides `N`, the row groups of a vector, `bias`, what was added to the integers of a type, `wide`, `half` and
-/// `quarter`, which load 32, 16 and 8 bytes of each row group, `f16s`, `bf16s`, `e4m3s` and `e8m0s`, which make of them one
-/// number per row, and the intrinsics under the names that they have without `_mm256_` or `_mm512_`.
+/// `quarter`, which load 32, 16 and 8 bytes of each row group, `two_quarters`, which loads two times 8 bytes that are neighbours,
+/// `f16s`, `bf16s`, `e4m3s` and `e8m0s`, which make of them one number per row, and the intrinsics under the names that they have
+/// without `_mm256_` or `_mm512_`.
 macro_rules! terms {
     ($features:tt, $floats:ty, $integers:ty) => {
         /// The factors and summands of the blocks of a strip, by block of 16 or 32 columns.
@@ -76,6 +103,7 @@ macro_rules! terms {
                         let len = ROW_GROUP * scales.row_len();
                         let planes = each!(w[0].scales; N, i => &w[i].scales[strip * len..][..len]);
                         match scales {
+                            Super::Signed => self.signed_scales(&planes),
                             Super::InCodes | Super::Shift => self.scales_of_records(ty.codes(), &planes, w, strip),
                             Super::SixMin => self.six_bit_minima(&planes),
                             Super::FourMin => self.four_bit_minima(&planes),
@@ -96,28 +124,37 @@ macro_rules! terms {
                 }
             }
 
+            /// Groups of a strip, or of what there is of it. Where their number is a constant, loops become stores.
             #[inline]
             #[target_feature(enable = $features)]
             fn groups<const S: u8, const Z: u8>(&mut self, w: &[Group<'_>; N], strip: usize) {
-                let (per_group, len) = (self.per_group, const { ROW_GROUP * group_len(S, Z) });
+                let len = const { ROW_GROUP * group_len(S, Z) };
                 let from = strip * self.groups * len + const { if S == E4M3 { 4 * ROW_GROUP } else { 0 } };
                 let to = (from + self.groups * len).min(w[0].scales.len());
                 let planes = each!(w[0].scales; N, i => &w[i].scales[from..to]);
-                for i in 0..(to - from) / len {
-                    let (at, zeros, first) = (i * len, i * len + const { ROW_GROUP * scale_len(S) }, i * per_group);
-                    let a = mul_ps(numbers::<S>(&planes, at), self.unit);
-                    self.a[first..first + per_group].fill(a);
-                    let rest = match Z {
-                        NONE => continue,
-                        BYTE => {
-                            let number = sub_epi32(self.middle, cvtepu8_epi32(quarter(&planes, zeros)));
-                            // Where blocks have two halves, each has a group of its own.
-                            self.pair(first, number)
+                let n = (to - from) / len;
+                match n {
+                    16 => self.constant_groups::<S, Z, 16>(&planes),
+                    8 if self.per_group == 1 => self.constant_groups::<S, Z, 8>(&planes),
+                    4 if self.per_group == 2 => self.constant_groups::<S, Z, 4>(&planes),
+                    2 if self.per_group == 4 => self.constant_groups::<S, Z, 2>(&planes),
+                    _ => {
+                        let planes = &planes;
+                        for i in 0..n {
+                            group!(self, planes, i, self.per_group, S, Z);
                         }
-                        BIAS => cast(numbers::<S>(&planes, zeros)),
-                        _ => minus(mul_ps(a, numbers::<S>(&planes, zeros))),
-                    };
-                    self.rest[first..first + per_group].fill(rest);
+                    }
+                }
+            }
+
+            /// `G` groups, the blocks of a strip shared out among them, at most one group to a block. A function by itself: as parts of
+            /// [`fill`](Self::fill), there are so many that compilers leave what they call in functions of their own.
+            #[inline(never)]
+            #[target_feature(enable = $features)]
+            fn constant_groups<const S: u8, const Z: u8, const G: usize>(&mut self, planes: &[&[u8]; N]) {
+                let planes = &each!(planes[0]; N, i => &planes[i][..const { G * ROW_GROUP * group_len(S, Z) }]);
+                for i in 0..G {
+                    group!(self, planes, i, const { if G < STRIP { STRIP / G } else { 1 } }, S, Z);
                 }
             }
 
@@ -125,10 +162,10 @@ macro_rules! terms {
             #[inline]
             #[target_feature(enable = $features)]
             fn six_bit_minima(&mut self, planes: &[&[u8]; N]) {
+                let planes = &each!(planes[0]; N, i => &planes[i][..const { (4 + 2 * STRIP) * ROW_GROUP }]);
                 let (d, dmin) = (f16s(half(planes, 0)), f16s(half(planes, 2 * ROW_GROUP)));
                 for block in 0..STRIP {
-                    let at = (4 + 2 * block) * ROW_GROUP;
-                    let (s, m) = (quarter(planes, at), quarter(planes, at + ROW_GROUP));
+                    let (s, m) = two_quarters(planes, (4 + 2 * block) * ROW_GROUP);
                     self.a[block] = mul_ps(d, cvtepi32_ps(cvtepu8_epi32(s)));
                     self.rest[block] = minus(mul_ps(dmin, cvtepi32_ps(cvtepu8_epi32(m))));
                 }
@@ -146,6 +183,19 @@ macro_rules! terms {
                 }
             }
 
+            /// Per 16 columns a signed byte.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn signed_scales(&mut self, planes: &[&[u8]; N]) {
+                let planes = &each!(planes[0]; N, i => &planes[i][..const { (2 + 2 * STRIP) * ROW_GROUP }]);
+                let d = f16s(half(planes, 0));
+                for block in 0..STRIP {
+                    let (first, second) = two_quarters(planes, (2 + 2 * block) * ROW_GROUP);
+                    self.a[2 * block] = mul_ps(mul_ps(d, cvtepi32_ps(cvtepi8_epi32(first))), self.unit);
+                    self.a[2 * block + 1] = mul_ps(mul_ps(d, cvtepi32_ps(cvtepi8_epi32(second))), self.unit);
+                }
+            }
+
             /// Units of one byte or none.
             #[inline]
             #[target_feature(enable = $features)]
@@ -156,7 +206,6 @@ macro_rules! terms {
                     let byte = |per_unit: usize| units + block / per_unit * ROW_GROUP;
                     let integer = match scales {
                         Super::Plain => set1_epi32(1),
-                        Super::Signed => cvtepi8_epi32(quarter(planes, byte(1))),
                         Super::SixBy16 | Super::SixBy32 => {
                             sub_epi32(cvtepu8_epi32(quarter(planes, byte(1))), set1_epi32(32))
                         }

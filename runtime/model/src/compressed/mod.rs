@@ -330,7 +330,7 @@ impl Compressed {
                     let mut row = rows.start;
                     while row < rows.end {
                         let end = alike(chosen, row..rows.end);
-                        let part = Task { rows: row..end, heads: task.heads.clone() };
+                        let part = Task { rows: row..end, heads: task.heads.clone(), expanded: false };
                         let (out, rest) = left.split_at_mut(part.rows.len() * part.heads.len() * s.head_dim);
                         if !self.attend_rows(queries, span, &part, scratch) {
                             return;

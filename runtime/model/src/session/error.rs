@@ -8,6 +8,7 @@ use sluice_kernels::{KvType, NUMERICS_VERSION};
 
 use super::{Part, SESSION_VERSION};
 use crate::cache::{PAGE_TOKENS, PagesFull};
+use crate::prompt_attention::PromptAttention;
 use crate::thrift::Thrift;
 
 /// Why a sequence could not be saved or restored.
@@ -151,6 +152,19 @@ pub enum SessionError {
         found: String,
         /// How the engine chooses them.
         wanted: Thrift,
+    },
+    /// Prompts in another form.
+    #[error(
+        "{path}: the prompts of the session were read in the {found} form: open the model with --prompt-attention {found} instead of \
+         {wanted}"
+    )]
+    PromptAttention {
+        /// The file.
+        path: PathBuf,
+        /// Its form, or the number of one that is not known.
+        found: String,
+        /// That of the engine.
+        wanted: PromptAttention,
     },
     /// More tokens than there is room for.
     #[error("{path}: the session has {position} tokens, there is room for {capacity}: raise --context")]

@@ -13,6 +13,7 @@ use sluice_kernels::{KvType, NUMERICS_VERSION};
 use super::read::{Reader, u32_at, u64_at};
 use super::{Binding, Part, PrefixHash, SessionError};
 use crate::cache::PAGE_TOKENS;
+use crate::prompt_attention::PromptAttention;
 use crate::sequence::Sequence;
 use crate::thrift::{Preference, Thrift};
 
@@ -29,7 +30,7 @@ const fn field(name: &'static str, offset: usize, len: usize) -> Field {
 }
 
 /// The header.
-pub const HEADER_FIELDS: [Field; 19] = [
+pub const HEADER_FIELDS: [Field; 20] = [
     field("magic", 0, 8),
     field("version", 8, 4),
     field("numerics", 12, 4),
@@ -47,7 +48,8 @@ pub const HEADER_FIELDS: [Field; 19] = [
     field("text", 96, 16),
     field("preference", 112, 2),
     field("top_k", 114, 2),
-    field("reserved", 116, 4),
+    field("prompt_attention", 116, 2),
+    field("reserved", 118, 2),
     field("checksum", 120, 8),
 ];
 
@@ -66,6 +68,8 @@ pub(super) struct Header {
     pub exact: u16,
     /// Preference and most experts per token (0 for none), as numbers in the file.
     pub thrift: [u16; 2],
+    /// The form in which prompts were read, as a number in the file.
+    pub prompt_attention: u16,
     /// Stores of all layers.
     pub layers: u32,
     /// Stores with windows or recurrent states.
@@ -99,7 +103,7 @@ pub struct SegmentInfo {
     pub before: PrefixHash,
     /// Hash of all tokens.
     pub text: PrefixHash,
-    /// The tokens of the segment.
+    /// The tokens of the segment, with their phases where these are told apart ([`Sequence::phased`]).
     pub tokens: Vec<u32>,
     /// Positions of its marks, in ascending order.
     pub marks: Vec<usize>,
@@ -133,8 +137,8 @@ fn thrift_of([preference, top_k]: [u16; 2]) -> Option<Thrift> {
 impl Header {
     /// The header for `sequence` from `start` on. `marks`: the number of its marks; `length`: bytes of the file.
     pub fn new(sequence: &Sequence, start: usize, marks: usize, length: u64) -> Self {
-        let Binding { state_id, kv_type, exact, thrift } = sequence.binding();
-        let (first, rest) = sequence.tokens().split_at(start);
+        let Binding { state_id, kv_type, exact, thrift, prompt_attention } = sequence.binding();
+        let (first, rest) = sequence.phased().split_at(start);
         let before = PrefixHash::of(first);
         Header {
             numerics: NUMERICS_VERSION,
@@ -142,6 +146,7 @@ impl Header {
             kv_code: kv_code(kv_type),
             exact: u16::from(exact),
             thrift: thrift_codes(thrift),
+            prompt_attention: prompt_attention.code(),
             layers: sequence.stores() as u32,
             forgetting: sequence.forgetting_stores().count() as u32,
             start: start as u64,
@@ -170,7 +175,8 @@ impl Header {
         }
         bytes[80..96].copy_from_slice(&self.before.0.to_le_bytes());
         bytes[96..112].copy_from_slice(&self.text.0.to_le_bytes());
-        for (at, code) in [112, 114].into_iter().zip(self.thrift) {
+        let [preference, top_k] = self.thrift;
+        for (at, code) in [(112, preference), (114, top_k), (116, self.prompt_attention)] {
             bytes[at..at + 2].copy_from_slice(&code.to_le_bytes());
         }
         let sum = xxh3_64(&bytes[..CHECKSUM_AT]);
@@ -212,7 +218,8 @@ impl Header {
         }
         reader.seed = sum;
         let header = Header::parse(&bytes);
-        let contradicts = u32_at(&bytes, 44) as usize != STRETCH || u32_at(&bytes, 116) != 0 || !header.is_consistent();
+        let contradicts =
+            u32_at(&bytes, 44) as usize != STRETCH || bytes[118..120] != [0; 2] || !header.is_consistent();
         if contradicts { Err(reader.misplaced()) } else { Ok(header) }
     }
 
@@ -227,6 +234,7 @@ impl Header {
             kv_code: u16_at(32),
             exact: u16_at(34),
             thrift: [u16_at(112), u16_at(114)],
+            prompt_attention: u16_at(116),
             layers: u32_at(bytes, 36),
             forgetting: u32_at(bytes, 40),
             start: u64_at(bytes, 48),
@@ -273,6 +281,11 @@ impl Header {
             let found = thrift_of(self.thrift).map_or_else(|| "in a way that is not known".into(), |t| t.to_string());
             return Err(SessionError::Thrift { path: path(), found, wanted: wanted.thrift });
         }
+        if self.prompt_attention != wanted.prompt_attention.code() {
+            let found = PromptAttention::from_code(self.prompt_attention);
+            let found = found.map_or_else(|| format!("form {}", self.prompt_attention), |form| form.to_string());
+            return Err(SessionError::PromptAttention { path: path(), found, wanted: wanted.prompt_attention });
+        }
         let layers = (sequence.stores() as u32, sequence.forgetting_stores().count() as u32);
         match (self.layers, self.forgetting) == layers {
             true => Ok(()),
@@ -316,7 +329,8 @@ pub fn peek_file(file: &mut File, path: &Path) -> Result<SegmentInfo, SessionErr
         return Err(SessionError::Numerics { path: path.to_owned(), found: header.numerics });
     }
     let known = kv_type_of(header.kv_code).zip(thrift_of(header.thrift)).filter(|_| header.exact <= 1);
-    let (kv_type, thrift) = known.ok_or_else(|| reader.misplaced())?;
+    let known = known.zip(PromptAttention::from_code(header.prompt_attention));
+    let ((kv_type, thrift), prompt_attention) = known.ok_or_else(|| reader.misplaced())?;
     let (start, position) = header.range(path, usize::MAX)?;
     reader.is_whole(&header, found)?;
     let mut tokens = Vec::new();
@@ -326,7 +340,7 @@ pub fn peek_file(file: &mut File, path: &Path) -> Result<SegmentInfo, SessionErr
     }
     let marks = reader.marks(&header)?.into_iter().map(|(at, _)| at).collect();
     Ok(SegmentInfo {
-        binding: Binding { state_id: header.state_id, kv_type, exact: header.exact != 0, thrift },
+        binding: Binding { state_id: header.state_id, kv_type, exact: header.exact != 0, thrift, prompt_attention },
         forgets: header.forgetting > 0,
         start,
         position,

@@ -185,12 +185,12 @@ pub(crate) fn append(
         let path = path.to_owned();
         return Err(SessionError::Continues { path, start: header.start, position: base.position() });
     }
-    if PrefixHash::of(&base.tokens()[..start]) != header.before {
+    if PrefixHash::of(&base.phased()[..start]) != header.before {
         return Err(SessionError::OtherText { path: path.to_owned(), start: header.start });
     }
     let mut tokens = Vec::new();
     reader.tokens(&header, |token| tokens.push(token))?;
-    in_vocabulary(&tokens, vocab, &reader)?;
+    in_vocabulary(base, &tokens, vocab, &reader)?;
     if header.before.then(&tokens) != header.text {
         return Err(reader.misplaced());
     }
@@ -233,9 +233,9 @@ fn append_marks(reader: &mut Reader<'_>, sequence: &mut Sequence, marks: &[(usiz
     Ok(())
 }
 
-/// An error if the tokens that were just read are not all in the vocabulary.
-fn in_vocabulary(tokens: &[u32], vocab: usize, reader: &Reader<'_>) -> Result<(), SessionError> {
-    let Some(at) = tokens.iter().position(|&token| token as usize >= vocab) else { return Ok(()) };
+/// An error if the tokens that were just read, with phases as in `base`, are not all in the vocabulary.
+fn in_vocabulary(base: &Sequence, tokens: &[u32], vocab: usize, reader: &Reader<'_>) -> Result<(), SessionError> {
+    let Some(at) = tokens.iter().position(|&token| base.id_of(token) as usize >= vocab) else { return Ok(()) };
     let offset = reader.begin + (super::SECTION_LEN + 4 * at) as u64;
     Err(SessionError::Token { path: reader.path.to_owned(), offset, token: tokens[at], vocab })
 }
@@ -348,7 +348,8 @@ impl<'a> Opened<'a> {
     }
 }
 
-/// Fills an empty sequence with what a chain of segments has of a text, as far as a sequence can go on there.
+/// Fills an empty sequence with what a chain of segments has of a text, as far as a sequence can go on there. `tokens`: those of the
+/// text, with their phases where these are told apart.
 ///
 /// # Errors
 /// [`SessionError`].
@@ -379,7 +380,7 @@ pub(crate) fn restore_segments(
     let Some(target) = target.filter(|target| target.position > 0) else { return Ok(sequence) };
     let last = &segments[target.segment];
     let wanted = &tokens[..target.position];
-    if let Some(at) = wanted.iter().position(|&token| token as usize >= vocab) {
+    if let Some(at) = wanted.iter().position(|&token| sequence.id_of(token) as usize >= vocab) {
         let path = last.file.path.clone();
         return Err(SessionError::Token { path, offset: 0, token: tokens[at], vocab });
     }

@@ -82,7 +82,7 @@ impl Sequence {
         out.write_all(&header)?;
         let mut writer = Writer { out, seed: Header::seed(&header), buffer: Vec::new() };
         writer.section(&Section::tokens(start..position), |record, bytes| {
-            bytes.copy_from_slice(&self.tokens()[record].to_le_bytes());
+            bytes.copy_from_slice(&self.phased()[record].to_le_bytes());
         })?;
         writer.section(&Section::marks(marks.len()), |record, bytes| {
             let (position, asked) = bytes.split_at_mut(8);

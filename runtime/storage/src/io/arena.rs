@@ -1,11 +1,17 @@
 //! Slot memory: one anonymous mapping, carved into page-aligned slots that live for ever.
 //!
-//! Memory is taken once, at start, and pre-faulted, so that decoding neither allocates nor
-//! faults. A [`Slot`] is the exclusive, safe owner of its bytes. To be read into, it is moved
+//! Addresses are reserved once, at start. The memory behind a slot is taken when the slot is first filled: the system provides
+//! its pages while bytes are read into it, so opening a model costs nothing for slots that are filled later or never. From then
+//! on the slot keeps its memory, and filling it again neither allocates nor faults.
+//!
+//! A [`Slot`] is the exclusive, safe owner of its bytes. To be read into, it is moved
 //! into a `Filling`, and it comes back only when no read is in flight:
 //! safe code can never look at bytes that a drive may still be writing.
 //!
-//! The pages of a slot can be given back to the system and taken again ([`Slot::give_back`]): the addresses stay the slot's.
+//! The memory of a slot can be given back to the system ([`Slot::give_back`]): the addresses stay the slot's, and the memory
+//! returns when it is filled again.
+//!
+//! A *piece* is a run of whole slots: a read engine registers a piece with the kernel once all its slots have memory.
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -33,16 +39,33 @@ const FAULT_THREADS_MAX: usize = 8;
 /// Bytes below which a thread of its own is not worth starting.
 const FAULT_BYTES_MIN: usize = 256 << 20;
 
+/// Bytes of a piece, unless one slot has more. Registering so many takes less than a millisecond with huge pages, a few without.
+const PIECE_BYTES: usize = 64 << 20;
+
+/// Most pieces of a mapping, unless it has slots of more than a piece.
+const PIECES_MAX: usize = 2048;
+
 /// One anonymous mapping. Unmapped when the last slot, chunk and engine that know it are gone.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     base: NonNull<u8>,
     len: usize,
     huge_pages: bool,
-    /// Slots whose pages have been given back and not been taken again.
-    away: AtomicUsize,
-    /// How often pages have been given back. An older registration with the kernel keeps pages that the mapping no longer shows,
-    /// and must not be used.
+    /// In the order of addresses; together they have all slots.
+    pieces: Vec<Piece>,
+    /// Counts changes of what the pieces say.
+    changes: AtomicU64,
+}
+
+/// Some whole slots of a mapping.
+#[derive(Debug)]
+struct Piece {
+    start: usize,
+    len: usize,
+    /// Slots of the piece without memory.
+    absent: AtomicUsize,
+    /// How often memory of the piece has been given back. An older registration with the kernel keeps pages that the mapping no
+    /// longer shows, and must not be used.
     given_back: AtomicU64,
 }
 
@@ -54,14 +77,6 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(bytes: usize, what: &'static str) -> Result<Self, IoError> {
-        let mapping = Self::reserve(bytes, what)?;
-        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let threads = cores.min(FAULT_THREADS_MAX).min(mapping.len / FAULT_BYTES_MIN);
-        mapping.fault_in(threads).map_err(|source| IoError::Memory { bytes, what, source })?;
-        Ok(mapping)
-    }
-
     /// Reserves address space in which no page is present.
     fn reserve(bytes: usize, what: &'static str) -> Result<Self, IoError> {
         let error = |source: std::io::Error| IoError::Memory { bytes, what, source };
@@ -76,17 +91,10 @@ impl Mapping {
         let raw = unsafe { mmap_anonymous(None, length, protection, MapFlags::MAP_PRIVATE) };
         let raw = raw.map_err(|errno| error(errno.into()))?.cast::<u8>();
         let base = trim(raw, padded, align, len);
-        Ok(Self {
-            base,
-            len,
-            huge_pages: advise_huge_pages(base, len),
-            away: AtomicUsize::new(0),
-            given_back: AtomicU64::new(0),
-        })
+        Ok(Self { base, len, huge_pages: advise_huge_pages(base, len), pieces: Vec::new(), changes: AtomicU64::new(0) })
     }
 
-    /// Makes every page present, so that no read and no kernel ever takes a page fault. The kernel zeroes them, at a few GB/s
-    /// for each thread that asks.
+    /// Makes every page present. The kernel zeroes them, at a few GB/s for each thread that asks.
     fn fault_in(&self, threads: usize) -> std::io::Result<()> {
         let part = self.len.div_ceil(threads.max(1)).next_multiple_of(HUGE_PAGE_BYTES);
         std::thread::scope(|scope| {
@@ -118,8 +126,7 @@ impl Mapping {
         }
         // Linux before 5.14, systems that imitate it, and macOS: write one zero to every page.
         for offset in (0..len).step_by(PAGE_BYTES) {
-            // SAFETY: `offset` is inside the range. Nobody else uses its bytes meanwhile or relies on them: it is new, or was
-            // given back.
+            // SAFETY: `offset` is inside the range. Nobody else uses its bytes meanwhile or relies on them: it is new.
             unsafe { address.as_ptr().add(offset).write_volatile(0) };
         }
         Ok(())
@@ -164,16 +171,34 @@ impl Mapping {
         self.len
     }
 
-    /// True if no slot's pages have been given back.
+    /// Where each piece begins, and how many bytes it has.
     #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
-    pub(crate) fn is_whole(&self) -> bool {
-        self.away.load(SeqCst) == 0
+    pub(crate) fn pieces(&self) -> impl ExactSizeIterator<Item = (usize, usize)> {
+        self.pieces.iter().map(|piece| (piece.start, piece.len))
     }
 
-    /// A number that changes whenever pages have been given back.
+    /// The piece with the slot that has this byte.
     #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
-    pub(crate) fn generation(&self) -> u64 {
-        self.given_back.load(SeqCst)
+    pub(crate) fn piece_at(&self, start: usize) -> usize {
+        self.pieces.partition_point(|piece| piece.start <= start).saturating_sub(1)
+    }
+
+    /// True if all slots of a piece have memory.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
+    pub(crate) fn is_present(&self, piece: usize) -> bool {
+        self.pieces[piece].absent.load(SeqCst) == 0
+    }
+
+    /// A number that changes whenever memory of a piece has been given back.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
+    pub(crate) fn generation(&self, piece: usize) -> u64 {
+        self.pieces[piece].given_back.load(SeqCst)
+    }
+
+    /// A number that changes whenever a piece becomes present, or memory of it has been given back.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only the ring needs it"))]
+    pub(crate) fn changes(&self) -> u64 {
+        self.changes.load(SeqCst)
     }
 
     /// Gives the whole pages of a range back to the system. Reading there afterwards gives zeros, or on macOS the old bytes.
@@ -198,23 +223,19 @@ impl Mapping {
         }
     }
 
-    /// Makes the pages of a range present again that [`give_back`](Self::give_back) gave back.
+    /// Tells the system that a range which was given back will be used again.
     ///
     /// # Safety
     /// Nobody else may read from or write to the range meanwhile, and nobody may rely on its bytes.
-    unsafe fn take_again(&self, start: usize, len: usize) -> std::io::Result<()> {
+    #[cfg(target_os = "macos")]
+    unsafe fn reuse(&self, start: usize, len: usize) {
         let page = page_bytes();
         let (first, end) = (start.next_multiple_of(page), (start + len) / page * page);
-        if first >= end {
-            return Ok(());
-        }
-        #[cfg(target_os = "macos")]
-        {
+        if first < end {
             let address = self.address(first, end - first).as_ptr().cast();
             // SAFETY: as in `give_back`. It corrects the accounting; a failure changes nothing else.
             unsafe { libc::madvise(address, end - first, libc::MADV_FREE_REUSE) };
         }
-        self.fault_in_part(first, end - first)
     }
 }
 
@@ -227,7 +248,7 @@ fn page_bytes() -> usize {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by `new` and is unmapped once; every owner of a part of
+        // SAFETY: the range was mapped by `reserve` and is unmapped once; every owner of a part of
         // it holds an `Arc` of this mapping, so none is left.
         let result = unsafe { munmap(self.base.cast(), self.len) };
         debug_assert!(result.is_ok(), "munmap of an own mapping");
@@ -268,7 +289,7 @@ fn advise_huge_pages(base: NonNull<u8>, len: usize) -> bool {
     }
 }
 
-/// A mapping that a read engine may register with the kernel before slots are used.
+/// A mapping that a read engine may register with the kernel, piece by piece.
 #[derive(Clone, Debug)]
 pub struct Region {
     pub(crate) map: Arc<Mapping>,
@@ -288,7 +309,7 @@ impl Region {
     }
 }
 
-/// Memory for slots, taken from the system once.
+/// Slots of one mapping. Their memory is taken from the system as they are filled.
 #[derive(Debug)]
 pub struct Arena {
     map: Arc<Mapping>,
@@ -313,18 +334,45 @@ impl Arena {
             size.checked_next_multiple_of(PAGE_BYTES).and_then(|size| sum.checked_add(size))
         });
         let too_much = || IoError::Memory { bytes: usize::MAX, what, source: std::io::ErrorKind::OutOfMemory.into() };
-        let map = Arc::new(Mapping::new(total.ok_or_else(too_much)?, what)?);
-        let mut start = 0;
-        let slots = sizes
-            .map(|size| {
-                let capacity = size.next_multiple_of(PAGE_BYTES);
-                let state = Arc::new(FillState::default());
-                let slot = Slot { map: Arc::clone(&map), state, start, capacity, len: 0, away: false };
-                start += capacity;
-                slot
-            })
-            .collect();
+        let mut map = Mapping::reserve(total.ok_or_else(too_much)?, what)?;
+        let piece_bytes = PIECE_BYTES.max(map.len / PIECES_MAX);
+        let (mut start, mut places) = (0, Vec::new());
+        for size in sizes {
+            let capacity = size.next_multiple_of(PAGE_BYTES);
+            match map.pieces.last_mut() {
+                Some(piece) if piece.len + capacity <= piece_bytes => {
+                    piece.len += capacity;
+                    *piece.absent.get_mut() += 1;
+                }
+                _ => {
+                    let (absent, given_back) = (AtomicUsize::new(1), AtomicU64::new(0));
+                    map.pieces.push(Piece { start, len: capacity, absent, given_back });
+                }
+            }
+            places.push((start, capacity, map.pieces.len() - 1));
+            start += capacity;
+        }
+        let map = Arc::new(map);
+        let slot = |(start, capacity, piece)| {
+            let (map, state) = (Arc::clone(&map), Arc::new(FillState::default()));
+            Slot { map, state, start, capacity, len: 0, piece, absent: true }
+        };
+        let slots = places.into_iter().map(slot).collect();
         Ok(Arena { map, slots })
+    }
+
+    /// Takes the memory of all slots at once, with several threads, so that no read takes a page fault: for measurements of reads.
+    /// `what`: the purpose, for the error.
+    ///
+    /// # Errors
+    /// [`IoError::Memory`] if the system does not give the memory.
+    pub fn take(&mut self, what: &'static str) -> Result<(), IoError> {
+        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let threads = cores.min(FAULT_THREADS_MAX).min(self.map.len / FAULT_BYTES_MIN);
+        let taken = self.map.fault_in(threads);
+        taken.map_err(|source| IoError::Memory { bytes: self.map.len, what, source })?;
+        self.slots.iter_mut().for_each(Slot::has_memory);
+        Ok(())
     }
 
     /// The memory as a whole, for engines that register it with the kernel.
@@ -333,7 +381,7 @@ impl Arena {
         Region { map: Arc::clone(&self.map) }
     }
 
-    /// Bytes taken from the system.
+    /// Bytes of addresses, and of memory once all slots have been filled.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.map.len()
@@ -362,6 +410,7 @@ impl Arena {
                         // SAFETY: the slot owns its range, is borrowed exclusively, and no read into it can be in flight: it has
                         // not left the arena.
                         unsafe { slot.map.bytes_mut(slot.start, contents.len()) }.copy_from_slice(contents);
+                        slot.has_memory();
                     }
                 });
             }
@@ -384,8 +433,10 @@ pub struct Slot {
     pub(crate) start: usize,
     pub(crate) capacity: usize,
     pub(crate) len: usize,
-    /// Its pages have been given back.
-    away: bool,
+    /// The piece of the mapping with this slot.
+    piece: usize,
+    /// It has no memory: it has never been filled, or its memory has been given back.
+    absent: bool,
 }
 
 impl Slot {
@@ -410,47 +461,54 @@ impl Slot {
     /// If they do not fit.
     pub(crate) fn overwrite(&mut self, len: usize) -> &mut [u8] {
         assert!(len <= self.capacity, "more bytes than the slot has room for");
+        self.prepare();
         self.len = len;
+        if len > 0 {
+            self.has_memory();
+        }
         // SAFETY: a `Slot` is the only owner of its range, nothing is in flight to it, and it is borrowed exclusively.
         unsafe { self.map.bytes_mut(self.start, len) }
     }
 
+    /// Something is about to be written to the slot.
+    pub(crate) fn prepare(&mut self) {
+        #[cfg(target_os = "macos")]
+        if self.absent {
+            // SAFETY: a `Slot` is the only owner of its range, nothing is in flight to it, and it is empty.
+            unsafe { self.map.reuse(self.start, self.capacity) };
+        }
+    }
+
+    /// Notes that the slot has memory, because something has been written to it.
+    pub(crate) fn has_memory(&mut self) {
+        if std::mem::take(&mut self.absent) && self.map.pieces[self.piece].absent.fetch_sub(1, SeqCst) == 1 {
+            self.map.changes.fetch_add(1, SeqCst);
+        }
+    }
+
     /// Empties the slot and gives the whole pages of its memory back to the system. A read engine that has the memory registered
-    /// lets go of it when it is woken ([`Scheduler::wake`](super::Scheduler::wake)). Reads into the slot still work: its pages
-    /// then come back one by one.
+    /// lets go of it when it is woken ([`Scheduler::wake`](super::Scheduler::wake)). The memory comes back when the slot is filled
+    /// again.
     ///
     /// # Errors
     /// The system's; the slot is empty then as well.
     pub fn give_back(&mut self) -> std::io::Result<()> {
         self.len = 0;
+        let piece = &self.map.pieces[self.piece];
         // Before the pages go: from now on no read is issued to a registration of them.
-        if !std::mem::replace(&mut self.away, true) {
-            self.map.away.fetch_add(1, SeqCst);
+        if !std::mem::replace(&mut self.absent, true) {
+            piece.absent.fetch_add(1, SeqCst);
         }
-        self.map.given_back.fetch_add(1, SeqCst);
+        piece.given_back.fetch_add(1, SeqCst);
+        self.map.changes.fetch_add(1, SeqCst);
         // SAFETY: a `Slot` is the only owner of its range, nothing is in flight to it, and its bytes were just given up.
         unsafe { self.map.give_back(self.start, self.capacity) }
     }
 
-    /// Takes the memory again that [`give_back`](Self::give_back) gave back, all pages of it at once.
-    ///
-    /// # Errors
-    /// When the system does not give it; the slot is then as it was.
-    pub fn take_again(&mut self) -> std::io::Result<()> {
-        if !self.away {
-            return Ok(());
-        }
-        // SAFETY: a `Slot` is the only owner of its range, nothing is in flight to it, and it is empty.
-        unsafe { self.map.take_again(self.start, self.capacity) }?;
-        self.away = false;
-        self.map.away.fetch_sub(1, SeqCst);
-        Ok(())
-    }
-
-    /// True between [`give_back`](Self::give_back) and [`take_again`](Self::take_again).
+    /// True if the slot has no memory: it has never been filled, or its memory has been given back.
     #[must_use]
-    pub fn is_away(&self) -> bool {
-        self.away
+    pub fn is_absent(&self) -> bool {
+        self.absent
     }
 }
 
@@ -483,7 +541,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn pages_of_a_slot_go_back_to_the_system_and_come_again() {
+    fn memory_of_a_slot_comes_when_it_is_filled_and_goes_back_to_the_system() {
         let (bytes, page) = (1 << 20, page_bytes());
         let mut slots = Arena::uniform(bytes, 3, "test").expect("memory").into_slots();
         let present = |slot: &Slot| {
@@ -493,15 +551,49 @@ mod tests {
             assert_eq!(unsafe { libc::mincore(address, bytes, present.as_mut_ptr()) }, 0);
             present.iter().filter(|&&page| page & 1 == 1).count()
         };
-        assert!(slots.iter().all(|slot| present(slot) == bytes / page));
+        assert!(slots.iter().all(|slot| present(slot) == 0 && slot.is_absent()), "nobody has filled them");
+        slots.iter_mut().for_each(|slot| slot.overwrite(bytes).fill(1));
+        let map = Arc::clone(&slots[0].map);
+        assert!(slots.iter().all(|slot| present(slot) == bytes / page && !slot.is_absent()) && map.is_present(0));
+        let (generation, changes) = (map.generation(0), map.changes());
         slots[1].give_back().expect("advice");
         slots[1].give_back().expect("twice is once");
-        assert!(slots[1].is_away() && !slots[0].map.is_whole());
+        assert!(slots[1].is_absent() && !map.is_present(0));
+        assert!(map.generation(0) > generation && map.changes() > changes);
         let counts: Vec<_> = slots.iter().map(present).collect();
         assert_eq!(counts, [bytes / page, 0, bytes / page], "the neighbours keep theirs");
-        slots[1].take_again().expect("memory");
-        assert!(!slots[1].is_away() && slots[0].map.is_whole());
+        slots[1].overwrite(bytes).fill(2);
+        assert!(!slots[1].is_absent() && map.is_present(0));
         assert_eq!(present(&slots[1]), bytes / page);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn pieces_have_all_slots_and_cut_none() {
+        let sizes = [PIECE_BYTES / 2, PIECE_BYTES / 2, 4096, 3 * PIECE_BYTES, 4096, PIECE_BYTES];
+        let arena = Arena::carve(sizes.into_iter(), "test").expect("addresses");
+        let map = Arc::clone(&arena.map);
+        let pieces: Vec<_> = map.pieces().collect();
+        assert_eq!(pieces.len(), 5, "the halves share one: {pieces:?}");
+        let mut end = 0;
+        for &(start, len) in &pieces {
+            assert_eq!(start, end);
+            end += len;
+        }
+        for slot in arena.into_slots() {
+            let (start, len) = pieces[map.piece_at(slot.start)];
+            assert!(start <= slot.start && slot.start + slot.capacity <= start + len);
+            assert_eq!(map.piece_at(slot.start), map.piece_at(slot.start + slot.capacity - 1));
+            assert!(!map.is_present(slot.piece));
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn memory_can_be_taken_at_once() {
+        let mut arena = Arena::uniform(PAGE_BYTES, 3, "test").expect("addresses");
+        arena.take("test").expect("memory");
+        assert!(arena.map.is_present(0) && arena.slots.iter().all(|slot| !slot.is_absent()));
     }
 
     #[test]

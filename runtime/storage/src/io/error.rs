@@ -119,6 +119,19 @@ pub enum ReadError {
         /// What the system said.
         source: io::Error,
     },
+    /// The system did not give the memory to read into.
+    #[error(
+        "{extent}: the system gives no memory for {len} bytes that are to be read: {source}; \
+         free memory, or give a smaller budget"
+    )]
+    Memory {
+        /// The extent that was being read.
+        extent: ExtentName,
+        /// Bytes of the chunk that was to be read.
+        len: usize,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The bytes read were twice not the bytes that were written.
     #[error(
         "{extent}: the {len} bytes at offset {offset} of {path} are damaged: checksum \

@@ -19,6 +19,9 @@ use super::error::ReadError;
 /// How many chunks may arrive ahead of the first missing one: bits of `Filling::window`.
 const WINDOW_CHUNKS: u32 = u128::BITS;
 
+/// Most stripes of a fill.
+pub(crate) const STRIPES_MAX: usize = 16;
+
 /// Where a fill is. Stored as a number in `FillState::phase`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -36,15 +39,65 @@ pub enum ReadPhase {
 /// The state that the two ends of a fill share. One per slot, allocated with the arena.
 #[derive(Debug, Default)]
 pub(crate) struct FillState {
+    /// Of the fill as a whole, which ends with the last of its stripes.
     phase: AtomicU32,
-    /// Bytes contiguous from the start, as far as `Arriving` may see them: those of an open fill.
-    arrived: AtomicUsize,
+    /// Stripes that have not ended.
+    unfinished: AtomicU32,
+    /// The worst phase in which a stripe has ended.
+    worst: AtomicU32,
+    stripes: [StripeState; STRIPES_MAX],
     /// Position in the order in which fills ended; valid once the fill has ended.
     finished: AtomicU64,
     error: Mutex<Option<Box<ReadError>>>,
 }
 
+/// How far a stripe has arrived, as far as `Arriving` may see it: in an open fill. Places in the extent; a stripe begins where the one
+/// before it ends.
+#[derive(Debug, Default)]
+struct StripeState {
+    arrived: AtomicUsize,
+    end: AtomicUsize,
+}
+
 impl FillState {
+    /// Prepares for a fill with stripes that end at these places.
+    fn begin(&self, ends: impl Iterator<Item = usize>) {
+        let (mut start, mut count) = (0, 0);
+        for (stripe, end) in self.stripes.iter().zip(ends) {
+            stripe.arrived.store(start, SeqCst);
+            stripe.end.store(end, SeqCst);
+            (start, count) = (end, count + 1);
+        }
+        self.unfinished.store(count, SeqCst);
+        self.worst.store(ReadPhase::Ready as u32, SeqCst);
+        self.finished.store(0, SeqCst);
+        self.phase.store(ReadPhase::Reading as u32, SeqCst);
+        *self.error.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// A stripe has ended in this phase.
+    fn end_stripe(&self, phase: ReadPhase) {
+        self.worst.fetch_max(phase as u32, SeqCst);
+        if self.unfinished.fetch_sub(1, SeqCst) == 1 {
+            self.phase.store(self.worst.load(SeqCst), SeqCst);
+        }
+    }
+
+    /// Bytes contiguous from the start, of an extent of `len` bytes.
+    fn arrived(&self, len: usize) -> usize {
+        let mut prefix = 0;
+        for stripe in &self.stripes {
+            if prefix == len {
+                break;
+            }
+            prefix = stripe.arrived.load(SeqCst);
+            if prefix < stripe.end.load(SeqCst) {
+                break;
+            }
+        }
+        prefix
+    }
+
     fn phase(&self) -> ReadPhase {
         match self.phase.load(SeqCst) {
             2 => ReadPhase::Ready,
@@ -104,11 +157,14 @@ impl ChunkMem {
     }
 }
 
-/// The I/O thread's end of a fill.
+/// An I/O thread's end of a fill, or of one of its stripes.
 #[derive(Debug)]
 pub(crate) struct Filling {
     map: Arc<Mapping>,
     state: Arc<FillState>,
+    /// Which stripe of the fill this is, and where in the extent it begins.
+    stripe: usize,
+    before: usize,
     start: usize,
     len: usize,
     chunk_bytes: usize,
@@ -131,29 +187,64 @@ impl Filling {
     ///
     /// # Panics
     /// If `len` does not fit the slot or is not whole pages, or `chunk_bytes` is not whole pages.
-    pub(crate) fn begin(mut slot: Slot, len: usize, chunk_bytes: usize, open: bool) -> (Filling, Arriving) {
-        assert!(len > 0 && len <= slot.capacity && len.is_multiple_of(PAGE_BYTES));
-        assert!(chunk_bytes > 0 && chunk_bytes.is_multiple_of(PAGE_BYTES));
-        assert!(u32::try_from(len / chunk_bytes).is_ok(), "more chunks than can be counted");
-        let state = Arc::clone(&slot.state);
-        state.arrived.store(0, SeqCst);
-        state.phase.store(ReadPhase::Reading as u32, SeqCst);
-        *state.error.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    pub(crate) fn begin(slot: Slot, len: usize, chunk_bytes: usize, open: bool) -> (Filling, Arriving) {
+        let mut filling = None;
+        let arriving = Self::begin_stripes(slot, &[(len, chunk_bytes)], open, |one| filling = Some(one));
+        (filling.expect("one stripe"), arriving)
+    }
+
+    /// Splits a slot into the ends of a fill whose stripes lie one behind the other, each with its own bytes and chunks: an end for
+    /// each stripe, which `each` gets in their order, and that of the waiter. The fill ends when all stripes have.
+    ///
+    /// # Panics
+    /// Unless there are 1 to [`STRIPES_MAX`] stripes of whole pages that fit the slot.
+    pub(crate) fn begin_stripes(
+        mut slot: Slot,
+        stripes: &[(usize, usize)],
+        open: bool,
+        mut each: impl FnMut(Filling),
+    ) -> Arriving {
+        assert!((1..=STRIPES_MAX).contains(&stripes.len()), "an impossible number of stripes");
+        let mut end = 0usize;
+        for &(len, chunk_bytes) in stripes {
+            assert!(len > 0 && len.is_multiple_of(PAGE_BYTES));
+            assert!(chunk_bytes > 0 && chunk_bytes.is_multiple_of(PAGE_BYTES));
+            assert!(u32::try_from(len / chunk_bytes).is_ok(), "more chunks than can be counted");
+            end = end.checked_add(len).expect("the stripes of a slot fit into memory");
+        }
+        assert!(end <= slot.capacity, "the stripes do not fit the slot");
+        let mut ends = 0;
+        slot.state.begin(stripes.iter().map(|(len, _)| {
+            ends += len;
+            ends
+        }));
         slot.len = 0;
-        let filling = Filling {
-            map: Arc::clone(&slot.map),
-            state,
-            start: slot.start,
-            len,
-            chunk_bytes,
-            open,
-            issued: 0,
-            arrived: 0,
-            window: 0,
-            outstanding: 0,
-            ended: false,
-        };
-        (filling, Arriving { slot, len })
+        slot.prepare();
+        let mut before = 0;
+        for (stripe, &(len, chunk_bytes)) in stripes.iter().enumerate() {
+            each(Filling {
+                map: Arc::clone(&slot.map),
+                state: Arc::clone(&slot.state),
+                stripe,
+                before,
+                start: slot.start + before,
+                len,
+                chunk_bytes,
+                open,
+                issued: 0,
+                arrived: 0,
+                window: 0,
+                outstanding: 0,
+                ended: false,
+            });
+            before += len;
+        }
+        Arriving { slot, len: end }
+    }
+
+    /// Whether this is the beginning of the extent.
+    pub(crate) fn is_first(&self) -> bool {
+        self.stripe == 0
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -221,7 +312,7 @@ impl Filling {
         self.window = self.window.checked_shr(contiguous).unwrap_or(0);
         self.arrived += contiguous;
         if self.open {
-            self.state.arrived.store(self.arrived_bytes(), SeqCst);
+            self.state.stripes[self.stripe].arrived.store(self.before + self.arrived_bytes(), SeqCst);
         }
     }
 
@@ -262,20 +353,20 @@ impl Filling {
             }
             Err(error) => {
                 let mut place = self.state.error.lock().unwrap_or_else(PoisonError::into_inner);
-                *place = Some(Box::new(error));
+                place.get_or_insert(Box::new(error));
                 ReadPhase::Failed
             }
         };
         self.ended = true;
-        self.state.finished.store(order, SeqCst);
-        self.state.phase.store(phase as u32, SeqCst);
+        self.state.finished.fetch_max(order, SeqCst);
+        self.state.end_stripe(phase);
     }
 }
 
 impl Drop for Filling {
     fn drop(&mut self) {
         if !self.ended {
-            self.state.phase.store(ReadPhase::Lost as u32, SeqCst);
+            self.state.end_stripe(ReadPhase::Lost);
         }
     }
 }
@@ -297,7 +388,7 @@ impl Arriving {
     }
 
     pub(crate) fn arrived_bytes(&self) -> usize {
-        self.slot.state.arrived.load(SeqCst)
+        self.slot.state.arrived(self.len)
     }
 
     /// Position in the order in which fills ended; meaningful once the fill has ended.
@@ -321,6 +412,7 @@ impl Arriving {
         match self.phase() {
             ReadPhase::Ready => {
                 self.slot.len = self.len;
+                self.slot.has_memory();
                 Ok(self.slot)
             }
             ReadPhase::Failed => {
@@ -367,6 +459,67 @@ mod tests {
         assert_eq!(slot.bytes()[0], 1);
         assert_eq!(slot.bytes()[8192], 2);
         assert_eq!(slot.bytes()[16384], 3);
+    }
+
+    #[test]
+    fn stripes_arrive_on_their_own_and_the_prefix_is_what_is_contiguous() {
+        let mut fillings = Vec::new();
+        let stripes = [(3 * 4096, 2 * 4096), (4096, 4096), (2 * 4096, 4096)];
+        let arriving = Filling::begin_stripes(slot(6 * 4096), &stripes, true, |filling| fillings.push(filling));
+        assert_eq!(arriving.len(), 6 * 4096);
+        let arrive = |filling: &mut Filling, byte| {
+            let (number, mut chunk) = filling.next_chunk().expect("a chunk");
+            fill(&mut chunk, byte);
+            filling.give_back(number, chunk);
+        };
+        let mut last = fillings.pop().expect("three");
+        let mut middle = fillings.pop().expect("three");
+        let mut first = fillings.pop().expect("three");
+        assert!(first.is_first() && !middle.is_first());
+        arrive(&mut middle, 3);
+        middle.end(Ok(()), 1);
+        arrive(&mut last, 4);
+        assert_eq!((arriving.arrived_bytes(), arriving.phase()), (0, ReadPhase::Reading));
+        arrive(&mut first, 1);
+        assert_eq!(arriving.arrived_bytes(), 2 * 4096);
+        arrive(&mut first, 2);
+        assert_eq!(arriving.arrived_bytes(), 5 * 4096);
+        first.end(Ok(()), 2);
+        arrive(&mut last, 5);
+        assert_eq!((arriving.arrived_bytes(), arriving.phase()), (6 * 4096, ReadPhase::Reading));
+        last.end(Ok(()), 3);
+        assert_eq!((arriving.phase(), arriving.finished()), (ReadPhase::Ready, 3));
+        let slot = arriving.finish().expect("ready");
+        let starts = [0, 1, 2, 3, 4, 5].map(|page| slot.bytes()[page * 4096]);
+        assert_eq!(starts, [1, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn the_worst_end_of_a_stripe_is_that_of_the_fill() {
+        let begin = || {
+            let mut fillings = Vec::new();
+            let arriving =
+                Filling::begin_stripes(slot(2 * 4096), &[(4096, 4096); 2], false, |filling| fillings.push(filling));
+            (fillings, arriving)
+        };
+        let complete = |mut filling: Filling, order| {
+            let (number, mut chunk) = filling.next_chunk().expect("a chunk");
+            fill(&mut chunk, 1);
+            filling.give_back(number, chunk);
+            filling.end(Ok(()), order);
+        };
+        let stopped = || ReadError::Stopped { reason: "a test".to_owned() };
+        let (mut fillings, arriving) = begin();
+        fillings.remove(0).end(Err(stopped()), 1);
+        assert_eq!(arriving.phase(), ReadPhase::Reading, "a drive may still write to the other");
+        complete(fillings.remove(0), 2);
+        assert!(matches!(arriving.finish(), Err((Some(_), Some(_)))));
+
+        let (mut fillings, arriving) = begin();
+        drop(fillings.remove(0));
+        complete(fillings.remove(0), 1);
+        assert_eq!(arriving.phase(), ReadPhase::Lost);
+        assert!(matches!(arriving.finish(), Err((None, None))));
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! - [`queue`]: the order of chunks. Pure.
 //! - [`mod@bench`] and [`calibration`]: how fast a drive is with these engines, and how it is best read.
 //! - [`lane`]: one for each drive with files, with its own thread, engine, queue, chunk size and depth; lanes share only the
-//!   waiting of callers.
+//!   waiting of callers. The stripes of an extent can lie in several lanes, which read them into one slot at the same time.
 //! - [`scheduler`] and `worker`: the handle and the thread: chunks in flight, short reads,
 //!   retries, checksums, cancellation, counters.
 //! - `sim`, with the feature of that name: simulated drives, for tests and measurements.
@@ -48,10 +48,10 @@ pub use error::{ExtentName, FileInfo, IoError, ReadError};
 pub use file::{DataFile, DirectIo, DirectMode};
 pub use fill::{ChunkMem, ReadPhase};
 pub use lane::{IoStats, Lane, LaneInfo, open_lanes};
-pub use scheduler::{Check, Class, ExtentRead, IoConfig, PendingRead, ReadFailure, Scheduler};
+pub use scheduler::{Check, Class, ExtentRead, IoConfig, PendingRead, ReadFailure, Scheduler, StripeRead};
 #[cfg(target_os = "macos")]
 pub use sys::physical_pages;
-pub use sys::{memory_pressure_level, trim_heap};
+pub use sys::{memory_pressure_level, survive_file_size_limit, trim_heap};
 
 /// Most chunks in flight at once. More would not help on any drive: 128 × 1 MiB is a second of work for a slow one.
 pub const DEPTH_MAX: usize = 128;

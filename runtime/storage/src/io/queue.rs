@@ -1,6 +1,6 @@
 //! The order in which chunks are issued. Pure: events in, next chunk out; no file, no clock.
 //!
-//! Demand reads come before prefetch reads. Within a class, chunks are issued in the order of arrival, extent by
+//! Demand reads come first, then those that are certain to be asked for, then prefetch reads. Within a class, chunks are issued in the order of arrival, extent by
 //! extent: experts are computed one after the other, so they should arrive one after the other, not all at the end.
 
 use std::collections::VecDeque;
@@ -25,6 +25,7 @@ type Line = VecDeque<u32>;
 #[derive(Debug, Default)]
 pub struct ChunkQueue {
     demand: Line,
+    certain: Line,
     prefetch: Line,
 }
 
@@ -32,12 +33,14 @@ impl ChunkQueue {
     /// An empty queue with room for `requests` requests.
     #[must_use]
     pub fn with_capacity(requests: usize) -> Self {
-        Self { demand: Line::with_capacity(requests), prefetch: Line::with_capacity(requests) }
+        let line = || Line::with_capacity(requests);
+        Self { demand: line(), certain: line(), prefetch: line() }
     }
 
     fn line(&mut self, class: Class) -> &mut Line {
         match class {
             Class::Demand => &mut self.demand,
+            Class::Certain => &mut self.certain,
             Class::Prefetch => &mut self.prefetch,
         }
     }
@@ -49,23 +52,30 @@ impl ChunkQueue {
 
     /// Removes a request, wherever it is. Does nothing if it is not queued.
     pub fn remove(&mut self, request: u32) {
-        for line in [&mut self.demand, &mut self.prefetch] {
+        for line in [&mut self.demand, &mut self.certain, &mut self.prefetch] {
             line.retain(|&queued| queued != request);
         }
     }
 
-    /// Turns a prefetch into a demand: it goes behind the demands that are waiting.
+    /// Turns another read into a demand: it goes behind the demands that are waiting.
     pub fn promote(&mut self, request: u32) {
-        if let Some(at) = self.prefetch.iter().position(|&queued| queued == request) {
-            self.prefetch.remove(at);
-            self.demand.push_back(request);
+        for line in [&mut self.certain, &mut self.prefetch] {
+            if let Some(at) = line.iter().position(|&queued| queued == request) {
+                line.remove(at);
+                self.demand.push_back(request);
+                return;
+            }
         }
     }
 
-    /// True if no demand is waiting to be issued.
+    /// True if no request of this class is waiting to be issued.
     #[must_use]
-    pub fn demand_is_empty(&self) -> bool {
-        self.demand.is_empty()
+    pub fn is_empty(&self, class: Class) -> bool {
+        match class {
+            Class::Demand => self.demand.is_empty(),
+            Class::Certain => self.certain.is_empty(),
+            Class::Prefetch => self.prefetch.is_empty(),
+        }
     }
 
     /// The request of `class` whose next chunk has to be issued now. The caller must issue it: the queue counts it as
@@ -91,7 +101,7 @@ mod tests {
     /// Runs the queue dry; `chunks[r]` is the number of chunks of request `r`.
     fn drain(queue: &mut ChunkQueue, chunks: &mut [u32]) -> Vec<u32> {
         let mut order = Vec::new();
-        for class in [Class::Demand, Class::Prefetch] {
+        for class in [Class::Demand, Class::Certain, Class::Prefetch] {
             while let Some(request) =
                 queue.next(class, |request| if chunks[request as usize] > 1 { Issuable::More } else { Issuable::Last })
             {
@@ -103,15 +113,16 @@ mod tests {
     }
 
     #[test]
-    fn demand_before_prefetch_then_extent_by_extent() {
+    fn class_by_class_then_extent_by_extent() {
         let mut queue = ChunkQueue::with_capacity(4);
         queue.add(0, Class::Prefetch);
+        queue.add(4, Class::Certain);
         queue.add(1, Class::Demand);
         queue.add(2, Class::Demand);
         queue.add(3, Class::Demand);
-        let order = drain(&mut queue, &mut [2, 3, 1, 2]);
-        assert_eq!(order, [1, 1, 1, 2, 3, 3, 0, 0]);
-        assert!(queue.demand_is_empty());
+        let order = drain(&mut queue, &mut [2, 3, 1, 2, 2]);
+        assert_eq!(order, [1, 1, 1, 2, 3, 3, 4, 4, 0, 0]);
+        assert!(queue.is_empty(Class::Demand));
     }
 
     #[test]
@@ -121,10 +132,12 @@ mod tests {
         queue.add(1, Class::Prefetch);
         queue.add(2, Class::Demand);
         assert_eq!(queue.next(Class::Prefetch, |_| Issuable::More), Some(0));
+        queue.add(3, Class::Certain);
         queue.promote(1);
+        queue.promote(3);
         queue.promote(0);
         queue.remove(2);
-        assert_eq!(drain(&mut queue, &mut [1, 2, 9]), [1, 1, 0]);
+        assert_eq!(drain(&mut queue, &mut [1, 2, 9, 1]), [1, 1, 3, 0]);
     }
 
     #[test]
@@ -138,6 +151,6 @@ mod tests {
         };
         assert_eq!(queue.next(Class::Demand, one_blocked), Some(1));
         assert_eq!(queue.next(Class::Demand, one_blocked), None);
-        assert!(!queue.demand_is_empty());
+        assert!(!queue.is_empty(Class::Demand));
     }
 }

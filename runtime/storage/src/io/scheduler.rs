@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use super::arena::{PAGE_BYTES, Slot};
 use super::error::{ExtentName, IoError, ReadError};
-use super::fill::{Arriving, Filling, ReadPhase};
+use super::fill::{Arriving, Filling, ReadPhase, STRIPES_MAX};
 use super::lane::{Command, IoStats, Lane, LaneInfo, Shared, Waiters};
 use super::{DEPTH_MAX, EngineInfo, ReadEngine, worker};
 
@@ -18,6 +18,9 @@ const CHUNK_BYTES_MAX: usize = 16 << 20;
 pub enum Class {
     /// The router has asked for it, and a caller waits.
     Demand,
+    /// It is certain to be asked for, but nobody waits for it yet. Reads of this class use the drive's full depth, but demand reads
+    /// overtake them.
+    Certain,
     /// It will probably be asked for.
     Prefetch,
 }
@@ -90,6 +93,19 @@ pub struct ExtentRead {
     pub check: Check,
     /// What it is, for messages.
     pub name: ExtentName,
+}
+
+/// A part of an extent that lies in a file of its own, perhaps on a drive of its own. Its bytes follow those of the stripe before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StripeRead {
+    /// Index of the file.
+    pub file: u16,
+    /// Byte offset in the file, a multiple of [`PAGE_BYTES`].
+    pub offset: u64,
+    /// Bytes, a multiple of [`PAGE_BYTES`].
+    pub len: usize,
+    /// xxh3-64 of the bytes.
+    pub checksum: u64,
 }
 
 /// A read that ended without its extent.
@@ -205,24 +221,86 @@ impl Scheduler {
     /// small, [`ReadError::Stopped`] if the I/O thread of the file's lane
     /// has ended.
     pub fn submit(&self, slot: Slot, read: ExtentRead) -> Result<PendingRead, ReadFailure> {
-        if let Err(error) = self.check(&slot, &read).map_err(Box::new) {
+        let ExtentRead { file, offset, len, checksum, .. } = read;
+        self.submit_stripes(slot, read, &[StripeRead { file, offset, len, checksum }])
+    }
+
+    /// Queues the reads of the stripes of an extent into a slot, one behind the other: those on different drives proceed at the same time.
+    /// `read` says what they are; its file, offset, length and checksum are those of the first stripe, or do not matter. What an I/O
+    /// thread verifies, it verifies stripe by stripe. Returns at once.
+    ///
+    /// # Errors
+    /// As [`Scheduler::submit`]; with several stripes, an I/O thread that has ended makes the read end with the error.
+    pub fn submit_stripes(
+        &self,
+        slot: Slot,
+        read: ExtentRead,
+        stripes: &[StripeRead],
+    ) -> Result<PendingRead, ReadFailure> {
+        let of = |stripe: &StripeRead| {
+            let StripeRead { file, offset, len, checksum } = *stripe;
+            ExtentRead { file, offset, len, checksum, ..read }
+        };
+        if let Err(error) = self.check_all(&slot, stripes.iter().map(of)).map_err(Box::new) {
             return Err(ReadFailure { error, slot: Some(slot) });
         }
-        let (lane, own) = self.places[usize::from(read.file)];
-        let Running { shared, info, .. } = &self.lanes[lane];
-        let mut inbox = shared.lock_inbox();
-        if let Some(reason) = inbox.stopped.clone() {
+        let lane = |stripe: &StripeRead| &self.lanes[self.places[usize::from(stripe.file)].0];
+        let only = if let [only] = stripes { lane(only).shared.lock_inbox().stopped.clone() } else { None };
+        if let Some(reason) = only {
             let error = Box::new(ReadError::Stopped { reason });
             return Err(ReadFailure { error, slot: Some(slot) });
         }
-        let id = shared.new_id();
+        let mut parts = [(0, 0); STRIPES_MAX];
+        for (part, stripe) in parts.iter_mut().zip(stripes) {
+            *part = (stripe.len, lane(stripe).info.config.chunk_bytes);
+        }
+        let mut pending = Vec::with_capacity(stripes.len() - 1);
+        let (mut first, mut next) = (None, stripes.iter());
         let open = read.check == Check::ByReceiver;
-        let (filling, arriving) = Filling::begin(slot, read.len, info.config.chunk_bytes, open);
-        inbox.commands.push_back(Command::Read { id, filling, read: ExtentRead { file: own, ..read } });
-        drop(inbox);
-        shared.wake_thread();
-        let shared = Arc::clone(shared);
-        Ok(PendingRead { arriving: Some(arriving), shared, id, name: read.name })
+        let arriving = Filling::begin_stripes(slot, &parts[..stripes.len()], open, |filling| {
+            let stripe = next.next().expect("one for each");
+            let part = self.send(filling, of(stripe));
+            match first {
+                None => first = Some(part),
+                Some(_) => pending.push(part),
+            }
+        });
+        let first = first.expect("an extent has a stripe");
+        Ok(PendingRead { arriving: Some(arriving), first, others: pending, name: read.name })
+    }
+
+    /// Hands a stripe to the I/O thread of its lane. If that has ended, so does the stripe.
+    fn send(&self, filling: Filling, read: ExtentRead) -> LaneRead {
+        let (lane, own) = self.places[usize::from(read.file)];
+        let shared = &self.lanes[lane].shared;
+        let id = shared.new_id();
+        let mut inbox = shared.lock_inbox();
+        if let Some(reason) = inbox.stopped.clone() {
+            drop(inbox);
+            filling.end(Err(ReadError::Stopped { reason }), self.waiters.next_end());
+            self.waiters.announce();
+        } else {
+            inbox.commands.push_back(Command::Read { id, filling, read: ExtentRead { file: own, ..read } });
+            drop(inbox);
+            shared.wake_thread();
+        }
+        LaneRead { shared: Arc::clone(shared), id }
+    }
+
+    fn check_all(&self, slot: &Slot, reads: impl Iterator<Item = ExtentRead>) -> Result<(), ReadError> {
+        let (mut bytes, mut stripes) = (0usize, 0);
+        for read in reads {
+            (bytes, stripes) = (bytes.saturating_add(read.len), stripes + 1);
+            self.check(slot, &read)?;
+            let ExtentRead { file, offset, len, name: extent, .. } = read;
+            if bytes > slot.capacity() {
+                return Err(ReadError::Request { extent, file, offset, len, rule: "it is larger than the slot" });
+            }
+            if stripes > STRIPES_MAX {
+                return Err(ReadError::Request { extent, file, offset, len, rule: "an extent has at most 16 stripes" });
+            }
+        }
+        Ok(())
     }
 
     fn check(&self, slot: &Slot, read: &ExtentRead) -> Result<(), ReadError> {
@@ -291,12 +369,24 @@ impl Drop for Scheduler {
 pub struct PendingRead {
     /// Taken only by `finish`, which consumes the read.
     arriving: Option<Arriving>,
-    shared: Arc<Shared>,
-    id: u64,
+    /// Its stripes: the first, and the others if there are any.
+    first: LaneRead,
+    others: Vec<LaneRead>,
     name: ExtentName,
 }
 
+/// A stripe that is read in a lane.
+#[derive(Debug)]
+struct LaneRead {
+    shared: Arc<Shared>,
+    id: u64,
+}
+
 impl PendingRead {
+    fn stripes(&self) -> impl Iterator<Item = &LaneRead> {
+        std::iter::once(&self.first).chain(&self.others)
+    }
+
     fn arriving(&self) -> &Arriving {
         match &self.arriving {
             Some(arriving) => arriving,
@@ -355,26 +445,26 @@ impl PendingRead {
     /// Blocks until at least `bytes` have arrived, or the read has ended.
     pub fn wait_prefix(&self, bytes: usize) {
         let enough = || (self.arrived_prefix() >= bytes || self.is_done()).then_some(());
-        self.shared.waiters.wait(enough);
+        self.first.shared.waiters.wait(enough);
     }
 
     /// Blocks until the read has ended.
     pub fn wait(&self) {
-        self.shared.waiters.wait(|| self.is_done().then_some(()));
+        self.first.shared.waiters.wait(|| self.is_done().then_some(()));
     }
 
     /// Asks for the read to end early. Chunks that the drive is already reading are awaited; the read then ends as
     /// [`ReadError::Cancelled`], or as ready if it was too late.
     pub fn cancel(&self) {
         if !self.is_done() {
-            self.shared.send(Command::Cancel(self.id));
+            self.stripes().for_each(|stripe| stripe.shared.send(Command::Cancel(stripe.id)));
         }
     }
 
-    /// Turns a prefetch read into a demand read.
+    /// Turns a read of another class into a demand read.
     pub fn promote(&self) {
         if !self.is_done() {
-            self.shared.send(Command::Promote(self.id));
+            self.stripes().for_each(|stripe| stripe.shared.send(Command::Promote(stripe.id)));
         }
     }
 
@@ -388,9 +478,17 @@ impl PendingRead {
             unreachable!("only `finish` takes it, and ends the life of the read")
         };
         arriving.finish().map_err(|(error, slot)| ReadFailure {
-            error: error.unwrap_or_else(|| Box::new(self.shared.stopped_error())),
+            error: error.unwrap_or_else(|| Box::new(self.stopped_error())),
             slot,
         })
+    }
+}
+
+impl PendingRead {
+    /// Why a read was lost: the reason of the lane that has ended.
+    fn stopped_error(&self) -> ReadError {
+        let has_ended = |stripe: &&LaneRead| stripe.shared.lock_inbox().stopped.is_some();
+        self.stripes().find(has_ended).unwrap_or(&self.first).shared.stopped_error()
     }
 }
 

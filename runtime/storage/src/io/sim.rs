@@ -34,6 +34,8 @@ pub enum FaultKind {
     Short,
     /// The read returns no bytes, as if the file had been cut off.
     Cut,
+    /// The read fails because the system gives no memory for its bytes.
+    NoMemory,
 }
 
 /// A fault: what, where and how often.
@@ -64,7 +66,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     faults: Vec<Fault>,
-    fired: [u64; 4],
+    fired: [u64; 5],
     short_permille: u32,
     /// How many more reads may complete; `None`: all of them.
     quota: Option<usize>,
@@ -211,6 +213,7 @@ impl SimEngine {
         let result = match fault {
             Some((FaultKind::Eio, _)) => Err(io::Error::from_raw_os_error(libc::EIO)),
             Some((FaultKind::Cut, _)) => Ok(0),
+            Some((FaultKind::NoMemory, _)) => Err(io::Error::from_raw_os_error(libc::ENOMEM)),
             _ => {
                 let short = matches!(fault, Some((FaultKind::Short, _)));
                 if (short || random_short) && len > PAGE_BYTES {

@@ -58,6 +58,14 @@ pub(crate) fn in_page_cache(file: &File, offset: u64, len: usize) -> Option<bool
     (result == 0).then(|| residency[..pages].iter().any(|page| page & 1 != 0))
 }
 
+/// Has a write beyond the limit on the size of files (`ulimit -f`) fail with an error, as one on a full drive does. Otherwise the system
+/// ends the process with a signal, wherever it is.
+pub fn survive_file_size_limit() {
+    // SAFETY: the signal exists, and to ignore it installs no code that could be run at any time. `signal` can only fail for signals that
+    // do not exist or cannot be ignored.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 /// Tells macOS not to keep what is read from this file in its cache.
 #[cfg(target_os = "macos")]
 pub(crate) fn set_no_cache(file: &File) -> io::Result<()> {

@@ -1,7 +1,9 @@
 //! The Linux read engine: one io_uring, one thread, direct reads into registered memory.
 //!
 //! Files and memory are registered with the kernel if its limits allow that, which saves a lookup and the pinning of
-//! pages per read. The plain path moves the same bytes; the engine's note says which one is in use and why.
+//! pages per read. Memory is registered piece by piece, once all slots of a piece have been filled: registering takes all
+//! pages of a piece from the system, and would do so for slots that may never be used. The plain path moves the same bytes; the
+//! engine's note says which one is in use and why.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -22,9 +24,8 @@ const WAKE_TAG: u64 = u64::MAX;
 /// The kernel's limit for one registered buffer.
 const BUFFER_BYTES_MAX: usize = 1 << 30;
 
-/// Distance between the starts of registered buffers of one mapping. They overlap by 16 MiB, so
-/// that every chunk lies within one of them.
-const BUFFER_STRIDE_BYTES: usize = BUFFER_BYTES_MAX - (16 << 20);
+/// The kernel's limit for the number of registered buffers.
+const BUFFERS_MAX: usize = 1 << 14;
 
 /// Reads through an io_uring.
 pub struct UringEngine {
@@ -33,10 +34,10 @@ pub struct UringEngine {
     /// The engine's own descriptors: they outlive the reads.
     files: Vec<File>,
     files_registered: bool,
-    /// The memory to be registered; none if that has failed.
-    regions: Vec<Region>,
-    /// The registered mappings.
-    buffers: Vec<Registered>,
+    /// The mappings whose pieces are registered; none if that is not possible.
+    buffers: Vec<Buffers>,
+    /// No more memory can be registered, until some has been given back.
+    full: bool,
     staged: VecDeque<ChunkRead>,
     /// Reads that were given to the kernel, by tag.
     issued: Vec<Option<ChunkRead>>,
@@ -45,19 +46,24 @@ pub struct UringEngine {
     wake_armed: bool,
 }
 
-/// A mapping that is registered with the kernel.
-struct Registered {
+/// The registered buffers of a mapping.
+struct Buffers {
     map: Arc<Mapping>,
-    /// Where its buffers begin in the kernel's table.
-    first: usize,
-    /// The mapping's number at the time when it was registered.
-    generation: u64,
+    /// Place of its first piece in the kernel's table.
+    first: u32,
+    /// [`Mapping::changes`] when its pieces were looked at.
+    seen: Option<u64>,
+    /// For each piece that has a place in the table: its generation when it was registered.
+    pieces: Vec<Option<u64>>,
 }
 
-impl Registered {
-    /// Whether the kernel has the pages that the mapping shows.
-    fn is_current(&self) -> bool {
-        self.generation == self.map.generation()
+impl Buffers {
+    /// The place in the kernel's table of the piece with this byte, if the kernel has the pages that the mapping shows.
+    fn place_of(&self, start: usize) -> Option<u16> {
+        let piece = self.map.piece_at(start);
+        let registered = self.pieces.get(piece).copied().flatten()?;
+        let is_current = registered == self.map.generation(piece);
+        is_current.then(|| u16::try_from(self.first as usize + piece).ok()).flatten()
     }
 }
 
@@ -78,7 +84,7 @@ impl UringEngine {
     pub fn new(files: &[DataFile], regions: &[Region], depth: usize) -> Result<Self, String> {
         let mut engine = Self::plain(files, depth)?;
         let files_note = engine.register_files();
-        let memory_note = engine.register_memory(regions);
+        let memory_note = engine.prepare_memory(regions);
         engine.info.note = format!("io_uring, {files_note}, {memory_note}");
         Ok(engine)
     }
@@ -102,8 +108,8 @@ impl UringEngine {
             ring,
             files: own.map_err(|error| format!("no more descriptors: {error}"))?,
             files_registered: false,
-            regions: Vec::new(),
             buffers: Vec::new(),
+            full: false,
             staged: VecDeque::with_capacity(depth),
             issued: (0..depth).map(|_| None).collect(),
             issued_count: 0,
@@ -123,60 +129,69 @@ impl UringEngine {
         }
     }
 
-    fn register_memory(&mut self, regions: &[Region]) -> String {
-        let mut vectors = Vec::new();
-        let mut buffers = Vec::new();
+    /// Makes a table for the pieces of these regions, and registers those that have memory.
+    fn prepare_memory(&mut self, regions: &[Region]) -> String {
+        let (mut buffers, mut places) = (Vec::with_capacity(regions.len()), 0);
         for Region { map } in regions {
-            let (map, generation) = (Arc::clone(map), map.generation());
-            buffers.push(Registered { map: Arc::clone(&map), first: vectors.len(), generation });
-            for start in (0..map.len()).step_by(BUFFER_STRIDE_BYTES) {
-                let len = BUFFER_BYTES_MAX.min(map.len() - start);
-                let base = map.address(start, len).as_ptr().cast();
-                vectors.push(libc::iovec { iov_base: base, iov_len: len });
-            }
+            let count = map.pieces().len().min(BUFFERS_MAX - places);
+            buffers.push(Buffers { map: Arc::clone(map), first: places as u32, seen: None, pieces: vec![None; count] });
+            places += count;
         }
-        if vectors.is_empty() {
+        if places == 0 {
             return "no memory to register".to_owned();
         }
-        // SAFETY: each vector is a range of a mapping that `self.buffers` keeps alive for as
-        // long as the ring: fields are dropped in order, the ring first. Registering pins the
-        // pages; bytes are written only by reads, each of which owns its range.
-        let result = unsafe { self.ring.submitter().register_buffers(&vectors) };
-        let bytes: usize = regions.iter().map(Region::len).sum();
-        match result {
-            Ok(()) => {
-                self.buffers = buffers;
-                self.regions = regions.to_vec();
-                "memory registered".to_owned()
-            }
-            Err(error) => format!("memory not registered ({})", explain_memory(&error, bytes)),
+        if let Err(error) = self.ring.submitter().register_buffers_sparse(places as u32) {
+            return format!("memory not registered ({error}; Linux 5.19 can)");
         }
+        self.buffers = buffers;
+        self.follow_memory();
+        explain_memory(regions.iter().map(|region| region.len() as u64).sum())
     }
 
-    /// Unregisters memory when parts of it have been given back to the system: the kernel would keep their old pages alive,
-    /// and read into those. Registers the memory again once all of it has been taken again.
+    /// Registers pieces whose slots all have memory by now, and unregisters those of which memory has been given back: the kernel
+    /// would keep their old pages alive, and read into those.
     fn follow_memory(&mut self) {
-        if !self.buffers.iter().all(Registered::is_current) {
-            // Kernels before 5.13 wait for everything in flight, the poll as well.
-            self.waker.wake();
-            if self.ring.submitter().unregister_buffers().is_ok() {
-                self.buffers.clear();
+        let mut buffers = std::mem::take(&mut self.buffers);
+        for Buffers { map, first, seen, pieces } in &mut buffers {
+            let changes = map.changes();
+            if seen.replace(changes) == Some(changes) {
+                continue;
+            }
+            for (piece, ((start, len), registered)) in map.pieces().zip(pieces).enumerate() {
+                let (place, generation) = (*first + piece as u32, map.generation(piece));
+                if registered.is_some_and(|registered| registered != generation) && self.set_buffer(place, None) {
+                    (*registered, self.full) = (None, false);
+                }
+                let wanted = registered.is_none() && !self.full && len <= BUFFER_BYTES_MAX && map.is_present(piece);
+                if wanted {
+                    match self.set_buffer(place, Some((map, start, len))) {
+                        true => *registered = Some(generation),
+                        false => self.full = true,
+                    }
+                }
             }
         }
-        if self.buffers.is_empty() && self.regions.iter().all(|region| region.map.is_whole()) {
-            // If memory cannot be registered now, this is not tried again.
-            let regions = std::mem::take(&mut self.regions);
-            self.register_memory(&regions);
-        }
+        self.buffers = buffers;
+    }
+
+    /// Registers a range of a mapping in a place of the table, or empties the place. Reads in flight keep the old buffer. False if
+    /// the kernel refuses.
+    fn set_buffer(&self, place: u32, range: Option<(&Arc<Mapping>, usize, usize)>) -> bool {
+        let (iov_base, iov_len) = match range {
+            Some((map, start, len)) => (map.address(start, len).as_ptr().cast(), len),
+            None => (std::ptr::null_mut(), 0),
+        };
+        let vector = [libc::iovec { iov_base, iov_len }];
+        // SAFETY: the vector is empty, or a range of a mapping that `self.buffers` keeps alive for as long as the ring: fields are
+        // dropped in order, the ring first. Registering pins the pages; bytes are written only by reads, each of which owns its
+        // range.
+        unsafe { self.ring.submitter().register_buffers_update(place, &vector, None) }.is_ok()
     }
 
     /// The index of the registered buffer that contains a read's memory, if there is one.
     fn buffer_index(&self, read: &ChunkRead) -> Option<u16> {
         let (map, start) = read.mem.place();
-        let known = self.buffers.iter().find(|known| Arc::ptr_eq(&known.map, map) && known.is_current())?;
-        let piece = start / BUFFER_STRIDE_BYTES;
-        let fits = start + read.mem.len() <= piece * BUFFER_STRIDE_BYTES + BUFFER_BYTES_MAX;
-        if fits { u16::try_from(known.first + piece).ok() } else { None }
+        self.buffers.iter().find(|buffers| Arc::ptr_eq(&buffers.map, map))?.place_of(start)
     }
 
     fn entry(&self, read: &ChunkRead) -> squeue::Entry {
@@ -319,15 +334,23 @@ fn explain_setup(error: &io::Error) -> String {
     }
 }
 
-fn explain_memory(error: &io::Error, bytes: usize) -> String {
+/// How memory is registered, where `bytes` may be filled in all.
+fn explain_memory(bytes: u64) -> String {
     use nix::sys::resource::{Resource, getrlimit};
-    let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map(|(soft, _)| soft);
-    match (error.raw_os_error(), limit) {
-        (Some(libc::ENOMEM), Ok(limit)) => format!(
-            "{} MiB of slots exceed the {} MiB that may be locked; `ulimit -l unlimited` lifts it",
-            bytes >> 20,
+    match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        Ok((limit, _)) if limit < bytes && !may_lock_all() => format!(
+            "memory registered as it is filled, up to the {} MiB that may be locked; `ulimit -l unlimited` lifts that",
             limit >> 20
         ),
-        _ => error.to_string(),
+        _ => "memory registered as it is filled".to_owned(),
     }
+}
+
+/// Whether the limit of locked memory does not apply to this process (`CAP_IPC_LOCK`).
+fn may_lock_all() -> bool {
+    const CAP_IPC_LOCK: u32 = 14;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let set = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
+    set.is_some_and(|set| (set >> CAP_IPC_LOCK) & 1 == 1)
 }

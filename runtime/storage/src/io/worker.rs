@@ -252,8 +252,7 @@ impl<'a> Worker<'a> {
         issued
     }
 
-    /// Chooses the next chunk: one of a demand read, or of a prefetch read only if no demand read has chunks to
-    /// issue.
+    /// Chooses the next chunk: one of a less urgent class only if no read of a more urgent one has chunks to issue.
     fn next_request(&mut self) -> Option<u32> {
         let active = &self.active;
         let mut issuable = |request: u32| match &active[request as usize] {
@@ -266,10 +265,13 @@ impl<'a> Worker<'a> {
             }
             _ => Issuable::Blocked,
         };
-        if let Some(request) = self.queue.next(Class::Demand, &mut issuable) {
-            return Some(request);
+        for class in [Class::Demand, Class::Certain] {
+            let next = self.queue.next(class, &mut issuable);
+            if next.is_some() || !self.queue.is_empty(class) {
+                return next;
+            }
         }
-        if !self.queue.demand_is_empty() || self.prefetch_flights >= self.config.prefetch_depth {
+        if self.prefetch_flights >= self.config.prefetch_depth {
             return None;
         }
         self.queue.next(Class::Prefetch, &mut issuable)
@@ -379,7 +381,12 @@ impl<'a> Worker<'a> {
         let (extent, file) = (active.read.name, usize::from(active.read.file));
         let offset = active.offset_of(flight.chunk, mem);
         let (path, len) = (self.shared.files[file].path.clone(), mem.len());
-        self.stop(flight.request, ReadError::Device { extent, path, offset, len, source });
+        let error = match source.raw_os_error() {
+            // Not the drive's fault: the slot's memory is taken from the system while it is filled.
+            Some(libc::ENOMEM | libc::EFAULT) => ReadError::Memory { extent, len, source },
+            _ => ReadError::Device { extent, path, offset, len, source },
+        };
+        self.stop(flight.request, error);
         false
     }
 
@@ -472,7 +479,9 @@ impl<'a> Worker<'a> {
         }
         let (expected, got) = (active.read.checksum, active.hasher.digest());
         if !verify || got == expected {
-            self.shared.counters.extents.fetch_add(1, Relaxed);
+            // An extent counts once, in the lane of its first stripe.
+            let extents = u64::from(active.filling.is_first());
+            self.shared.counters.extents.fetch_add(extents, Relaxed);
             self.end(request, Ok(()));
         } else if active.read_again {
             let ExtentRead { name: extent, offset, len, file, .. } = active.read;

@@ -1,6 +1,7 @@
 //! Dense extents, which every token needs.
 //!
-//! Those that fit are read once, at start, and stay. The others are streamed: every token needs them in the same order, so
+//! Those that fit are read once, from the start, in the order of use, and stay. A caller waits only for the extent that it needs,
+//! and verifies it while it arrives ([`super::load`]). The others are streamed: every token needs them in the same order, so
 //! the next one is known, and a ring of slots is always filled ahead of use. A streamed extent is handed out with its
 //! slot; when the guard is dropped, the slot goes back to the ring and the next read starts.
 
@@ -12,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use sluice_checksum::xxh3_64;
 
+use super::load::{Loader, Pinned};
 use super::unpack::Unpacker;
 use super::{DenseLocation, PoolError, Started, Workers};
-use crate::io::{Arena, Check, Class, ExtentRead, IoError, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
+use crate::io::{Arena, Check, Class, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
 
 /// Slots of the ring: one in use by each of the two extents that a feed-forward part needs at once, and two that are being
 /// filled meanwhile.
@@ -27,12 +29,13 @@ pub struct DenseHandle(pub u32);
 /// The dense extents: some in memory, the others streamed.
 #[derive(Debug)]
 pub struct DenseParts {
-    io: Arc<Scheduler>,
+    pub(super) io: Arc<Scheduler>,
     /// The extents that stay; `None` for those that are streamed.
-    pinned: Vec<Option<Slot>>,
-    locations: Vec<DenseLocation>,
+    pub(super) pinned: Vec<Option<Pinned>>,
+    pub(super) locations: Vec<DenseLocation>,
+    pub(super) loader: RefCell<Loader>,
     stream: RefCell<Stream>,
-    unpacker: RefCell<Unpacker>,
+    pub(super) unpacker: RefCell<Unpacker>,
     /// The memory has been given back to the system.
     away: bool,
 }
@@ -73,18 +76,18 @@ pub struct DenseMemory {
 /// Totals since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DenseStats {
-    /// Bytes of dense extents read, the first reading included.
+    /// Bytes of dense extents read, the first reading included. One that stays counts when it is asked for first.
     pub bytes_read: u64,
     /// Time in which [`DenseParts::dense`] was blocked.
     pub wait: Duration,
 }
 
 impl DenseParts {
-    /// Takes memory for the extents whose `pinned` is true, and for the ring if there are others. It can be registered with
-    /// an engine before anything is read.
+    /// Reserves addresses for the extents whose `pinned` is true, and for the ring if there are others. An engine can know them
+    /// before anything is read.
     ///
     /// # Errors
-    /// [`PoolError::Io`] if the system does not give the memory.
+    /// [`PoolError::Io`] if the system does not give the addresses.
     pub fn reserve(locations: &[DenseLocation], pinned: &[bool]) -> Result<DenseMemory, PoolError> {
         let len = |location: &DenseLocation| location.extent.memory_len() as usize;
         let stays = locations.iter().zip(pinned).filter(|(_, pinned)| **pinned);
@@ -103,12 +106,12 @@ impl DenseParts {
         Ok(DenseMemory { pinned: Arena::carve(sizes.into_iter(), "the dense parts")?, ring, staging })
     }
 
-    /// Reads the pinned extents into the memory that [`reserve`](Self::reserve) took for them, blocks until all of them
-    /// are in memory and verified, and starts streaming the others. Extent `i` has the handle `DenseHandle(i)`; handles
-    /// ascend in the order of use.
+    /// Starts to read the pinned extents into the memory that [`reserve`](Self::reserve) has addresses for, in this order, and to
+    /// stream the others. Blocks for nothing. Extent `i` has the handle `DenseHandle(i)`; handles ascend in the order of use.
     ///
     /// # Errors
-    /// [`PoolError::Read`] for the first extent of the list that cannot be read.
+    /// [`PoolError::Read`] for an extent whose read cannot even be queued, because the file ends before it, for instance. An extent
+    /// that turns out to be unreadable later is an error of [`dense`](Self::dense).
     ///
     /// # Panics
     /// If the memory was reserved for another list.
@@ -124,26 +127,23 @@ impl DenseParts {
         let mut places = Vec::with_capacity(locations.len());
         for (i, &pinned) in pinned.iter().enumerate() {
             if pinned {
-                places.push(Some(slots.next().expect("memory was reserved for this list")));
+                places.push(Some(Pinned::new(slots.next().expect("memory was reserved for this list"))));
             } else {
                 stream.order.push(DenseHandle(i as u32));
                 places.push(None);
             }
         }
-        let mut unpacker = Unpacker::new(Arc::new(Started), locations.iter().any(|l| l.extent.packed.is_some()));
-        let (bytes, failed) = read_all(io, &mut places, locations, &mut unpacker);
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        stream.bytes_read += bytes;
+        let unpacker = Unpacker::new(Arc::new(Started), locations.iter().any(|l| l.extent.packed.is_some()));
         let parts = DenseParts {
             io: Arc::clone(io),
             pinned: places,
             locations: locations.to_vec(),
+            loader: RefCell::default(),
             stream: RefCell::new(stream),
             unpacker: RefCell::new(unpacker),
             away: false,
         };
+        parts.start_loading()?;
         parts.top_up()?;
         Ok(parts)
     }
@@ -154,16 +154,20 @@ impl DenseParts {
     }
 
     /// The bytes of an extent, for as long as the guard lives. The ring expects calls in ascending order of handles,
-    /// again and again; any other order works, but then it reads ahead in vain.
+    /// again and again; any other order works, but then it reads ahead in vain. Blocks until the extent is in memory and verified.
     ///
     /// # Errors
-    /// [`PoolError::Read`] for a streamed extent that cannot be read.
+    /// [`PoolError::Read`] for an extent that cannot be read or is damaged. The next call reads it again.
     ///
     /// # Panics
     /// If there is no such extent, more than two guards of streamed extents live, or the memory has been given back.
     pub fn dense(&self, handle: DenseHandle) -> Result<DenseGuard<'_>, PoolError> {
         assert!(!self.away, "the dense parts have been given back");
-        if let Some(slot) = &self.pinned[handle.0 as usize] {
+        if let Some(pinned) = &self.pinned[handle.0 as usize] {
+            let slot = match pinned.slot() {
+                Some(slot) => slot,
+                None => self.wait_for(handle, pinned)?,
+            };
             return Ok(DenseGuard { bytes: Held::Pinned(slot), owner: self });
         }
         let in_order = self.stream.borrow().ahead.front().is_some_and(|next| next.handle == handle);
@@ -188,7 +192,7 @@ impl DenseParts {
                         stream.staging.push(read);
                         if let Err(error) = outcome {
                             stream.free.push(slot);
-                            return Err(error);
+                            return Err(error.into());
                         }
                         slot
                     }
@@ -202,10 +206,37 @@ impl DenseParts {
         }
     }
 
-    /// True if the extent stays in memory.
+    /// Waits for a pinned extent.
+    fn wait_for<'a>(&self, handle: DenseHandle, pinned: &'a Pinned) -> Result<&'a Slot, PoolError> {
+        let started = Instant::now();
+        let read = self.finish_loading(handle);
+        let mut stream = self.stream.borrow_mut();
+        stream.wait += started.elapsed();
+        stream.bytes_read += read?;
+        pinned.slot().ok_or(PoolError::NoSlots)
+    }
+
+    /// True if the extent stays in memory and all its bytes have come, so that asking for it does not wait for the drive.
     #[must_use]
-    pub fn is_pinned(&self, handle: DenseHandle) -> bool {
-        self.pinned[handle.0 as usize].is_some()
+    pub fn is_here(&self, handle: DenseHandle) -> bool {
+        self.pinned[handle.0 as usize].as_ref().is_some_and(Pinned::is_here)
+    }
+
+    /// Waits until all extents that stay are in memory and verified.
+    ///
+    /// # Errors
+    /// [`PoolError::Read`] for the first that cannot be read or is damaged.
+    pub fn wait_for_all(&self) -> Result<(), PoolError> {
+        let handles = (0..self.pinned.len()).filter(|&i| self.pinned[i].is_some());
+        handles.map(|i| DenseHandle(i as u32)).try_for_each(|handle| self.dense(handle).map(drop))
+    }
+
+    /// Bytes of memory that extents will take which are not in memory yet.
+    #[must_use]
+    pub fn missing_bytes(&self) -> u64 {
+        let each = self.pinned.iter().zip(&self.locations);
+        let missing = each.filter(|(pinned, _)| pinned.as_ref().is_some_and(|pinned| pinned.slot().is_none()));
+        missing.map(|(_, location)| location.extent.memory_len()).sum()
     }
 
     /// Drops what was read ahead and starts again at `handle`.
@@ -241,10 +272,12 @@ impl DenseParts {
     /// Gives all memory back to the system. Nothing can be asked for until [`take_again`](Self::take_again) has read it again.
     pub fn give_back(&mut self) {
         self.away = true;
+        self.stop_loading();
         let stream = self.stream.get_mut();
         stream.end_reads();
         // A system that does not take the pages keeps them.
-        let slots = self.pinned.iter_mut().flatten().chain(&mut stream.free).chain(&mut stream.staging);
+        let pinned = self.pinned.iter_mut().flatten().filter_map(Pinned::slot_mut);
+        let slots = pinned.chain(&mut stream.free).chain(&mut stream.staging);
         let given: Vec<_> = slots.map(Slot::give_back).collect();
         drop(given);
         self.io.wake();
@@ -256,27 +289,16 @@ impl DenseParts {
         self.away
     }
 
-    /// Takes again the memory that was given back, and reads its content again.
+    /// Starts to read again what was given back, as [`load`](Self::load) does.
     ///
     /// # Errors
-    /// [`PoolError::Io`] when the system does not give the memory, [`PoolError::Read`] for an extent that cannot be read. The memory
-    /// then still counts as given back.
+    /// As [`load`](Self::load). The memory then still counts as given back.
     pub fn take_again(&mut self) -> Result<(), PoolError> {
         if !self.away {
             return Ok(());
         }
-        let stream = self.stream.get_mut();
-        for slot in self.pinned.iter_mut().flatten().chain(&mut stream.free).chain(&mut stream.staging) {
-            let bytes = slot.capacity();
-            slot.take_again().map_err(|source| IoError::Memory { bytes, what: "the dense parts", source })?;
-        }
-        self.io.wake();
-        let (bytes, failed) = read_all(&self.io, &mut self.pinned, &self.locations, self.unpacker.get_mut());
-        stream.bytes_read += bytes;
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        stream.next = 0;
+        self.start_loading()?;
+        self.stream.get_mut().next = 0;
         self.away = false;
         self.top_up()
     }
@@ -326,76 +348,14 @@ impl Stream {
     }
 }
 
-/// Reads into all slots; returns the bytes read, and the error of the first extent that cannot be read. Compressed extents go through
-/// temporary staging slots, since nothing else needs memory yet.
-fn read_all(
-    io: &Scheduler,
-    places: &mut [Option<Slot>],
-    locations: &[DenseLocation],
-    unpacker: &mut Unpacker,
-) -> (u64, Option<PoolError>) {
-    let (mut bytes, mut failed) = (0, None);
-    let (packed, plain): (Vec<usize>, Vec<usize>) =
-        (0..places.len()).filter(|&i| places[i].is_some()).partition(|&i| locations[i].extent.packed.is_some());
-    let mut pending = Vec::with_capacity(plain.len());
-    for &i in &plain {
-        pending.extend(places[i].take().map(|slot| (i, io.submit(slot, read_of(&locations[i], Class::Demand)))));
-    }
-    for (i, read) in pending {
-        match read.and_then(PendingRead::finish) {
-            Ok(slot) => {
-                bytes += slot.bytes().len() as u64;
-                places[i] = Some(slot);
-            }
-            Err(ReadFailure { error, slot }) => {
-                places[i] = slot;
-                failed.get_or_insert((*error).into());
-            }
-        }
-    }
-    match read_packed(io, places, locations, &packed, unpacker) {
-        Ok(more) => bytes += more,
-        Err(error) => drop(failed.get_or_insert(error)),
-    }
-    (bytes, failed)
-}
-
-/// The same for the compressed extents, in this order.
-fn read_packed(
-    io: &Scheduler,
-    places: &mut [Option<Slot>],
-    locations: &[DenseLocation],
-    packed: &[usize],
-    unpacker: &mut Unpacker,
-) -> Result<u64, PoolError> {
-    let Some(longest) = packed.iter().map(|&i| locations[i].extent.len as usize).max() else { return Ok(0) };
-    let mut free = Arena::uniform(longest, RING_SLOTS.min(packed.len()), "compressed dense parts")?.into_slots();
-    let mut todo = packed.iter();
-    let mut reads: VecDeque<(usize, PendingRead)> = VecDeque::with_capacity(RING_SLOTS);
-    let mut bytes = 0;
-    loop {
-        while let Some(slot) = free.pop() {
-            let Some(&i) = todo.next() else { break };
-            reads.push_back((i, submit(io, slot, &locations[i], Class::Demand)?));
-        }
-        let Some((i, read)) = reads.pop_front() else { return Ok(bytes) };
-        let stored = read.finish().map_err(|failure| *failure.error)?;
-        bytes += stored.bytes().len() as u64;
-        if let Some(slot) = &mut places[i] {
-            unpack(io, &locations[i], unpacker, &stored, slot)?;
-        }
-        free.push(stored);
-    }
-}
-
 /// Decompresses an extent and compares the checksum of the result.
-fn unpack(
+pub(super) fn unpack(
     io: &Scheduler,
     location: &DenseLocation,
     unpacker: &mut Unpacker,
     stored: &Slot,
     slot: &mut Slot,
-) -> Result<(), PoolError> {
+) -> Result<(), ReadError> {
     let DenseLocation { extent, name } = location;
     let Some(packed) = &extent.packed else { return Ok(()) };
     let outcome = unpacker.unpack(stored.bytes(), packed, slot).and_then(|()| {
@@ -404,25 +364,12 @@ fn unpack(
     });
     outcome.map_err(|problem| {
         let (extent, path, offset, len) = (*name, io.path(extent.file).to_owned(), extent.offset, extent.len as usize);
-        ReadError::Code { extent, path, offset, len, problem }.into()
+        ReadError::Code { extent, path, offset, len, problem }
     })
 }
 
 fn submit(io: &Scheduler, slot: Slot, location: &DenseLocation, class: Class) -> Result<PendingRead, PoolError> {
-    io.submit(slot, read_of(location, class)).map_err(|failure| (*failure.error).into())
-}
-
-fn read_of(location: &DenseLocation, class: Class) -> ExtentRead {
-    let DenseLocation { extent, name } = *location;
-    ExtentRead {
-        file: extent.file,
-        offset: extent.offset,
-        len: extent.len as usize,
-        checksum: extent.checksum,
-        class,
-        check: Check::Here,
-        name,
-    }
+    location.submit(io, slot, class, Check::Here).map_err(|failure| (*failure.error).into())
 }
 
 /// Keeps a dense extent in memory while it is used.

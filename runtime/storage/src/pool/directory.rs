@@ -1,22 +1,28 @@
 //! Where every expert is in the files.
 
-use super::PoolError;
+use std::sync::Arc;
+
 use super::policy::{Key, Shape};
-use crate::io::{ExtentName, PAGE_BYTES};
+use super::{PoolError, SlotPlan};
+use crate::io::{
+    Check, Class, ExtentName, ExtentRead, PAGE_BYTES, PendingRead, ReadFailure, Scheduler, Slot, StripeRead,
+};
 
 /// Where an extent is, and the checksum of its bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExtentLocation {
-    /// Index of the file.
+    /// Index of the file; of an extent with several stripes, of that of the first.
     pub file: u16,
     /// Byte offset in the file, a multiple of the page size.
     pub offset: u64,
     /// Stored bytes, a multiple of the page size.
     pub len: u64,
-    /// xxh3-64 of the stored bytes.
+    /// xxh3-64 of the stored bytes; of a compressed extent with several stripes it does not matter.
     pub checksum: u64,
     /// The decompressed bytes, if they are compressed.
     pub packed: Option<Packed>,
+    /// Its stripes, if it has several.
+    pub stripes: Option<Arc<[StripeRead]>>,
 }
 
 /// The decompressed bytes of a compressed extent ([`sluice_format::planes`]).
@@ -31,6 +37,24 @@ pub struct Packed {
 }
 
 impl ExtentLocation {
+    /// Queues its read into a slot.
+    pub(super) fn submit(
+        &self,
+        io: &Scheduler,
+        slot: Slot,
+        class: Class,
+        check: Check,
+        name: ExtentName,
+    ) -> Result<PendingRead, ReadFailure> {
+        let len = usize::try_from(self.len).unwrap_or(usize::MAX);
+        let read =
+            ExtentRead { file: self.file, offset: self.offset, len, checksum: self.checksum, class, check, name };
+        match &self.stripes {
+            None => io.submit(slot, read),
+            Some(stripes) => io.submit_stripes(slot, read, stripes),
+        }
+    }
+
     /// Bytes in memory.
     #[must_use]
     pub fn memory_len(&self) -> u64 {
@@ -45,12 +69,25 @@ impl ExtentLocation {
 }
 
 /// A dense extent: where it is, and its name in messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DenseLocation {
     /// Where it is.
     pub extent: ExtentLocation,
     /// What it is.
     pub name: ExtentName,
+}
+
+impl DenseLocation {
+    /// Queues its read into a slot.
+    pub(super) fn submit(
+        &self,
+        io: &Scheduler,
+        slot: Slot,
+        class: Class,
+        check: Check,
+    ) -> Result<PendingRead, ReadFailure> {
+        self.extent.submit(io, slot, class, check, self.name)
+    }
 }
 
 /// One routed expert of one layer.
@@ -74,6 +111,8 @@ pub struct ExpertDirectory {
     /// By routed layer: the layer of the model.
     layers: Vec<u32>,
     experts: u32,
+    /// By routed layer: bytes of the largest expert in memory.
+    layer_bytes: Vec<usize>,
     slot_bytes: usize,
     staging_bytes: usize,
 }
@@ -96,11 +135,13 @@ impl ExpertDirectory {
             routed: vec![None; layers.len()],
             layers: routed_layers,
             experts: layers.iter().map(|l| l.len() as u32).sum(),
+            layer_bytes: Vec::with_capacity(layers.len()),
             slot_bytes: 0,
             staging_bytes: 0,
         };
         for (number, &layer) in (0u32..).zip(&directory.layers) {
             directory.routed[layer as usize] = Some(number);
+            directory.layer_bytes.push(0);
             for (expert, location) in (0u32..).zip(&layers[layer as usize]) {
                 let len = usize::try_from(location.len).unwrap_or(usize::MAX);
                 if len == 0 || !len.is_multiple_of(PAGE_BYTES) {
@@ -110,11 +151,13 @@ impl ExpertDirectory {
                 if in_memory == 0 || !in_memory.is_multiple_of(PAGE_BYTES) {
                     return Err(refuse("an expert's length in memory has to be a multiple of 4096"));
                 }
+                let largest = &mut directory.layer_bytes[number as usize];
+                *largest = in_memory.max(*largest);
                 directory.slot_bytes = directory.slot_bytes.max(in_memory);
                 if location.packed.is_some() {
                     directory.staging_bytes = directory.staging_bytes.max(len);
                 }
-                directory.locations[directory.shape.key(number, expert).index()] = Some(*location);
+                directory.locations[directory.shape.key(number, expert).index()] = Some(location.clone());
             }
         }
         Ok(directory)
@@ -144,10 +187,21 @@ impl ExpertDirectory {
         self.staging_bytes
     }
 
-    /// Bytes of a slot: the largest expert's.
+    /// Bytes of the largest expert in memory, and so of a slot that holds any.
     #[must_use]
     pub fn slot_bytes(&self) -> usize {
         self.slot_bytes
+    }
+
+    /// Bytes of the largest expert of every routed layer in memory.
+    pub fn layer_bytes(&self) -> impl Iterator<Item = usize> {
+        self.layer_bytes.iter().copied()
+    }
+
+    /// Slots that hold any expert, at most one for each.
+    #[must_use]
+    pub fn uniform_slots(&self, slots: usize) -> SlotPlan {
+        SlotPlan::uniform(self.slot_bytes as u64, slots, self.experts as usize)
     }
 
     /// The number of a routed layer, counting only those.
@@ -178,13 +232,19 @@ impl ExpertDirectory {
         ExpertKey { layer: self.layers[layer as usize], expert }
     }
 
+    /// Whether there is an expert with this index: layers can have fewer than the largest.
+    #[must_use]
+    pub fn exists(&self, index: Key) -> bool {
+        self.locations[index.index()].is_some()
+    }
+
     /// Where the expert with this index is.
     ///
     /// # Panics
     /// If there is no such expert.
     #[must_use]
-    pub fn location(&self, index: Key) -> ExtentLocation {
-        self.locations[index.index()].expect("an index comes from an expert that exists")
+    pub fn location(&self, index: Key) -> &ExtentLocation {
+        self.locations[index.index()].as_ref().expect("an index comes from an expert that exists")
     }
 
     /// Sets the same stored bytes for every expert, whatever the files say. `packed` describes the decompressed bytes, if they are
@@ -197,7 +257,8 @@ impl ExpertDirectory {
         let checksum = sluice_checksum::xxh3_64(contents);
         let len = contents.len() as u64;
         for location in self.locations.iter_mut().flatten() {
-            let held = ExtentLocation { len, checksum, packed, ..*location };
+            let stripes = location.stripes.as_deref().map(|stripes| hold_striped(stripes, contents));
+            let held = ExtentLocation { len, checksum, packed, stripes, ..*location };
             if location.memory_len() != held.memory_len() {
                 return Err(PoolError::Directory { rule: "on a simulated drive, all experts have one length" });
             }
@@ -210,8 +271,40 @@ impl ExpertDirectory {
     /// Where the experts are: index of the file and range of bytes, in no order.
     #[cfg(feature = "sim")]
     pub(super) fn places(&self) -> Vec<(u16, std::ops::Range<u64>)> {
-        self.locations.iter().flatten().map(|l| (l.file, l.offset..l.offset + l.len)).collect()
+        let mut places = Vec::with_capacity(self.locations.len());
+        for location in self.locations.iter().flatten() {
+            match location.stripes.as_deref() {
+                None => places.push((location.file, location.offset..location.offset + location.len)),
+                Some(stripes) => places.extend(stripes.iter().map(|s| (s.file, s.offset..s.offset + s.len as u64))),
+            }
+        }
+        places
     }
+
+    /// Whether experts have stripes in several files.
+    #[cfg(feature = "sim")]
+    pub(super) fn is_striped(&self) -> bool {
+        self.locations.iter().flatten().any(|location| location.stripes.is_some())
+    }
+}
+
+/// The stripes of an expert that has other stored bytes than the files say: the same parts of them.
+#[cfg(feature = "sim")]
+fn hold_striped(stripes: &[StripeRead], contents: &[u8]) -> Arc<[StripeRead]> {
+    let before: usize = stripes.iter().map(|stripe| stripe.len).sum();
+    let (mut of_before, mut start) = (0, 0);
+    let mut held = Vec::with_capacity(stripes.len());
+    for stripe in stripes {
+        of_before += stripe.len;
+        let pages = (contents.len() / PAGE_BYTES) as u128 * of_before as u128 / before.max(1) as u128;
+        let end = pages as usize * PAGE_BYTES;
+        if end > start {
+            let bytes = &contents[start..end];
+            held.push(StripeRead { len: bytes.len(), checksum: sluice_checksum::xxh3_64(bytes), ..*stripe });
+            start = end;
+        }
+    }
+    held.into()
 }
 
 #[cfg(test)]
@@ -219,7 +312,7 @@ mod tests {
     use super::*;
 
     fn location(len: u64) -> ExtentLocation {
-        ExtentLocation { file: 0, offset: 0, len, checksum: 0, packed: None }
+        ExtentLocation { file: 0, offset: 0, len, checksum: 0, packed: None, stripes: None }
     }
 
     #[test]

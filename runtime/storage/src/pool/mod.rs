@@ -13,11 +13,16 @@
 //! turn comes, by the threads that wait for it. So it has no parts that are handed out early. It is settled like the others: its
 //! decompressed bytes must have their checksum as well.
 //!
+//! Slots can have several sizes, where experts do ([`SlotPlan`]). All experts of a layer go into slots of one size; slots of one
+//! size are a size class.
+//!
 //! Everything is allocated when the pool is made; a pass allocates nothing.
 
+mod classes;
 mod dense;
 mod directory;
 mod error;
+mod load;
 mod order;
 mod parts;
 pub mod policy;
@@ -27,12 +32,15 @@ mod sectors;
 mod settle;
 mod storage;
 mod unpack;
+mod warm;
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use sluice_checksum::xxh3_64;
 
+pub use classes::{LEAST_SLOTS, LayerSize, SlotClass, SlotPlan};
 pub use dense::{DenseGuard, DenseHandle, DenseParts, DenseStats, RING_SLOTS};
 pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation, Packed};
 pub use error::PoolError;
@@ -48,7 +56,8 @@ use self::policy::Pass;
 use self::prefetch::Prefetches;
 use self::settle::Verdict;
 use self::unpack::Unpacker;
-use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
+use self::warm::Warming;
+use crate::io::{Arena, Check, Class, ExtentName, PendingRead, ReadError, ReadFailure, Scheduler, Slot};
 
 /// The table's entry for an expert that has no slot.
 const ABSENT: u32 = u32::MAX;
@@ -72,6 +81,10 @@ pub struct PoolStats {
     pub prefetched_used: u64,
     /// Of these, lost their slot, or were given up, without having been requested.
     pub prefetched_wasted: u64,
+    /// Experts read while there was nothing to do ([`Pool::warm`]).
+    pub warmed: u64,
+    /// How often a slot without memory was filled, and took some.
+    pub new_slots: u64,
 }
 
 /// The router's choice, in the form that policies need.
@@ -113,6 +126,25 @@ impl Content {
     }
 }
 
+/// The slots of a size class. Their numbers follow each other.
+struct Slots {
+    /// Bytes of each.
+    bytes: usize,
+    /// Their numbers.
+    numbers: Range<u32>,
+    /// Empty ones that can be filled; those with memory at the end.
+    free: Vec<u32>,
+    /// Empty ones whose memory has been given back to the system; not free.
+    away: Vec<u32>,
+}
+
+impl Slots {
+    /// Those that may have memory.
+    fn count(&self) -> usize {
+        self.numbers.len() - self.away.len()
+    }
+}
+
 /// The expert slots, and what is in them.
 pub struct Pool {
     io: Arc<Scheduler>,
@@ -121,14 +153,18 @@ pub struct Pool {
     slots: Vec<Content>,
     /// Slot of each expert, or [`ABSENT`].
     table: Vec<u32>,
-    free: Vec<u32>,
-    /// Empty slots whose memory has been given back to the system; not free.
-    away: Vec<u32>,
+    /// Of each size class the slots, ascending by size.
+    classes: Vec<Slots>,
+    /// The size class of each routed layer.
+    class_of_layer: Vec<u8>,
+    /// How many bytes free slots without memory may take.
+    new_bytes: u64,
     /// Staging slots that no read is using.
     staging: Vec<Slot>,
     unpacker: Unpacker,
     pass: PassState,
     prefetches: Prefetches,
+    warming: Warming,
     stats: PoolStats,
 }
 
@@ -150,47 +186,57 @@ struct PassState {
 }
 
 impl Pool {
-    /// Takes memory for `slots` slots, at most one per expert.
+    /// Reserves addresses for slots. Each takes memory when it is filled first.
     ///
     /// # Errors
     /// [`PoolError::NoRoom`] without a slot for a model with experts, [`PoolError::Io`] if the system does not
-    /// give the memory.
-    pub fn reserve(directory: &ExpertDirectory, slots: usize) -> Result<Arena, PoolError> {
-        let slots = slots.min(directory.len() as usize);
-        if slots == 0 && !directory.is_empty() {
+    /// give the addresses.
+    pub fn reserve(directory: &ExpertDirectory, slots: &SlotPlan) -> Result<Arena, PoolError> {
+        if slots.slots() == 0 && !directory.is_empty() {
             return Err(PoolError::NoRoom);
         }
-        Ok(Arena::uniform(directory.slot_bytes(), slots, "experts")?)
+        let sizes = slots
+            .classes()
+            .iter()
+            .flat_map(|class| std::iter::repeat_n(usize::try_from(class.len).unwrap_or(usize::MAX), class.slots));
+        Ok(Arena::carve(sizes, "experts")?)
     }
 
-    /// Takes memory for `slots` staging slots, at least two where experts are compressed: one is decompressed while one is read.
+    /// Reserves addresses for `slots` staging slots, at least two where experts are compressed: one is decompressed while one is
+    /// read.
     ///
     /// # Errors
-    /// [`PoolError::Io`] if the system does not give the memory.
+    /// [`PoolError::Io`] if the system does not give the addresses.
     pub fn reserve_staging(directory: &ExpertDirectory, slots: usize) -> Result<Arena, PoolError> {
         let slots = if directory.staging_bytes() == 0 { 0 } else { slots.clamp(2, 2.max(directory.len() as usize)) };
         Ok(Arena::uniform(directory.staging_bytes(), slots, "compressed experts")?)
     }
 
-    /// A pool on the memory that [`reserve`](Self::reserve) and [`reserve_staging`](Self::reserve_staging) took. All slots are empty. The policy is for
+    /// A pool on what [`reserve`](Self::reserve) and [`reserve_staging`](Self::reserve_staging) reserved. All slots are empty. The policy is for
     /// [`ExpertDirectory::shape`].
     ///
     /// # Panics
     /// If the arenas' slots are smaller than an expert, or there are none for a model that has
-    /// experts.
+    /// experts, or the sizes of slots do not ascend.
     #[must_use]
     pub fn new(
         io: Arc<Scheduler>,
         arena: Arena,
         staging: Arena,
         directory: ExpertDirectory,
-        policy: Box<dyn Policy>,
+        mut policy: Box<dyn Policy>,
     ) -> Pool {
-        let slots: Vec<Content> = arena.into_slots().into_iter().map(Content::Empty).collect();
-        let large_enough =
-            |content: &Content| matches!(content, Content::Empty(slot) if slot.capacity() >= directory.slot_bytes());
-        assert!(slots.iter().all(large_enough), "slots are smaller than an expert");
+        let slots = arena.into_slots();
         assert!(!slots.is_empty() || directory.is_empty(), "a pool without slots");
+        let classes = size_classes(&slots);
+        let class_of_layer = directory.layer_bytes().map(|bytes| {
+            let class = classes.partition_point(|class| class.bytes < bytes);
+            assert!(class < classes.len(), "slots are smaller than an expert");
+            class as u8
+        });
+        let class_of_layer: Vec<u8> = class_of_layer.collect();
+        policy.classify(&class_of_layer);
+        let slots: Vec<Content> = slots.into_iter().map(Content::Empty).collect();
         let staging = staging.into_slots();
         let packed = directory.staging_bytes() > 0;
         let staged = staging.iter().all(|slot| slot.capacity() >= directory.staging_bytes());
@@ -207,9 +253,11 @@ impl Pool {
             io,
             policy,
             table: vec![ABSENT; directory.shape().keys()],
-            free: (0..slots.len() as u32).rev().collect(),
-            away: Vec::with_capacity(slots.len()),
+            classes,
+            class_of_layer,
+            new_bytes: u64::MAX,
             prefetches: Prefetches::new(slots.len(), directory.shape().keys()),
+            warming: Warming::default(),
             slots,
             staging,
             unpacker: Unpacker::new(Arc::new(Serial), packed),
@@ -291,6 +339,7 @@ impl Pool {
         routing: &Routing<'_>,
     ) -> Result<LayerPass<'_>, PoolError> {
         assert!(experts.is_sorted_by(|a, b| a < b), "experts have to be strictly ascending");
+        self.stop_warming();
         // Only a pass that was leaked instead of dropped leaves anything to do here.
         self.end_pass();
         self.settle_prefetches();
@@ -340,7 +389,7 @@ impl Pool {
             if !self.can_stage(expert) {
                 return;
             }
-            let Some(number) = self.vacate() else { return };
+            let Some(number) = self.vacate(self.class_of(expert)) else { return };
             self.pass.todo.pop_front();
             let damaged = self.pass.damaged.iter().position(|&damaged| damaged == expert);
             let check = match damaged {
@@ -378,22 +427,14 @@ impl Pool {
         let Content::Empty(slot) = self.slots[number as usize].take() else { unreachable!("a vacated slot is empty") };
         let location = self.directory.location(expert);
         let ExpertKey { layer, expert: id } = self.directory.key(expert);
+        let name = ExtentName::expert(layer, id);
         let (slot, target) = match location.packed {
             Some(_) => (self.staging.pop().expect("whoever starts a read has made sure of it"), Some(slot)),
             None => (slot, None),
         };
-        let read = ExtentRead {
-            file: location.file,
-            offset: location.offset,
-            len: usize::try_from(location.len).unwrap_or(usize::MAX),
-            checksum: location.checksum,
-            class,
-            // The stored bytes must be right before they are decompressed; the receiver verifies the decompressed
-            // ones.
-            check: if target.is_some() && check == Check::ByReceiver { Check::Here } else { check },
-            name: ExtentName::expert(layer, id),
-        };
-        match self.io.submit(slot, read) {
+        // The stored bytes must be right before they are decompressed; the receiver verifies the decompressed ones.
+        let verified = if target.is_some() && check == Check::ByReceiver { Check::Here } else { check };
+        match location.submit(&self.io, slot, class, verified, name) {
             Ok(read) => {
                 self.slots[number as usize] = Content::Loading { expert, read, check, target };
                 self.table[expert.index()] = number;
@@ -408,12 +449,31 @@ impl Pool {
         }
     }
 
-    /// An empty slot, by eviction if need be; `None` if every slot is in use.
-    fn vacate(&mut self) -> Option<u32> {
-        if let Some(number) = self.free.pop() {
-            return Some(number);
+    /// The size class of an expert's slot.
+    fn class_of(&self, expert: Key) -> u8 {
+        self.class_of_layer[self.directory.shape().expert(expert).0 as usize]
+    }
+
+    /// The slots of the size of this one.
+    fn class_of_slot(&mut self, number: u32) -> &mut Slots {
+        let at = self.classes.partition_point(|class| class.numbers.end <= number);
+        &mut self.classes[at]
+    }
+
+    /// An empty slot of a size class, by eviction if need be; `None` if every slot is in use.
+    fn vacate(&mut self, class: u8) -> Option<u32> {
+        // Slots with memory are at the end of the list.
+        let slots = &self.classes[usize::from(class)];
+        if let Some(&number) = slots.free.last() {
+            let is_new = self.is_absent(number);
+            let bytes = slots.bytes as u64;
+            if !is_new || self.new_bytes >= bytes || !self.is_in_use(class) {
+                self.new_bytes = self.new_bytes.saturating_sub(if is_new { bytes } else { 0 });
+                self.stats.new_slots += u64::from(is_new);
+                return self.classes[usize::from(class)].free.pop();
+            }
         }
-        let victim = self.policy.victim()?;
+        let victim = self.policy.victim_in(class)?;
         self.policy.evict(victim);
         self.stats.evictions += 1;
         self.count_wasted(victim);
@@ -424,6 +484,14 @@ impl Pool {
             other => panic!("the policy chose {victim:?}, which is in use or absent: {other:?}"),
         }
         Some(number)
+    }
+
+    /// Whether there is anything in any slot of a size class, or on its way.
+    fn is_in_use(&self, class: u8) -> bool {
+        let Range { start, end } = self.classes[usize::from(class)].numbers;
+        self.slots[start as usize..end as usize]
+            .iter()
+            .any(|content| matches!(content, Content::Loading { .. } | Content::Resident { .. }))
     }
 
     /// Marks the slot of a read as free, and the staging slot `read` if there is another `target`.
@@ -441,7 +509,7 @@ impl Pool {
     fn put_back(&mut self, number: u32, slot: Option<Slot>) {
         if let Some(slot) = slot {
             self.slots[number as usize] = Content::Empty(slot);
-            self.free.push(number);
+            self.class_of_slot(number).free.push(number);
         }
     }
 
@@ -547,7 +615,7 @@ impl Pool {
             if self.pass.todo.is_empty() {
                 return Ok(None);
             }
-            if !self.reclaim_prefetch() {
+            if !self.reclaim_for_pass() {
                 return Err(PoolError::NoSlots);
             }
         }
@@ -599,6 +667,25 @@ impl Pool {
             }
         }
     }
+}
+
+/// The slots of an arena by size.
+fn size_classes(slots: &[Slot]) -> Vec<Slots> {
+    let mut first = 0;
+    let classes = slots.chunk_by(|a, b| a.capacity() == b.capacity()).map(|slots| {
+        let numbers = first..first + slots.len() as u32;
+        first = numbers.end;
+        Slots {
+            bytes: slots[0].capacity(),
+            free: numbers.clone().rev().collect(),
+            away: Vec::with_capacity(slots.len()),
+            numbers,
+        }
+    });
+    let classes: Vec<Slots> = classes.collect();
+    assert!(classes.is_sorted_by(|a, b| a.bytes < b.bytes), "the sizes of slots have to ascend");
+    assert!(classes.len() <= usize::from(u8::MAX), "too many sizes of slots");
+    classes
 }
 
 /// One pass over one layer. Dropping it ends the pass; what was read stays in the pool.

@@ -40,7 +40,7 @@ impl Pool {
                     let before = self.pass.todo.len();
                     self.submit_missing();
                     let stuck = self.pass.todo.len() == before && self.pass.failed.is_none();
-                    if stuck && !self.reclaim_prefetch() && !self.land_one()? && !self.give_up_last() {
+                    if stuck && !self.reclaim_for_pass() && !self.land_one()? && !self.give_up_last() {
                         return Err(PoolError::NoSlots);
                     }
                 }

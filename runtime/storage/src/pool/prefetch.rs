@@ -21,7 +21,7 @@ pub(super) struct Prefetches {
     given_up: Vec<bool>,
     /// For each expert, whether it was prefetched and has not been requested since.
     unproven: Vec<bool>,
-    /// Slots that are reserved for passes: a pool as small as this does not prefetch.
+    /// Slots of a size that are reserved for passes: where there are fewer, none of them is prefetched into.
     least_slots: usize,
 }
 
@@ -42,11 +42,13 @@ impl Pool {
         self.settle_prefetches();
         for &expert in experts {
             // Experts for which a caller waits come first, also for slots.
-            let room = self.prefetches.open.len() < OPEN_MAX && self.slot_count() >= self.prefetches.least_slots;
+            let index = self.directory.index(ExpertKey { layer, expert });
+            let class = self.class_of(index);
+            let slots = self.classes[usize::from(class)].count();
+            let room = self.prefetches.open.len() < OPEN_MAX && slots >= self.prefetches.least_slots;
             if !room || !self.pass.todo.is_empty() {
                 return;
             }
-            let index = self.directory.index(ExpertKey { layer, expert });
             if self.table[index.index()] != ABSENT {
                 continue;
             }
@@ -55,7 +57,7 @@ impl Pool {
             if staged && self.staging.len() < 2 {
                 return;
             }
-            let Some(number) = self.vacate() else { return };
+            let Some(number) = self.vacate(class) else { return };
             // A read that cannot be submitted now fails again when the expert is requested, and then a caller gets
             // the error.
             if self.start_read(number, index, Class::Prefetch, Check::ByReceiver).is_ok() {
@@ -130,14 +132,33 @@ impl Pool {
         }
     }
 
-    /// Ends one prefetch to free its slot; false if there is none.
-    pub(super) fn reclaim_prefetch(&mut self) -> bool {
+    /// Ends one prefetch to free a slot, or a staging slot, for the next expert of the pass; false if there is none.
+    pub(super) fn reclaim_for_pass(&mut self) -> bool {
+        let class = self.pass.todo.front().map(|&expert| self.class_of(expert));
+        class.is_some_and(|class| self.reclaim_prefetch(class)) || self.reclaim_any_prefetch()
+    }
+
+    /// Ends one prefetch to free its slot of this size class; false if there is none.
+    pub(super) fn reclaim_prefetch(&mut self, class: u8) -> bool {
+        let numbers = &self.classes[usize::from(class)].numbers;
+        let Some(at) = self.prefetches.open.iter().rposition(|number| numbers.contains(number)) else { return false };
+        let number = self.prefetches.open.remove(at);
+        self.end_open(number);
+        true
+    }
+
+    /// Ends one prefetch; false if there is none.
+    fn reclaim_any_prefetch(&mut self) -> bool {
         let Some(number) = self.prefetches.open.pop() else { return false };
+        self.end_open(number);
+        true
+    }
+
+    fn end_open(&mut self, number: u32) {
         if let Content::Loading { read, .. } = &self.slots[number as usize] {
             read.cancel();
         }
         self.end_prefetch(number);
-        true
     }
 
     pub(super) fn count_used(&mut self, index: Key) {

@@ -1,11 +1,10 @@
-//! How many slots have memory: a pool can give memory back to the system while it runs, and take it again.
+//! How many slots may have memory: a pool can give memory back to the system while it runs, and take it again.
 //!
-//! The experts that leave are those that the policy would evict next. Slots without memory keep their addresses.
+//! The experts that leave are those that the policy would evict next. Slots without memory keep their addresses. A slot takes
+//! memory when it is filled, so others can have taken what the system had when the pool was made:
+//! [`Pool::limit_new_memory`] says how much they may still take.
 
-use std::io;
-
-use super::{Content, Pool, PoolError};
-use crate::io::IoError;
+use super::{Content, Pool, Slots};
 
 impl Pool {
     /// Number of slots with which the pool was made.
@@ -14,58 +13,90 @@ impl Pool {
         self.slots.len()
     }
 
-    /// Slots that have memory.
+    /// Slots that may have memory.
     #[must_use]
     pub fn slot_count(&self) -> usize {
-        self.slots.len() - self.away.len()
+        self.classes.iter().map(Slots::count).sum()
     }
 
-    /// Gives memory back to the system, or takes it again, until `slots` slots have memory, but at most those with which the
-    /// pool was made. Call it between passes. Prefetches are ended if their slots are needed.
-    ///
-    /// # Errors
-    /// [`PoolError::Io`] when the system does not give memory; [`slot_count`](Self::slot_count) says how far it went.
-    pub fn resize(&mut self, slots: usize) -> Result<(), PoolError> {
+    /// The same of each size, ascending by size.
+    pub fn slot_counts(&self) -> impl Iterator<Item = usize> {
+        self.classes.iter().map(Slots::count)
+    }
+
+    /// Empty slots that have no memory and may take some: those that have never been filled, above all.
+    #[must_use]
+    pub fn unfilled(&self) -> usize {
+        self.classes.iter().flat_map(|class| &class.free).filter(|&&number| self.is_absent(number)).count()
+    }
+
+    /// Lets slots without memory take at most this many bytes from now on. Beyond that, experts leave slots that have memory, as if the
+    /// others did not exist; only if no slot of a size is in use, one takes memory all the same, because a pass needs one.
+    pub fn limit_new_memory(&mut self, bytes: u64) {
+        self.new_bytes = bytes;
+    }
+
+    pub(super) fn is_absent(&self, number: u32) -> bool {
+        matches!(&self.slots[number as usize], Content::Empty(slot) if slot.is_absent())
+    }
+
+    /// Gives memory back to the system, or allows to take it again, until `slots` slots of each size may have memory, ascending by size,
+    /// but at most those with which the pool was made; sizes that are not listed have none. Call it between passes. Prefetches are
+    /// ended if their slots are needed.
+    pub fn resize(&mut self, slots: &[usize]) {
+        self.stop_warming();
         self.end_pass();
         self.settle_prefetches();
-        while self.slot_count() > slots {
+        for class in (0u8..).take(self.classes.len()) {
+            self.resize_class(class, slots.get(usize::from(class)).copied().unwrap_or(0));
+        }
+        if self.slot_count() == 0 {
+            // If the system does not take the pages, they stay in memory.
+            self.staging.iter_mut().for_each(|slot| _ = slot.give_back());
+        }
+        self.io.wake();
+    }
+
+    fn resize_class(&mut self, class: u8, slots: usize) {
+        let at = usize::from(class);
+        self.drop_unfilled(at, self.classes[at].count().saturating_sub(slots));
+        while self.classes[at].count() > slots {
             // Nothing is pinned between passes: a slot that is not available is lost with the I/O thread.
-            let Some(number) = self.vacate().or_else(|| self.reclaim_prefetch().then(|| self.vacate()).flatten())
+            let vacant = self.vacate(class);
+            let Some(number) = vacant.or_else(|| self.reclaim_prefetch(class).then(|| self.vacate(class)).flatten())
             else {
                 break;
             };
-            self.give_back(number);
+            self.give_back(at, number);
         }
-        for slot in &mut self.staging {
-            // If the system does not give the memory at once, it comes page by page.
-            let _ = if slots == 0 { slot.give_back() } else { slot.take_again() };
-        }
-        while self.slot_count() < slots
-            && let Some(&number) = self.away.last()
-        {
-            self.take_again(number).map_err(|source| {
-                PoolError::Io(IoError::Memory { bytes: self.directory.slot_bytes(), what: "experts", source })
-            })?;
-            self.away.pop();
-            self.free.push(number);
-        }
-        self.io.wake();
-        Ok(())
+        let class = &mut self.classes[at];
+        let more = slots.saturating_sub(class.count()).min(class.away.len());
+        let returned = class.away.split_off(class.away.len() - more);
+        // At the beginning: slots that have memory are filled first.
+        class.free.splice(0..0, returned);
+    }
+
+    /// Lets up to this many slots of a size class go that have no memory anyway.
+    fn drop_unfilled(&mut self, class: usize, most: usize) {
+        let Slots { free, away, .. } = &mut self.classes[class];
+        let slots = &self.slots;
+        let mut left = most;
+        free.retain(|&number| {
+            let goes = left > 0 && matches!(&slots[number as usize], Content::Empty(slot) if slot.is_absent());
+            if goes {
+                left -= 1;
+                away.push(number);
+            }
+            !goes
+        });
     }
 
     /// Gives up the memory of an empty slot.
-    fn give_back(&mut self, number: u32) {
+    fn give_back(&mut self, class: usize, number: u32) {
         if let Content::Empty(slot) = &mut self.slots[number as usize] {
             // If the system does not take the pages, they stay in memory, but the slot is not used.
             let _ = slot.give_back();
         }
-        self.away.push(number);
-    }
-
-    fn take_again(&mut self, number: u32) -> io::Result<()> {
-        match &mut self.slots[number as usize] {
-            Content::Empty(slot) => slot.take_again(),
-            _ => Ok(()),
-        }
+        self.classes[class].away.push(number);
     }
 }

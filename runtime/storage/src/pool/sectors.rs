@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use sluice_format::sectors::{SectorId, Sectors};
 
 use super::PoolError;
-use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, IoError, PendingRead, ReadError, Scheduler, Slot};
+use crate::io::{Arena, Check, Class, ExtentName, ExtentRead, PendingRead, ReadError, Scheduler, Slot};
 
 /// How many places are compared to find the one whose sector has not been wanted for longest.
 const SAMPLED: usize = 16;
@@ -77,10 +77,10 @@ enum Content {
 }
 
 impl SectorCache {
-    /// Takes memory for `places` sectors of the longest kind, or none if there are no tables.
+    /// Reserves addresses for `places` sectors of the longest kind, or none if there are no tables.
     ///
     /// # Errors
-    /// [`PoolError::Io`] if the system does not give the memory.
+    /// [`PoolError::Io`] if the system does not give the addresses.
     pub fn reserve(tables: &[TableLocation], places: usize) -> Result<Arena, PoolError> {
         let longest = tables.iter().map(|table| table.sectors.len).max();
         let places = if longest.is_some() { places.max(1) } else { 0 };
@@ -307,20 +307,9 @@ impl SectorCache {
         self.io.wake();
     }
 
-    /// Takes the memory again that was given back.
-    ///
-    /// # Errors
-    /// [`PoolError::Io`] when the system does not give it; it then still counts as given back.
-    pub fn take_again(&mut self) -> Result<(), PoolError> {
-        for place in self.places.iter_mut().filter(|_| self.away) {
-            if let Content::Free(slot) = &mut place.content {
-                let bytes = slot.capacity();
-                slot.take_again().map_err(|source| IoError::Memory { bytes, what: "rows of tables", source })?;
-            }
-        }
-        self.io.wake();
+    /// Ends the rest that began with [`give_back`](Self::give_back). Memory comes back as rows are read.
+    pub fn take_again(&mut self) {
         self.away = false;
-        Ok(())
     }
 }
 
@@ -412,7 +401,7 @@ mod tests {
         let mut cache = cache(&drive, 4);
         assert_eq!(cache.row(0, PART_ROWS + 5).unwrap(), row(PART_ROWS + 5), "damaged once only");
         cache.give_back();
-        cache.take_again().unwrap();
+        cache.take_again();
         drive.add_fault(Fault { times: u32::MAX, ..fault });
         for _ in 0..2 {
             let error = cache.row(0, PART_ROWS + 4).expect_err("damaged for good");
@@ -442,7 +431,7 @@ mod tests {
         (0..3).for_each(|i| cache.want(0, i * 4, Class::Prefetch).unwrap());
         cache.row(0, 0).unwrap();
         cache.give_back();
-        cache.take_again().unwrap();
+        cache.take_again();
         assert_eq!(cache.row(0, 0).unwrap(), row(0));
     }
 }

@@ -176,7 +176,7 @@ impl Pool {
         self.policy.evict(expert);
         if !self.can_stage(expert) {
             // When its turn comes, it is read into whichever slot is free.
-            self.free.push(number);
+            self.class_of_slot(number).free.push(number);
             self.pass.damaged.push(expert);
             self.pass.todo.push_front(expert);
             return;

@@ -6,7 +6,9 @@ use std::sync::Arc;
 #[cfg(feature = "sim")]
 use super::Packed;
 use super::dense::DenseMemory;
-use super::{DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError, SectorCache, TableLocation, Workers};
+use super::{
+    DenseLocation, DenseParts, ExpertDirectory, Policy, Pool, PoolError, SectorCache, SlotPlan, TableLocation, Workers,
+};
 #[cfg(feature = "sim")]
 use crate::io::sim::SimulatedDrive;
 use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, open_lanes};
@@ -14,8 +16,8 @@ use crate::io::{Arena, DataFile, DirectIo, DirectMode, Lane, Scheduler, Tuning, 
 /// How to open the storage of a model.
 #[derive(Clone, Debug)]
 pub struct StorageConfig {
-    /// Expert slots; the pool makes at most one per expert.
-    pub expert_slots: usize,
+    /// Expert slots.
+    pub expert_slots: SlotPlan,
     /// Staging slots for compressed experts; at least two are made if there are such experts, and none otherwise.
     pub staging_slots: usize,
     /// For each dense extent, whether it stays in memory; the others are streamed.
@@ -28,7 +30,8 @@ pub struct StorageConfig {
     pub tuning: Vec<Tuning>,
     /// Whether to bypass the page cache.
     pub direct: DirectMode,
-    /// A simulated drive, which replaces the files for experts and has the same contents for each of them.
+    /// A simulated drive, which replaces the files for experts and has the same contents for each of them; a model that is striped has one
+    /// for each volume.
     #[cfg(feature = "sim")]
     pub simulated: Option<SimulatedDrive>,
     /// The decompressed contents of that drive, if they are compressed.
@@ -51,11 +54,11 @@ pub struct Storage {
 }
 
 impl Storage {
-    /// Opens the files, takes all memory, starts the engines and reads the dense parts.
+    /// Opens the files, reserves addresses for all slots, starts the engines and begins to read the dense parts.
     ///
     /// # Errors
-    /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, memory or engine are not available, [`PoolError::Read`]
-    /// if a dense part cannot be read; with a simulated drive, [`PoolError::Directory`] if its contents are not as long as an expert.
+    /// [`PoolError::NoRoom`] if there is no slot, [`PoolError::Io`] if files, addresses or engine are not available,
+    /// [`PoolError::Read`] if the file ends before a dense part does; with a simulated drive, [`PoolError::Directory`] if its contents are not as long as an expert.
     ///
     /// # Panics
     /// Unless there is a file, and a tuning for each.
@@ -74,7 +77,7 @@ impl Storage {
             experts.hold(drive.contents(), config.simulated_packed)?;
         }
         let mut memory = Memory {
-            experts: Pool::reserve(&experts, config.expert_slots)?,
+            experts: Pool::reserve(&experts, &config.expert_slots)?,
             staging: Pool::reserve_staging(&experts, config.staging_slots)?,
             dense: DenseParts::reserve(dense, &config.pinned)?,
             tables: SectorCache::reserve(&config.tables, config.sectors)?,
@@ -116,9 +119,19 @@ fn read_lanes(
     if let Some(drive) = &config.simulated {
         let read_into = if config.simulated_packed.is_some() { &mut memory.staging } else { &mut memory.experts };
         read_into.fill(drive.contents());
-        let (numbers, io) = ((0..files.len() as u16).collect(), &config.tuning[0].config);
-        let engine = Box::new(drive.engine(files, experts.places(), io.depth));
-        return Ok(vec![Lane { engine, files: numbers, config: io.clone() }]);
+        let io = &config.tuning[0].config;
+        if !experts.is_striped() {
+            let numbers = (0..files.len() as u16).collect();
+            let engine = Box::new(drive.engine(0, files, experts.places(), io.depth));
+            return Ok(vec![Lane { engine, files: numbers, config: io.clone() }]);
+        }
+        let lane = |(number, file): (u16, DataFile)| {
+            let own = experts.places().into_iter().filter(|(file, _)| *file == number);
+            let places = own.map(|(_, range)| (0, range)).collect();
+            let engine = Box::new(drive.engine(usize::from(number), vec![file], places, io.depth));
+            Lane { engine, files: vec![number], config: io.clone() }
+        };
+        return Ok((0..).zip(files).map(lane).collect());
     }
     let Memory { experts: slots, staging, dense, tables } = memory;
     let arenas = [&*slots, staging, &dense.pinned, &dense.ring, &dense.staging, tables];

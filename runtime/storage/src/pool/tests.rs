@@ -9,6 +9,10 @@ use super::*;
 use crate::io::sim::{Fault, FaultKind, SimDrive};
 use crate::io::{DirectMode, IoConfig, PAGE_BYTES, ReadError, Tuning};
 
+mod load;
+mod sizes;
+mod warm;
+
 const LAYERS: u32 = 4;
 const EXPERTS: u32 = 12;
 /// Staging slots of pools here.
@@ -35,7 +39,7 @@ fn model() -> (Vec<u8>, Vec<Vec<ExtentLocation>>) {
                 _ => (bytes, None),
             };
             let (len, checksum) = (stored.len() as u64, xxh3_64(&stored));
-            locations.push(ExtentLocation { file: 0, offset, len, checksum, packed });
+            locations.push(ExtentLocation { file: 0, offset, len, checksum, packed, stripes: None });
             file.extend_from_slice(&stored);
         }
         layers.push(locations);
@@ -189,7 +193,7 @@ proptest! {
     ) {
         let (file, layers) = model();
         let drive = SimDrive::new(vec![file]);
-        let location = layers[bad_layer as usize][bad_expert as usize];
+        let location = &layers[bad_layer as usize][bad_expert as usize];
         let range = location.offset..location.offset + location.len;
         drive.add_fault(Fault { kind: FaultKind::Flip, file: 0, range, times: 1 });
         let mut pool = pool(&drive, slots, seed);
@@ -218,7 +222,7 @@ proptest! {
     ) {
         let (file, layers) = model();
         let drive = SimDrive::new(vec![file]);
-        let location = layers[bad.0 as usize][bad.1 as usize];
+        let location = &layers[bad.0 as usize][bad.1 as usize];
         let range = location.offset..location.offset + location.len;
         drive.add_fault(Fault { kind: FaultKind::Flip, file: 0, range, times: u32::MAX });
         let mut pool = pool(&drive, slots, seed);
@@ -248,7 +252,7 @@ fn what_is_compressed_must_become_what_the_table_says() {
     let (file, mut layers) = model();
     let bad = |change: &mut dyn FnMut(&mut Packed)| {
         let location = &mut layers[1][2];
-        let right = *location;
+        let right = location.clone();
         change(location.packed.as_mut().expect("this one is compressed"));
         let drive = SimDrive::new(vec![file.clone()]);
         let io = Arc::new(Scheduler::start(Box::new(drive.engine(4, 0)), config()).expect("a thread"));
@@ -355,10 +359,14 @@ fn storage_opens_loads_and_serves() {
     let path = folder.path().join("model.sluice");
     let (file, layers) = model();
     std::fs::write(&path, &file).expect("written");
-    let dense: Vec<DenseLocation> =
-        layers[1].iter().map(|&extent| DenseLocation { extent, name: ExtentName::dense("norms", Some(1)) }).collect();
+    let dense: Vec<DenseLocation> = layers[1]
+        .iter()
+        .cloned()
+        .map(|extent| DenseLocation { extent, name: ExtentName::dense("norms", Some(1)) })
+        .collect();
     let open = |expert_slots| {
         let experts = ExpertDirectory::new(&layers).expect("valid");
+        let expert_slots = experts.uniform_slots(expert_slots);
         let policy = PolicyKind::Lru.build(experts.shape()).expect("online");
         let paths = [path.clone()];
         let (tuning, direct) = (vec![Tuning::default()], DirectMode::default());
@@ -499,7 +507,7 @@ proptest! {
         let (file, layers) = model();
         let drive = SimDrive::new(vec![file]);
         drive.set_short_reads(short);
-        let location = layers[bad.0 as usize][bad.1 as usize];
+        let location = &layers[bad.0 as usize][bad.1 as usize];
         let range = location.offset..location.offset + location.len;
         drive.add_fault(Fault { kind: FaultKind::Flip, file: 0, range, times: 1 });
         let mut pool = pool(&drive, slots, seed);

@@ -1,7 +1,9 @@
 //! Requests of batches: the same bodies as those of the paths, and objects that are the same whenever they are made.
 
 use serde_json::{Map, Value};
-use sluice_batch::{Line, id_of};
+use sluice_batch::{Line, PLAIN_TOKENS, id_of};
+use utoipa::PartialSchema;
+use utoipa::openapi::{RefOr, Schema};
 
 use super::chat::ChatRequest;
 use super::chat_reply::ChatFold;
@@ -16,8 +18,35 @@ use crate::reply::Fold;
 /// Paths that a request of a batch can name.
 pub const PATHS: [&str; 3] = ["/v1/chat/completions", "/v1/completions", "/v1/responses"];
 
-/// Tokens that a line with a `prompt` alone generates unless it says how many, as `sluice run` does.
-const USUAL_TOKENS: usize = 256;
+/// Fields of OpenAI's requests that change nothing here.
+const WITHOUT_EFFECT: [&str; 14] = [
+    "audio",
+    "best_of",
+    "function_call",
+    "functions",
+    "metadata",
+    "modalities",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+    "verbosity",
+];
+
+/// The fields that a body of a path can have; `None`: no request can name this path. Other fields are ignored, as OpenAI does.
+pub fn known_fields(url: &str) -> Option<Vec<String>> {
+    let schema = match url {
+        "/v1/chat/completions" => ChatRequest::schema(),
+        "/v1/completions" => CompletionRequest::schema(),
+        "/v1/responses" => ResponsesRequest::schema(),
+        _ => return None,
+    };
+    let RefOr::T(Schema::Object(object)) = schema else { return Some(Vec::new()) };
+    Some(object.properties.into_keys().chain(WITHOUT_EFFECT.map(str::to_owned)).collect())
+}
 
 /// What a line asks for, and what makes an object of the answers. `model`: the name of the model that serves it.
 ///
@@ -26,7 +55,7 @@ const USUAL_TOKENS: usize = 256;
 pub fn prepare(line: &Line, model: &str) -> Result<(Vec<Ask>, Box<dyn Fold>), ApiError> {
     let mut body = line.body.clone();
     if line.plain && body.contains_key("prompt") {
-        body.entry("max_tokens").or_insert(USUAL_TOKENS.into());
+        body.entry("max_tokens").or_insert(PLAIN_TOKENS.into());
     }
     let (body, model) = (Value::Object(body), model.to_owned());
     match line.url.as_str() {
@@ -125,12 +154,26 @@ mod tests {
     }
 
     #[test]
+    fn fields_of_requests_are_known() {
+        for url in PATHS {
+            let fields = known_fields(url).unwrap();
+            for field in ["model", "temperature", "seed", "stop", "metadata"] {
+                assert!(fields.iter().any(|known| known == field), "{url} lacks {field}");
+            }
+            assert!(!fields.iter().any(|known| known == "max_token"));
+        }
+        assert!(known_fields("/v1/chat/completions").unwrap().contains(&"max_completion_tokens".to_owned()));
+        assert_eq!(known_fields("/v1/embeddings"), None);
+    }
+
+    #[test]
     fn only_paths_of_answers_are_taken() {
         let line = |url: &str, body: Value| Line {
             custom_id: "a".into(),
             url: url.into(),
             body: body.as_object().unwrap().clone(),
             plain: false,
+            others: Vec::new(),
         };
         let wrong = |url, body| prepare(&line(url, body), "m").err().unwrap();
         assert_eq!(wrong("/v1/embeddings", json!({})).kind, Kind::NotFound);
@@ -138,8 +181,10 @@ mod tests {
         let refused = wrong("/v1/responses", json!({"input": "x", "previous_response_id": "resp_1"}));
         assert_eq!(refused.param.as_deref(), Some("previous_response_id"));
         let mut plain = line("/v1/completions", json!({"prompt": "x"}));
-        assert_eq!(prepare(&plain, "m").unwrap().0[0].settings.max_tokens, Some(16));
-        plain.plain = true;
-        assert_eq!(prepare(&plain, "m").unwrap().0[0].settings.max_tokens, Some(USUAL_TOKENS));
+        for (is_plain, tokens) in [(false, 16), (true, PLAIN_TOKENS)] {
+            plain.plain = is_plain;
+            assert_eq!(prepare(&plain, "m").unwrap().0[0].settings.max_tokens, Some(tokens as usize));
+            assert_eq!(plain.wanted().max_tokens, Some(tokens), "plans count on it");
+        }
     }
 }

@@ -69,6 +69,12 @@ fn quarter(w: &[&[u8]; N], at: usize) -> __m128i {
 }
 
 #[inline]
+#[target_feature(enable = "avx2")]
+fn two_quarters(w: &[&[u8]; N], at: usize) -> (__m128i, __m128i) {
+    (quarter(w, at), quarter(w, at + 8))
+}
+
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn bf16s(bits: __m128i) -> __m256 {
     cast_back(widen_bf16(bits))
@@ -77,7 +83,7 @@ fn bf16s(bits: __m128i) -> __m256 {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn e4m3s(codes: __m128i) -> __m256 {
-    mul_ps(f16s(_mm256_castsi256_si128(e4m3_to_f16(codes))), set1_ps(256.0))
+    mul_ps(f16s(_mm256_castsi256_si128(e4m3_to_f16::<true>(codes))), set1_ps(256.0))
 }
 
 #[inline]

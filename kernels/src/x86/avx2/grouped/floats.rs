@@ -6,6 +6,7 @@ use super::is_e4m3;
 use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{BLOCK, Group, ROW_GROUP};
+use crate::x86::ahead::Stream;
 use crate::x86::grouped::{STRIP, has_bias, has_halves};
 use crate::x86::{padded_rows, parts};
 use sluice_weights::Grouped;
@@ -40,8 +41,10 @@ fn tokens<const T: usize>(ty: Grouped, w: &Group<'_>, x: [&[f32]; T]) -> [__m256
 fn e4m3<const LEN: usize, const T: usize>(ty: Grouped, w: &Group<'_>, x: &[&[f32]; T]) -> [__m256; T] {
     let mut terms = Terms::new(ty);
     let mut total = [_mm256_setzero_ps(); T];
+    let mut ahead = Stream::new(&[*w], w.values.len() / (BLOCK * ROW_GROUP));
     for (strip, values) in w.values.chunks(STRIP * BLOCK * ROW_GROUP).enumerate() {
         terms.fill(ty, &[*w], strip);
+        ahead.strip(ty.codes());
         for (b, values) in values.chunks_exact(LEN * ROW_GROUP).enumerate() {
             let sum = columns::<FP8, T>(values, parts(x, strip * STRIP * BLOCK + b * LEN, LEN));
             for t in 0..T {

@@ -74,6 +74,13 @@ fn quarter(w: &[&[u8]; N], at: usize) -> __m128i {
 }
 
 #[inline]
+#[target_feature(enable = "avx2")]
+fn two_quarters(w: &[&[u8]; N], at: usize) -> (__m128i, __m128i) {
+    let (a, b) = (load16(w[0], at), load16(w[1], at));
+    (_mm_unpacklo_epi64(a, b), _mm_unpackhi_epi64(a, b))
+}
+
+#[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn bf16s(bits: __m256i) -> __m512 {
     cast_back(widen_bf16(bits))
@@ -82,7 +89,7 @@ fn bf16s(bits: __m256i) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn e4m3s(codes: __m128i) -> __m512 {
-    mul_ps(f16s(e4m3_to_f16(codes)), set1_ps(256.0))
+    mul_ps(f16s(e4m3_to_f16::<true>(codes)), set1_ps(256.0))
 }
 
 #[inline]

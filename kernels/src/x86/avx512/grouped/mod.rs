@@ -3,7 +3,7 @@
 mod decode;
 mod grids;
 
-use super::{FP8, Pair, columns, multiply, put};
+use super::{Pair, e4m3_columns, multiply, put};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{TILE_TOKENS, Tile, TileShape};
 use crate::matrix::{BLOCK, ROW_GROUP};
@@ -251,12 +251,15 @@ fn floats<const T: usize>(ty: Grouped, w: &Pair<'_>, x: &[&[f32]; T]) -> [__m512
 fn e4m3<const LEN: usize, const T: usize>(ty: Grouped, w: &Pair<'_>, x: &[&[f32]; T]) -> [__m512; T] {
     let mut terms = Terms::new(ty);
     let mut total = [_mm512_setzero_ps(); T];
+    let mut ahead = Stream::new(w, w[0].values.len() / (BLOCK * ROW_GROUP));
     let len = STRIP * BLOCK * ROW_GROUP;
     for (strip, (a, b)) in w[0].values.chunks(len).zip(w[1].values.chunks(len)).enumerate() {
         terms.fill(ty, w, strip);
+        ahead.scales();
         let pairs = a.chunks_exact(LEN * ROW_GROUP).zip(b.chunks_exact(LEN * ROW_GROUP));
         for (i, (a, b)) in pairs.enumerate() {
-            let sum = columns::<FP8, T>(a, b, parts(x, strip * STRIP * BLOCK + i * LEN, LEN));
+            let x = parts(x, strip * STRIP * BLOCK + i * LEN, LEN);
+            let sum = e4m3_columns::<T>(a, b, x, ahead.lines(2 * a.len()));
             for t in 0..T {
                 total[t] = _mm512_fmadd_ps(sum[t], terms.a[i], total[t]);
             }

@@ -305,7 +305,8 @@ impl DiskBench {
     pub fn reserve(&mut self, point: &Point) -> Result<(), BenchError> {
         let slots = point.depth.div_ceil(blocks_of_slot(point.block_bytes)).max(SLOTS_LEAST);
         if self.slots.len() < slots {
-            let arena = Arena::uniform(SLOT_BYTES, slots, "reads")?;
+            let mut arena = Arena::uniform(SLOT_BYTES, slots, "reads")?;
+            arena.take("reads")?;
             self.region = Some(arena.region());
             self.slots = arena.into_slots();
         }

@@ -9,6 +9,8 @@ use super::super::sim::{Fault, FaultKind, SimDrive, SimEngine};
 use super::super::*;
 use super::*;
 
+mod stripes;
+
 const EXTENT: usize = 5 * PAGE_BYTES;
 const EXTENTS: usize = 12;
 

@@ -17,10 +17,11 @@ use super::timing::{Bus, DriveSpeed};
 use crate::io::file::DataFile;
 use crate::io::{ChunkRead, Completion, EngineInfo, ReadEngine, Wait, Wake, sys};
 
-/// The handle on a simulated drive: its contents, its speed, and what it has done. Clones are the same drive.
+/// The handle on a simulated drive: its contents, its speed, and what it has done. For a model that is striped it stands for several
+/// drives, one for each volume, which work at the same time. Clones are the same drive.
 #[derive(Clone, Debug)]
 pub struct SimulatedDrive {
-    shared: Arc<Shared>,
+    shared: Arc<Mutex<State>>,
     contents: Arc<[u8]>,
 }
 
@@ -52,21 +53,29 @@ impl DriveUse {
 }
 
 #[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
+struct State {
+    /// By volume; volumes behind the last have the last one's.
+    speeds: Vec<DriveSpeed>,
+    /// By volume.
+    used: Vec<DriveUse>,
+}
+
+impl State {
+    fn speed(&self, volume: usize) -> DriveSpeed {
+        self.speeds.get(volume).or(self.speeds.last()).copied().unwrap_or(DriveSpeed::UNLIMITED)
+    }
+}
+
+/// Whether an engine has been woken.
+#[derive(Debug, Default)]
+struct Woken {
+    woken: Mutex<bool>,
     changed: Condvar,
 }
 
-#[derive(Debug)]
-struct State {
-    speed: DriveSpeed,
-    used: DriveUse,
-    woken: bool,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+impl Woken {
+    fn lock(&self) -> MutexGuard<'_, bool> {
+        self.woken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -75,9 +84,12 @@ impl SimulatedDrive {
     /// gives.
     #[must_use]
     pub fn new(speed: DriveSpeed, contents: Vec<u8>) -> Self {
-        let state = State { speed, used: DriveUse::default(), woken: false };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        SimulatedDrive { shared, contents: contents.into() }
+        let state = State { speeds: vec![speed], used: Vec::new() };
+        SimulatedDrive { shared: Arc::new(Mutex::new(state)), contents: contents.into() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What every extent on the drive holds.
@@ -86,21 +98,27 @@ impl SimulatedDrive {
         &self.contents
     }
 
-    /// Changes the speed of reads that are submitted from now on.
+    /// Changes the speed of reads that are submitted from now on, on the drives of all volumes.
     pub fn set_speed(&self, speed: DriveSpeed) {
-        self.shared.lock().speed = speed;
+        self.set_speeds(&[speed]);
     }
 
-    /// Totals since the drive was made.
+    /// The same for the drive of each volume; those behind the last have its speed.
+    pub fn set_speeds(&self, speeds: &[DriveSpeed]) {
+        self.lock().speeds = speeds.to_vec();
+    }
+
+    /// Totals since the drive was made, of the drive of each volume that an engine reads.
     #[must_use]
-    pub fn used(&self) -> DriveUse {
-        self.shared.lock().used
+    pub fn used(&self) -> Vec<DriveUse> {
+        self.lock().used.clone()
     }
 
-    /// An engine on this drive, for up to `depth` reads in flight. Reads that begin within `simulated` (ranges of bytes by index of the
+    /// An engine on the drive of volume `volume`, for up to `depth` reads in flight. Reads that begin within `simulated` (ranges of bytes by index of the
     /// file) move nothing: their slots must already hold [`contents`](Self::contents).
     pub(crate) fn engine(
         &self,
+        volume: usize,
         files: Vec<DataFile>,
         mut simulated: Vec<(u16, Range<u64>)>,
         depth: usize,
@@ -113,6 +131,10 @@ impl SimulatedDrive {
             }
             continues
         });
+        let mut state = self.lock();
+        let volumes = state.used.len().max(volume + 1);
+        state.used.resize(volumes, DriveUse::default());
+        drop(state);
         let info = EngineInfo {
             name: "simulated",
             note: "no drive: reads of experts end when those of such a drive would".to_owned(),
@@ -123,7 +145,9 @@ impl SimulatedDrive {
             info,
             files,
             simulated,
-            shared: Arc::clone(&self.shared),
+            volume,
+            drive: self.clone(),
+            woken: Arc::default(),
             bus: Bus::default(),
             epoch: Instant::now(),
             staged: VecDeque::with_capacity(depth),
@@ -140,7 +164,9 @@ pub(crate) struct TimedEngine {
     files: Vec<DataFile>,
     /// Ascending, and not touching each other.
     simulated: Vec<(u16, Range<u64>)>,
-    shared: Arc<Shared>,
+    volume: usize,
+    drive: SimulatedDrive,
+    woken: Arc<Woken>,
     bus: Bus,
     epoch: Instant,
     staged: VecDeque<ChunkRead>,
@@ -219,10 +245,11 @@ impl ReadEngine for TimedEngine {
         if !std::mem::replace(&mut self.exact_timers, true) {
             sys::ask_for_exact_timers();
         }
-        let shared = Arc::clone(&self.shared);
-        let mut state = shared.lock();
+        let own = Arc::clone(&self.woken);
+        let mut woken = own.lock();
         let already = ended.len();
-        self.issue(state.speed, ended);
+        let speed = self.drive.lock().speed(self.volume);
+        self.issue(speed, ended);
         let deadline = match wait {
             Wait::Timeout(timeout) => {
                 let timeout = u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX);
@@ -232,31 +259,32 @@ impl ReadEngine for TimedEngine {
         };
         loop {
             let now = self.now();
-            self.land(now, ended, &mut state.used);
+            let drive = self.drive.clone();
+            self.land(now, ended, &mut drive.lock().used[self.volume]);
             let given_up = deadline.is_some_and(|deadline| deadline <= now);
-            if ended.len() > already || wait == Wait::Poll || state.woken || given_up {
-                state.woken = false;
+            if ended.len() > already || wait == Wait::Poll || *woken || given_up {
+                *woken = false;
                 return Ok(());
             }
             let next = self.flying.front().map(|(end, _)| *end);
-            state = match next.into_iter().chain(deadline).min() {
+            woken = match next.into_iter().chain(deadline).min() {
                 Some(until) => {
                     let left = Duration::from_nanos(until - now);
-                    shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                    own.changed.wait_timeout(woken, left).unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => own.changed.wait(woken).unwrap_or_else(PoisonError::into_inner),
             };
         }
     }
 
     fn waker(&self) -> Arc<dyn Wake> {
-        Arc::clone(&self.shared) as Arc<dyn Wake>
+        Arc::clone(&self.woken) as Arc<dyn Wake>
     }
 }
 
-impl Wake for Shared {
+impl Wake for Woken {
     fn wake(&self) {
-        self.lock().woken = true;
+        *self.lock() = true;
         self.changed.notify_all();
     }
 }
@@ -277,7 +305,7 @@ mod tests {
         (0..PAGES).for_each(|page| file.write_all(&[page as u8; PAGE_BYTES]).expect("written"));
         let files = vec![DataFile::open(file.path(), DirectMode::Never).expect("opened")];
         let page = PAGE_BYTES as u64;
-        let engine = drive.engine(files, vec![(0, 3 * page..5 * page), (0, 2 * page..3 * page)], depth);
+        let engine = drive.engine(0, files, vec![(0, 3 * page..5 * page), (0, 2 * page..3 * page)], depth);
         (file, engine)
     }
 
@@ -314,7 +342,7 @@ mod tests {
         assert_eq!(bytes(2, 2), contents);
         assert_eq!(bytes(4, 1), contents[..PAGE_BYTES]);
         assert_eq!((bytes(1, 1), bytes(5, 1)), (vec![1; PAGE_BYTES], vec![5; PAGE_BYTES]));
-        let DriveUse { reads, bytes, .. } = drive.used();
+        let DriveUse { reads, bytes, .. } = drive.used()[0];
         assert_eq!((reads, bytes), (3, 3 * PAGE_BYTES as u64), "what comes from the file is not the drive's");
     }
 
@@ -347,7 +375,7 @@ mod tests {
         engine.submit(ChunkRead { tag: 2, file: 0, offset: 0, mem: chunk() });
         engine.complete(&mut ended, Wait::Forever).expect("works");
         assert_eq!(ended.iter().map(|completion| completion.tag).collect::<Vec<_>>(), [2]);
-        assert_eq!(drive.used().reads, 0);
+        assert_eq!(drive.used()[0].reads, 0);
     }
 
     #[test]

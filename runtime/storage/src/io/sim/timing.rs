@@ -97,6 +97,48 @@ mod tests {
         assert_eq!(ends(DRIVE, 7, 100_000, 5), [105, 130, 155, 180, 205, 230, 255].map(|us| us * US));
     }
 
+    /// The end of the last of these reads, of which `depth` are in flight.
+    fn last_end(speed: DriveSpeed, reads: &[usize], depth: usize) -> u64 {
+        let (mut bus, mut flying, mut now) = (Bus::default(), VecDeque::new(), 0);
+        for &bytes in reads {
+            if flying.len() == depth {
+                now = flying.pop_front().expect("as many as the depth");
+            }
+            flying.push_back(bus.submit(speed, now, bytes));
+        }
+        flying.back().copied().unwrap_or(now)
+    }
+
+    /// Experts whose stripes lie on several drives, each of which reads its own in chunks of 1 MiB, four in flight: together they give
+    /// as many times the rate of one as there are drives, but for the end of each stripe, which is shorter than a chunk.
+    #[test]
+    fn drives_that_share_every_expert_give_the_sum_of_their_rates() {
+        const PAGE: usize = 4096;
+        let chunks = |pages: usize| {
+            let (whole, rest) = (pages * PAGE / (1 << 20), pages * PAGE % (1 << 20));
+            let mut chunks = vec![1 << 20; whole];
+            chunks.extend((rest > 0).then_some(rest));
+            chunks
+        };
+        let of_experts = |pages: usize| chunks(pages).repeat(200);
+        // From 300 KiB, as of small experts of four bits, to 24 MiB.
+        for pages in [75, 672, 1001, 6144] {
+            let one = last_end(DRIVE, &of_experts(pages), 4);
+            for drives in [2, 3] {
+                let most = pages.div_ceil(drives);
+                let together = last_end(DRIVE, &of_experts(most), 4);
+                let gain = one as f64 / together as f64;
+                assert!(gain >= 0.95 * drives as f64, "{pages} pages over {drives} drives: {gain:.3}");
+            }
+            // A drive of half the speed beside it, with half the share, gives half as much more.
+            let slow = DriveSpeed { bytes_per_second: DRIVE.bytes_per_second / 2, ..DRIVE };
+            let part = pages.div_ceil(3);
+            let ends = [last_end(DRIVE, &of_experts(pages - part), 4), last_end(slow, &of_experts(part), 4)];
+            let gain = one as f64 / *ends.iter().max().expect("two") as f64;
+            assert!(gain >= 1.42, "{pages} pages, shares of two and one: {gain:.3}");
+        }
+    }
+
     #[test]
     fn a_drive_without_limits_gives_everything_at_once() {
         assert_eq!(ends(DriveSpeed::UNLIMITED, 3, 16 << 20, 2), [0, 0, 0]);

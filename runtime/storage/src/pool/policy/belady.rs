@@ -79,7 +79,11 @@ impl Policy for Belady {
         self.order.unpin(key, self.score(key));
     }
 
-    fn victim(&mut self) -> Option<Key> {
-        self.order.winner()
+    fn classify(&mut self, classes: &[u8]) {
+        self.order.classify(self.shape, classes);
+    }
+
+    fn victim_in(&mut self, class: u8) -> Option<Key> {
+        self.order.winner(class)
     }
 }

@@ -63,7 +63,15 @@ impl Policy for Lfu {
         self.order.unpin(key, self.score(key));
     }
 
-    fn victim(&mut self) -> Option<Key> {
-        self.order.winner()
+    fn classify(&mut self, classes: &[u8]) {
+        self.order.classify(self.shape, classes);
+    }
+
+    fn victim_in(&mut self, class: u8) -> Option<Key> {
+        self.order.winner(class)
+    }
+
+    fn lateness(&self, key: Key) -> Option<u64> {
+        (self.counts[key.index()] > 0).then(|| self.score(key))
     }
 }

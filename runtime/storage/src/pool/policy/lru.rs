@@ -8,12 +8,16 @@ const NONE: u32 = u32::MAX;
 /// Evicts the key that was used longest ago.
 ///
 /// For comparison: a model goes through its layers in a circle, so a cache smaller than one token cycle loses every key
-/// just before it is needed and never hits. Evictable keys form a doubly linked list in order of use; every call is O(1).
+/// just before it is needed and never hits. Evictable keys form a doubly linked list in order of use, one for each size
+/// class; every call is O(1).
 #[derive(Clone, Debug)]
 pub struct Lru {
-    /// Neighbours of every key; the last entry is the list's head.
+    shape: Shape,
+    /// Neighbours of every key; behind them, the head of the list of each size class.
     links: Vec<Link>,
     pinned: Vec<bool>,
+    /// The size class of each layer; empty while there is only one.
+    classes: Vec<u8>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -25,14 +29,30 @@ struct Link {
 impl Lru {
     /// Nothing is resident.
     pub fn new(shape: Shape) -> Self {
-        let head = shape.keys() as u32;
-        let mut links = vec![Link { older: NONE, newer: NONE }; shape.keys() + 1];
-        links[head as usize] = Link { older: head, newer: head };
-        Lru { links, pinned: vec![false; shape.keys()] }
+        let mut lru = Lru {
+            shape,
+            links: vec![Link { older: NONE, newer: NONE }; shape.keys()],
+            pinned: vec![false; shape.keys()],
+            classes: Vec::new(),
+        };
+        lru.add_heads(1);
+        lru
     }
 
-    fn head(&self) -> u32 {
-        (self.links.len() - 1) as u32
+    /// Adds empty lists.
+    fn add_heads(&mut self, count: usize) {
+        for _ in 0..count {
+            let head = self.links.len() as u32;
+            self.links.push(Link { older: head, newer: head });
+        }
+    }
+
+    fn head(&self, class: u8) -> u32 {
+        self.shape.keys() as u32 + u32::from(class)
+    }
+
+    fn class(&self, key: Key) -> u8 {
+        self.classes.get(self.shape.expert(key).0 as usize).copied().unwrap_or(0)
     }
 
     fn unlink(&mut self, key: Key) {
@@ -46,7 +66,7 @@ impl Lru {
 
     fn append(&mut self, key: Key) {
         self.unlink(key);
-        let head = self.head();
+        let head = self.head(self.class(key));
         let newest = self.links[head as usize].older;
         self.links[key.index()] = Link { older: newest, newer: head };
         self.links[newest as usize].newer = key.0;
@@ -90,8 +110,14 @@ impl Policy for Lru {
         }
     }
 
-    fn victim(&mut self) -> Option<Key> {
-        let head = self.head();
+    fn classify(&mut self, classes: &[u8]) {
+        self.links.truncate(self.shape.keys());
+        self.classes = classes.to_vec();
+        self.add_heads(1 + classes.iter().max().map_or(0, |&class| usize::from(class)));
+    }
+
+    fn victim_in(&mut self, class: u8) -> Option<Key> {
+        let head = self.head(class);
         let oldest = self.links[head as usize].newer;
         (oldest != head).then_some(Key(oldest))
     }

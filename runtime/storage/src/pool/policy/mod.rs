@@ -102,7 +102,8 @@ pub struct Pass<'a> {
 
 /// Decides who leaves; see the [module](self) for the order of calls. Every call costs O(log keys) or less, except
 /// [`Policy::begin_pass`], which may touch every expert *of its layer* once (as the router has just done) and a bounded
-/// history; none depends on the number of slots. Nothing is allocated by any of them but [`Policy::export`].
+/// history, and [`Policy::victim_in`], which may look at every layer if slots have several sizes; none depends on the
+/// number of slots. Nothing is allocated by any of them but [`Policy::classify`] and [`Policy::export`].
 ///
 /// # Panics
 /// Implementations may panic when a key is out of range. Calls out of order (an insert of a resident key, a pin of an
@@ -130,8 +131,26 @@ pub trait Policy: fmt::Debug + Send {
     /// A pinned key may go again.
     fn unpin(&mut self, key: Key);
 
-    /// The resident key to evict next; `None` when all are pinned. Does not evict it.
-    fn victim(&mut self) -> Option<Key>;
+    /// Says which layers share slots of one size: `classes` has the size class of each layer, counted from 0. Call it before anything is
+    /// resident; without it, all layers are in class 0.
+    fn classify(&mut self, classes: &[u8]);
+
+    /// The resident key of a size class to evict next; `None` when all are pinned. Does not evict it.
+    ///
+    /// Experts of different sizes are worth a comparison too, but the size then cancels out: what an expert saves is the probability
+    /// of its use times the bytes that need not be read, and what it costs is these bytes of memory.
+    fn victim_in(&mut self, class: u8) -> Option<Key>;
+
+    /// The same where all slots have one size.
+    fn victim(&mut self) -> Option<Key> {
+        self.victim_in(0)
+    }
+
+    /// How late a key is expected to be used, resident or not: what has more is evicted before what has less. `None` if nothing is known
+    /// that would speak for the key, or the policy knows nothing of keys that are not resident.
+    fn lateness(&self, _key: Key) -> Option<u64> {
+        None
+    }
 
     /// What the policy wants to remember until the next start, as bytes; empty if nothing.
     fn export(&self) -> Vec<u8> {

@@ -165,8 +165,17 @@ impl Policy for NextUse {
         self.order.unpin(key, self.scores[key.index()]);
     }
 
-    fn victim(&mut self) -> Option<Key> {
-        self.order.winner()
+    fn classify(&mut self, classes: &[u8]) {
+        self.order.classify(self.shape, classes);
+    }
+
+    fn victim_in(&mut self, class: u8) -> Option<Key> {
+        self.order.winner(class)
+    }
+
+    fn lateness(&self, key: Key) -> Option<u64> {
+        let known = self.rates[key.index()].iter().any(|&rate| rate > 0.0);
+        known.then(|| self.scores[key.index()])
     }
 
     /// Magic, layers, experts, then the counts of every key; all little-endian, four bytes each.

@@ -314,3 +314,35 @@ proptest! {
         }
     }
 }
+
+proptest! {
+    /// A victim is the one among all keys of its size class, by the order of a policy that has only these.
+    #[test]
+    fn a_victim_is_of_the_size_class_that_was_asked_for(
+        kind in 0usize..3,
+        tokens in prop::collection::vec([pair(), pair(), pair()], 1..20),
+        resident in prop::collection::btree_set(0..SHAPE.keys() as u32, 1..20),
+        classes in [0u8..3, 0u8..3, 0u8..3],
+    ) {
+        let mut policy = PolicyKind::ONLINE[kind].build(SHAPE).unwrap();
+        policy.classify(&classes);
+        // For each class a policy in which nothing else is resident.
+        let mut alone: Vec<_> = (0..3).map(|_| PolicyKind::ONLINE[kind].build(SHAPE).unwrap()).collect();
+        for (layer, experts) in tokens.into_iter().flat_map(|token| (0u32..).zip(token)) {
+            pass(policy.as_mut(), layer, 1, &experts);
+            alone.iter_mut().for_each(|alone| pass(alone.as_mut(), layer, 1, &experts));
+        }
+        for &key in &resident {
+            policy.insert(Key(key));
+            alone[usize::from(classes[SHAPE.expert(Key(key)).0 as usize])].insert(Key(key));
+        }
+        for (class, alone) in (0u8..).zip(&mut alone).filter(|(class, _)| classes.contains(class)) {
+            while let Some(victim) = alone.victim() {
+                prop_assert_eq!(policy.victim_in(class), Some(victim));
+                policy.evict(victim);
+                alone.evict(victim);
+            }
+            prop_assert_eq!(policy.victim_in(class), None);
+        }
+    }
+}

@@ -1,8 +1,9 @@
 //! A tournament over keys, which finds the largest score.
 
+use std::cmp::Reverse;
 use std::ops::Range;
 
-use super::Key;
+use super::{Key, Shape};
 
 /// A binary tree over all keys in which every node knows the winner below it.
 ///
@@ -31,6 +32,31 @@ impl Tournament {
     pub(crate) fn winner(&self) -> Option<Key> {
         let winner = self.winners[1];
         (self.scores[winner as usize] > 0).then_some(Key(winner))
+    }
+
+    /// The key in `range` with the largest score.
+    fn winner_in(&self, range: &Range<usize>) -> Option<Key> {
+        let leaves = self.scores.len();
+        let mut best: Option<(u64, Reverse<u32>)> = None;
+        let mut play = |key: u32| {
+            let score = self.scores[key as usize];
+            best = best.max((score > 0).then_some((score, Reverse(key))));
+        };
+        // Walks up on both sides of the range; what lies between its ends is covered by whole subtrees.
+        let (mut start, mut end) = (range.start + leaves, range.end + leaves);
+        let winner = |node: usize| if node >= leaves { (node - leaves) as u32 } else { self.winners[node] };
+        while start < end {
+            if start % 2 == 1 {
+                play(winner(start));
+                start += 1;
+            }
+            if end % 2 == 1 {
+                end -= 1;
+                play(winner(end));
+            }
+            (start, end) = (start / 2, end / 2);
+        }
+        best.map(|(_, Reverse(key))| Key(key))
     }
 
     /// Changes the score of one key.
@@ -80,6 +106,8 @@ pub(crate) struct Candidates {
     state: Vec<State>,
     /// Resident keys without pin; scores are at least 1.
     order: Tournament,
+    /// For every size class, the keys of its layers; empty while there is only one class.
+    classes: Vec<Vec<Range<usize>>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +120,7 @@ enum State {
 impl Candidates {
     /// Nothing is resident.
     pub(crate) fn new(keys: usize) -> Self {
-        Candidates { state: vec![State::Absent; keys], order: Tournament::new(keys) }
+        Candidates { state: vec![State::Absent; keys], order: Tournament::new(keys), classes: Vec::new() }
     }
 
     /// `key` becomes resident.
@@ -134,9 +162,26 @@ impl Candidates {
         self.order.update(range, |key, old| if old > 0 { score(key).max(1) } else { 0 });
     }
 
-    /// The key with the largest score among those that may go.
-    pub(crate) fn winner(&self) -> Option<Key> {
-        self.order.winner()
+    /// `classes`: the size class of each layer.
+    pub(crate) fn classify(&mut self, shape: Shape, classes: &[u8]) {
+        let count = classes.iter().max().map_or(0, |&class| usize::from(class) + 1);
+        self.classes = vec![Vec::new(); if count > 1 { count } else { 0 }];
+        for (layer, &class) in classes.iter().enumerate() {
+            let Some(ranges) = self.classes.get_mut(usize::from(class)) else { continue };
+            let experts = shape.experts as usize;
+            let keys = layer * experts..(layer + 1) * experts;
+            match ranges.last_mut() {
+                Some(last) if last.end == keys.start => last.end = keys.end,
+                _ => ranges.push(keys),
+            }
+        }
+    }
+
+    /// The key of a size class with the largest score among those that may go. O(runs of neighbouring layers × log keys).
+    pub(crate) fn winner(&self, class: u8) -> Option<Key> {
+        let Some(ranges) = self.classes.get(usize::from(class)) else { return self.order.winner() };
+        let winners = ranges.iter().filter_map(|range| self.order.winner_in(range));
+        winners.max_by_key(|&key| (self.order.scores[key.index()], Reverse(key)))
     }
 }
 
@@ -162,6 +207,9 @@ mod tests {
                 }
                 let best = (0..keys).filter(|&i| plain[i] > 0).max_by_key(|&i| (plain[i], usize::MAX - i));
                 prop_assert_eq!(tree.winner().map(Key::index), best);
+                let (from, to) = (a.min(b), a.max(b));
+                let best = (from..to).filter(|&i| plain[i] > 0).max_by_key(|&i| (plain[i], usize::MAX - i));
+                prop_assert_eq!(tree.winner_in(&(from..to)).map(Key::index), best);
                 prop_assert!((0..keys).all(|i| tree.scores[i] == plain[i]));
             }
         }

@@ -1,0 +1,74 @@
+//! Over which drives a model is striped, as the command line says it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use sluice_converter::{ConvertError, Striping};
+use sluice_format::{MAX_SHARE, Shares};
+use sluice_storage::io::CalibrationStore;
+
+use crate::commands::bench_machine::calibrated;
+use crate::error::CliError;
+use crate::terminal::note;
+
+/// Options for striping.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct StripingArgs {
+    /// Stripe the model over these folders, one on each drive, so that every read uses all of them: DIR1,DIR2; the first volume is in DIR1
+    #[arg(long, value_name = "DIRS", value_delimiter = ',')]
+    volumes: Vec<PathBuf>,
+
+    /// The share of each drive, such as 2,1 [default: by what `sluice bench disk` has measured of them, or else equal]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "volumes", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SHARE)))]
+    shares: Vec<u32>,
+}
+
+impl StripingArgs {
+    /// What was asked for, if anything was. Says so where shares are equal only because nothing was measured.
+    pub(crate) fn striping(&self) -> Result<Option<Striping>, CliError> {
+        if self.volumes.is_empty() {
+            return Ok(None);
+        }
+        let refuse = |problem: String| CliError::Usage(format!("--volumes: {problem}"));
+        if let Some(folder) = self.volumes.iter().find(|folder| !folder.is_dir()) {
+            return Err(ConvertError::NoFolder { path: folder.clone() }.into());
+        }
+        let shares = if self.shares.is_empty() { self.measured() } else { Shares::new(&self.shares) };
+        Ok(Some(Striping::new(self.volumes.clone(), shares.map_err(refuse)?)?))
+    }
+
+    /// Shares by the speeds of the drives, as far as they are known.
+    fn measured(&self) -> Result<Shares, String> {
+        let store = CalibrationStore::of_user().ok();
+        let rates: Vec<Option<f64>> =
+            self.volumes.iter().map(|folder| calibrated(store.as_ref()?, folder).ok().flatten()).collect();
+        if let Some(known) = rates.iter().copied().collect::<Option<Vec<f64>>>() {
+            return Shares::of_rates(&known);
+        }
+        let unknown = self.volumes.iter().zip(&rates).filter(|(_, rate)| rate.is_none());
+        let unknown: Vec<String> = unknown.map(|(folder, _)| folder.display().to_string()).collect();
+        note(&format_args!(
+            "note: the drive of {} has not been measured, so all drives get equal shares: `sluice bench disk DIR` measures one, and --shares \
+             says them",
+            unknown.join(" and that of ")
+        ));
+        Shares::new(&vec![1; self.volumes.len()])
+    }
+}
+
+/// Where the model goes as one file, if `dst` was named: with volumes, into the first of their folders. `dst` may have that folder, or
+/// none.
+pub(crate) fn destination(dst: &Path, striping: Option<&Striping>) -> Result<PathBuf, CliError> {
+    let Some(striping) = striping else { return Ok(dst.to_owned()) };
+    let folder = dst.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let first = &striping.folders()[0];
+    let same = |folder: &Path| fs::canonicalize(folder).is_ok_and(|a| fs::canonicalize(first).is_ok_and(|b| a == b));
+    if let Some(other) = folder.filter(|folder| !same(folder)) {
+        return Err(CliError::Usage(format!(
+            "--volumes says that the first volume goes to {}, and the model file is named in {}: name it without a folder",
+            first.display(),
+            other.display()
+        )));
+    }
+    Ok(striping.destination(dst))
+}

@@ -1,0 +1,177 @@
+//! Models that are striped over several drives: into which folders their volumes go, and how much of each extent.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use sluice_format::{Shares, VolumeName};
+
+use crate::error::ConvertError;
+use crate::own::{folder_of, partial_path};
+
+/// The folders over which a model is striped, usually one on each drive, and the share of each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Striping {
+    folders: Vec<PathBuf>,
+    shares: Shares,
+}
+
+impl Striping {
+    /// Checks folders and shares.
+    ///
+    /// # Errors
+    /// [`ConvertError::Options`] for a number of folders that is not that of the shares, or a folder that is named twice;
+    /// [`ConvertError::NoFolder`] for one that does not exist.
+    pub fn new(folders: Vec<PathBuf>, shares: Shares) -> Result<Self, ConvertError> {
+        if folders.len() != shares.volumes() {
+            return Err(ConvertError::Options(format!(
+                "{} folders for volumes have {} shares: give one for each",
+                folders.len(),
+                shares.volumes()
+            )));
+        }
+        let mut places = Vec::with_capacity(folders.len());
+        for folder in &folders {
+            if !folder.is_dir() {
+                return Err(ConvertError::NoFolder { path: folder.clone() });
+            }
+            let place = fs::canonicalize(folder).map_err(ConvertError::io(folder, "find out where it is"))?;
+            if places.contains(&place) {
+                let folder = folder.display();
+                return Err(ConvertError::Options(format!("{folder} is named twice: name one folder on each drive")));
+            }
+            places.push(place);
+        }
+        Ok(Striping { folders, shares })
+    }
+
+    /// The folders, in the order of the volumes.
+    pub fn folders(&self) -> &[PathBuf] {
+        &self.folders
+    }
+
+    /// The share of each volume.
+    pub fn shares(&self) -> &Shares {
+        &self.shares
+    }
+
+    /// Where the model would be as one file, if it had this name: the first folder has everything that lies beside a model file.
+    pub fn destination(&self, name: &Path) -> PathBuf {
+        let whole = VolumeName::parse(name).map_or_else(|| name.to_owned(), |volume| volume.whole());
+        self.folders[0].join(whole.file_name().unwrap_or_default())
+    }
+
+    /// How the first volume names the folders of the others: as they were given if that is absolute, or else relative to its own, so that
+    /// the folders can be moved together.
+    pub(crate) fn recorded(&self) -> Result<Vec<PathBuf>, ConvertError> {
+        let name = |folder: &PathBuf| {
+            if folder.is_absolute() {
+                return Ok(folder.clone());
+            }
+            let place =
+                |folder: &Path| fs::canonicalize(folder).map_err(ConvertError::io(folder, "find out where it is"));
+            Ok(relative(&place(&self.folders[0])?, &place(folder)?))
+        };
+        self.folders[1..].iter().map(name).collect()
+    }
+}
+
+/// How an absolute path is named from an absolute folder.
+fn relative(from: &Path, to: &Path) -> PathBuf {
+    let (mut from, mut to) = (from.components().peekable(), to.components().peekable());
+    while let (Some(a), Some(b)) = (from.peek(), to.peek())
+        && a == b
+    {
+        from.next();
+        to.next();
+    }
+    from.map(|_| Component::ParentDir).chain(to).collect()
+}
+
+/// Where a model goes: the path that it has as one file, and the folders of its volumes if it is striped.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Destination<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) striping: Option<&'a Striping>,
+}
+
+impl<'a> Destination<'a> {
+    /// The paths of the finished files, of which there are `count`.
+    pub(crate) fn targets(self, count: usize) -> Vec<PathBuf> {
+        let whole = VolumeName::parse(self.path).map_or_else(|| self.path.to_owned(), |name| name.whole());
+        let Ok(volumes) = u16::try_from(count) else { return Vec::new() };
+        if volumes == 1 {
+            return vec![self.path.to_owned()];
+        }
+        let name = VolumeName::first_of(&whole, volumes);
+        let target = |volume| {
+            let beside = name.path_of(volume);
+            match self.folder(usize::from(volume)) {
+                Some(folder) => folder.join(beside.file_name().unwrap_or_default()),
+                None => beside,
+            }
+        };
+        (0..volumes).map(target).collect()
+    }
+
+    /// Where the partial file of a volume is.
+    pub(crate) fn partial(self, volume: usize) -> PathBuf {
+        let beside = partial_path(self.path, volume);
+        match self.folder(volume) {
+            Some(folder) if volume > 0 => folder.join(beside.file_name().unwrap_or_default()),
+            _ => beside,
+        }
+    }
+
+    /// The folders that have files of the model.
+    pub(crate) fn folders(self) -> Vec<&'a Path> {
+        match self.striping {
+            Some(striping) => striping.folders.iter().map(PathBuf::as_path).collect(),
+            None => vec![folder_of(self.path)],
+        }
+    }
+
+    fn folder(self, volume: usize) -> Option<&'a PathBuf> {
+        self.striping.and_then(|striping| striping.folders.get(volume))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::own::with_suffix;
+
+    #[test]
+    fn volumes_and_their_partial_files_lie_in_their_folders() {
+        let dir = tempfile::tempdir().unwrap();
+        let folders = ["a", "b"].map(|name| dir.path().join(name));
+        let shares = || Shares::new(&[1, 1]).unwrap();
+        let missing = Striping::new(folders.to_vec(), shares()).unwrap_err();
+        assert!(matches!(missing, ConvertError::NoFolder { .. }), "{missing}");
+        folders.iter().for_each(|folder| fs::create_dir(folder).unwrap());
+        let twice = Striping::new(vec![folders[0].clone(), dir.path().join("b/../a")], shares()).unwrap_err();
+        assert!(twice.to_string().contains("twice"), "{twice}");
+        assert!(Striping::new(folders[..1].to_vec(), shares()).is_err());
+
+        let striping = Striping::new(folders.to_vec(), shares()).unwrap();
+        let path = striping.destination(Path::new("elsewhere/m-00001-of-00004.sluice"));
+        assert_eq!(path, folders[0].join("m.sluice"));
+        let destination = Destination { path: &path, striping: Some(&striping) };
+        let targets = [folders[0].join("m-00001-of-00002.sluice"), folders[1].join("m-00002-of-00002.sluice")];
+        assert_eq!(destination.targets(2), targets);
+        assert_eq!(destination.partial(0), with_suffix(&path, ".partial"));
+        assert_eq!(destination.partial(1), folders[1].join("m.sluice.partial-00002"));
+        assert_eq!(striping.recorded().unwrap(), [folders[1].clone()]);
+    }
+
+    #[test]
+    fn folders_that_are_named_relative_are_recorded_so() {
+        for (from, to, named) in [
+            ("/mnt/a", "/mnt/b", "../b"),
+            ("/mnt/a", "/mnt/a/b/c", "b/c"),
+            ("/mnt/a/b", "/mnt", "../.."),
+            ("/a", "/b/c", "../b/c"),
+        ] {
+            assert_eq!(relative(Path::new(from), Path::new(to)), Path::new(named), "{from} {to}");
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Models that are striped over folders: converted so, restriped there and back, killed and resumed, they are the same bytes.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::common::killed::{self, KillAt};
+use crate::common::{Noise, Synthetic, options};
+use sluice_converter::{ConvertError, Options, Progress, Striping, UpgradeOptions, convert, restripe, upgrade};
+use sluice_format::{ModelFile, Shares};
+
+fn source(dir: &Path) -> PathBuf {
+    let src = dir.join("src");
+    fs::create_dir(&src).unwrap();
+    Synthetic { experts: 60, layers: 3, hidden: 96, width: 64, ..Synthetic::default() }.write(&src, 3);
+    src
+}
+
+/// Folders `name-0`, `name-1`, …, one for each share.
+fn striping(dir: &Path, name: &str, shares: &[u32]) -> Striping {
+    let folder = |number| dir.join(format!("{name}-{number}"));
+    let folders: Vec<PathBuf> = (0..shares.len()).map(folder).collect();
+    folders.iter().for_each(|folder| fs::create_dir_all(folder).unwrap());
+    Striping::new(folders, Shares::new(shares).unwrap()).unwrap()
+}
+
+fn striped(compress: bool, striping: &Striping) -> Options {
+    Options { compress, striping: Some(striping.clone()), ..options("bf16", "bf16") }
+}
+
+fn read_all(files: &[PathBuf]) -> Vec<Vec<u8>> {
+    files.iter().map(|file| fs::read(file).unwrap()).collect()
+}
+
+/// What is in the folders, by name.
+fn names(striping: &Striping) -> Vec<String> {
+    let entries = striping.folders().iter().flat_map(|folder| fs::read_dir(folder).unwrap());
+    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn converting_restriping_and_joining_agree_to_the_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = source(dir.path());
+    for (round, shares) in [&[1, 1][..], &[2, 1], &[3, 1, 2]].into_iter().enumerate() {
+        for compress in [false, true] {
+            let at = |name: &str| dir.path().join(format!("{name}-{round}-{compress}.sluice"));
+            let over = striping(dir.path(), &format!("{round}-{compress}"), shares);
+            let whole = convert(&src, &at("whole"), &Options { compress, ..options("bf16", "bf16") }, &()).unwrap();
+            let direct =
+                convert(&src, &over.destination(Path::new("m.sluice")), &striped(compress, &over), &()).unwrap();
+            assert_eq!(direct.files.len(), shares.len());
+            let model = ModelFile::open(&direct.files[0]).unwrap();
+            assert!(model.is_striped() && model.verify_all(&mut |_| ()).is_empty());
+            assert_eq!(model.compressed_extents() > 0, compress);
+
+            let made = restripe(&at("whole"), Some(Path::new("n.sluice")), &over, false, &()).unwrap();
+            assert!(made.written && made.state_id == model.state_id().to_string());
+            assert!(read_all(&made.files) == read_all(&direct.files), "{shares:?} {compress}");
+            // Back, and there again by way of other drives.
+            let options = UpgradeOptions::default();
+            upgrade(&made.files[0], Some(&at("joined")), &options, &()).unwrap();
+            assert!(fs::read(at("joined")).unwrap() == fs::read(at("whole")).unwrap(), "{shares:?} {compress}");
+            let other = striping(dir.path(), &format!("other-{round}-{compress}"), &[1, 4]);
+            let moved = restripe(&made.files[0], None, &other, false, &()).unwrap();
+            let again = restripe(&moved.files[0], Some(Path::new("o.sluice")), &over, false, &()).unwrap();
+            assert!(read_all(&again.files) == read_all(&direct.files));
+            assert_ne!(whole.model_id, made.model_id, "the extent table is part of it");
+            assert_eq!(names(&other), ["n-00001-of-00002.sluice", "n-00002-of-00002.sluice"]);
+        }
+    }
+}
+
+#[test]
+fn what_is_so_already_stays_and_nothing_takes_the_place_of_its_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let (src, over) = (source(dir.path()), striping(dir.path(), "d", &[1, 1]));
+    let dst = over.destination(Path::new("m.sluice"));
+    let made = convert(&src, &dst, &striped(false, &over), &()).unwrap();
+    let before = read_all(&made.files);
+    assert!(matches!(convert(&src, &dst, &striped(false, &over), &()), Err(ConvertError::Exists { .. })));
+    assert!(!restripe(&made.files[0], None, &over, true, &()).unwrap().written);
+    // Other shares would write over what is read.
+    let other = Striping::new(over.folders().to_vec(), Shares::new(&[2, 1]).unwrap()).unwrap();
+    let refused = restripe(&made.files[0], None, &other, true, &()).unwrap_err();
+    assert!(matches!(&refused, ConvertError::Options(text) if text.contains("--into")), "{refused}");
+    // Under another name it is done.
+    let renamed = restripe(&made.files[0], Some(Path::new("n.sluice")), &other, false, &()).unwrap();
+    assert!(renamed.written);
+    // Something else in a volume's place is not replaced.
+    fs::remove_file(&renamed.files[1]).unwrap();
+    fs::write(&renamed.files[1], "a novel").unwrap();
+    let refused = restripe(&made.files[0], Some(Path::new("n.sluice")), &other, true, &()).unwrap_err();
+    assert!(matches!(refused, ConvertError::NotReplaced { .. }), "{refused}");
+    assert!(read_all(&made.files) == before);
+    // A damaged stripe ends it, and leaves nothing.
+    let model = ModelFile::open(&made.files[0]).unwrap();
+    let stripe = model.extents().iter().find_map(|e| model.stripes(e).get(1)).unwrap();
+    let mut bytes = before[1].clone();
+    bytes[stripe.offset as usize] ^= 1;
+    fs::write(&made.files[1], bytes).unwrap();
+    let there = names(&over);
+    let refused = restripe(&made.files[0], Some(Path::new("o.sluice")), &over, false, &()).unwrap_err().to_string();
+    assert!(refused.contains(&made.files[1].display().to_string()) && refused.contains("damaged"), "{refused}");
+    assert_eq!(names(&over), there);
+}
+
+/// Ends the program, as far as a test can, after so many bytes.
+struct Stop(AtomicU64);
+
+impl Progress for Stop {
+    fn started(&self, _: u64, _: u64) {}
+    fn note(&self, _: &str) {}
+    fn advanced(&self, bytes: u64) {
+        let left = self.0.load(Ordering::Relaxed);
+        self.0.store(left.saturating_sub(bytes), Ordering::Relaxed);
+        assert!(left > bytes, "it is stopped here");
+    }
+}
+
+#[test]
+fn a_restripe_that_was_stopped_begins_again_and_the_source_is_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = source(dir.path());
+    let path = dir.path().join("m.sluice");
+    convert(&src, &path, &options("bf16", "bf16"), &()).unwrap();
+    let sound = fs::read(&path).unwrap();
+    let want = restripe(&path, None, &striping(dir.path(), "want", &[2, 1]), false, &()).unwrap();
+    let want_lens: Vec<usize> = read_all(&want.files).iter().map(Vec::len).collect();
+    let over = striping(dir.path(), "over", &[2, 1]);
+    for part in [0, 1, 3, 7] {
+        let stop = Stop(AtomicU64::new(sound.len() as u64 * part / 8));
+        let stopped = catch_unwind(AssertUnwindSafe(|| restripe(&path, None, &over, false, &stop)));
+        assert!(stopped.is_err(), "it was stopped");
+        assert_eq!(names(&over), ["m.sluice.partial", "m.sluice.partial-00002"]);
+    }
+    let made = restripe(&path, None, &over, false, &()).unwrap();
+    assert_eq!(names(&over), ["m-00001-of-00002.sluice", "m-00002-of-00002.sluice"]);
+    assert_eq!(read_all(&made.files).iter().map(Vec::len).collect::<Vec<_>>(), want_lens);
+    // The extents are the same; the superblock names other folders.
+    assert!(read_all(&made.files)[1] == read_all(&want.files)[1]);
+    assert_eq!((made.model_id, fs::read(&path).unwrap() == sound), (want.model_id, true));
+    assert!(ModelFile::open(&made.files[0]).unwrap().verify_all(&mut |_| ()).is_empty());
+}
+
+/// Not a test of its own: the process that the next one kills. What is for it: whether to compress, and the folders.
+#[test]
+fn child_of_stripes() {
+    killed::child(|also| {
+        let mut parts = also.split(',');
+        let compress = parts.next() == Some("true");
+        let folders: Vec<PathBuf> = parts.map(PathBuf::from).collect();
+        striped(compress, &Striping::new(folders, Shares::new(&[2, 1]).unwrap()).unwrap())
+    });
+}
+
+#[test]
+fn killed_at_any_moment_a_conversion_resumes_to_the_same_volumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = source(dir.path());
+    let mut noise = Noise(u64::from(std::process::id()) | 1);
+    for compress in [false, true] {
+        let over = striping(dir.path(), &format!("{compress}"), &[2, 1]);
+        let whole = convert(&src, &over.destination(Path::new("want")), &striped(compress, &over), &()).unwrap();
+        let want = read_all(&whole.files);
+        whole.files.iter().for_each(|file| fs::remove_file(file).unwrap());
+        let folders: Vec<String> = over.folders().iter().map(|folder| folder.display().to_string()).collect();
+        for round in 0..6 {
+            let dst = over.destination(Path::new("m.sluice"));
+            let bytes = whole.bytes_written * (round + 1) / 5;
+            let at = if round < 4 { KillAt { bytes, journaled: round >= 2 } } else { KillAt::NEVER };
+            let also = format!("{compress},{}", folders.join(","));
+            let mut child = killed::spawn("stripes::child_of_stripes", &src, &dst, at, &also);
+            if round >= 4 {
+                std::thread::sleep(std::time::Duration::from_millis(noise.bits() % 300));
+                child.kill().unwrap();
+            }
+            child.wait().unwrap();
+            match convert(&src, &dst, &striped(compress, &over), &()) {
+                // It had ended before it was killed.
+                Err(ConvertError::Exists { .. }) => {}
+                again => assert!(!at.journaled || again.unwrap().resumed_extents > 0, "what was journaled is kept"),
+            }
+            let files =
+                [over.folders()[0].join("m-00001-of-00002.sluice"), over.folders()[1].join("m-00002-of-00002.sluice")];
+            assert!(read_all(&files) == want, "round {round}, compressed: {compress}");
+            assert_eq!(names(&over), ["m-00001-of-00002.sluice", "m-00002-of-00002.sluice"], "nothing else is left");
+            files.iter().for_each(|file| fs::remove_file(file).unwrap());
+        }
+    }
+}
+
+#[test]
+fn other_folders_or_shares_are_another_conversion() {
+    let dir = tempfile::tempdir().unwrap();
+    let (src, over) = (source(dir.path()), striping(dir.path(), "a", &[1, 1]));
+    let both = Options { split_size: Some(700_000), ..striped(false, &over) };
+    let refused = convert(&src, &over.destination(Path::new("m.sluice")), &both, &()).unwrap_err();
+    assert!(matches!(refused, ConvertError::Options(_)), "{refused}");
+    let hash = |options: &Options| sluice_converter::plan(&src, options).unwrap().file_bytes();
+    assert!(hash(&striped(false, &over)) > hash(&options("bf16", "bf16")), "tables of each volume");
+}
