@@ -346,7 +346,7 @@ fn the_form_of_prompts_is_said_with_each_result_and_not_mixed() {
     stdout(&with(&["--prompt-attention", "expanded"]));
     let result: Value = serde_json::from_str(&run.results()["line-1"]).unwrap();
     assert_eq!(result["prompt_attention"], "expanded");
-    assert_fails(&with(&[]), 1, &["other settings", "--prompt-attention expanded"]);
+    assert_fails(&with(&[]), 2, &["other settings", "--prompt-attention expanded"]);
 }
 
 #[test]
