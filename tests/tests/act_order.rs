@@ -54,12 +54,12 @@ impl Checkpoint {
     fn of_fixture(name: &str) -> Checkpoint {
         let folder = fixture(&format!("golden/{name}"));
         let config = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
-        Checkpoint { config, tensors: safetensors::read_dir(&folder) }
+        Checkpoint { config, tensors: crate::safetensors::read_dir(&folder) }
     }
 
     fn convert(&self, choice: TypeChoice) -> Model {
         let (source, folder) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        safetensors::write_dir(source.path(), &self.config, &self.tensors, 1);
+        crate::safetensors::write_dir(source.path(), &self.config, &self.tensors, 1);
         let options = Options { expert_type: choice, dense_type: choice, ..Options::default() };
         let summary = convert(source.path(), &folder.path().join("model.sluice"), &options, &()).unwrap();
         Model { summary, folder }
