@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sluice_format::{open_regular, replace_file};
 use sluice_kernels::WeightType;
+use sluice_lab::schedule::Cores;
 use sluice_storage::io::CalibrationStore;
 
 use crate::error::CliError;
 
 /// Version of the file; others are refused.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// A larger file is not ours.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -31,24 +32,47 @@ pub(crate) struct MachineFile {
     pub(crate) memory_bytes_per_second: f64,
     /// By type, bytes of weights per second that products with one token take: what memory or instructions allow.
     pub(crate) product_bytes_per_second: BTreeMap<String, f64>,
+    /// The same with the threads that compute while the drive is read: one of them is left to it.
+    pub(crate) beside_reads_bytes_per_second: BTreeMap<String, f64>,
+    /// Multiplications and additions of f32 per second, of which attention consists.
+    pub(crate) f32_operations_per_second: f64,
+    /// Seconds that a product takes however small it is: threads begin, and wait for each other.
+    pub(crate) section_seconds: f64,
     /// Instruction set and threads that it was measured with.
     pub(crate) isa: String,
     pub(crate) threads: usize,
 }
 
+/// What the threads were measured to do.
+pub(crate) struct Measured<'a> {
+    /// Bytes per second that plain reading gives.
+    pub(crate) memory: f64,
+    /// By type, bytes of weights per second of all threads, and of those that compute while the drive is read.
+    pub(crate) products: &'a [(WeightType, f64, f64)],
+    /// Operations of f32 per second.
+    pub(crate) operations: f64,
+    /// Seconds of the smallest product.
+    pub(crate) section: f64,
+}
+
 impl MachineFile {
     pub(crate) fn new(
         (ram, drive): (u64, Option<f64>),
-        memory_bytes_per_second: f64,
-        products: impl Iterator<Item = (WeightType, f64)>,
+        measured: &Measured<'_>,
         (isa, threads): (&str, usize),
     ) -> Self {
+        let by_name = |rate: &dyn Fn(&(WeightType, f64, f64)) -> f64| {
+            measured.products.iter().map(|product| (product.0.name().to_owned(), rate(product))).collect()
+        };
         MachineFile {
             version: VERSION,
             ram,
             drive_bytes_per_second: drive,
-            memory_bytes_per_second,
-            product_bytes_per_second: products.map(|(ty, rate)| (ty.name().to_owned(), rate)).collect(),
+            memory_bytes_per_second: measured.memory,
+            product_bytes_per_second: by_name(&|product| product.1),
+            beside_reads_bytes_per_second: by_name(&|product| product.2),
+            f32_operations_per_second: measured.operations,
+            section_seconds: measured.section,
             isa: isa.to_owned(),
             threads,
         }
@@ -76,11 +100,15 @@ impl MachineFile {
         if machine.version != VERSION {
             return Err(wrong(format!("it has version {}, this program {VERSION}", machine.version)));
         }
-        let products = machine.product_bytes_per_second.values();
-        let rates = products.chain(&machine.drive_bytes_per_second).chain([&machine.memory_bytes_per_second]);
+        let products = [&machine.product_bytes_per_second, &machine.beside_reads_bytes_per_second];
+        let rates = products.into_iter().flat_map(BTreeMap::values).chain(&machine.drive_bytes_per_second);
+        let rates = rates.chain([&machine.memory_bytes_per_second, &machine.f32_operations_per_second]);
         let is_wrong = |rate: &f64| !rate.is_finite() || *rate < 1.0;
         if let Some(rate) = rates.copied().find(is_wrong) {
-            return Err(wrong(format!("{rate} bytes per second is no speed")));
+            return Err(wrong(format!("{rate} per second is no speed")));
+        }
+        if !(0.0..1.0).contains(&machine.section_seconds) {
+            return Err(wrong(format!("{} seconds are not what the smallest product takes", machine.section_seconds)));
         }
         Ok(machine)
     }
@@ -93,6 +121,23 @@ impl MachineFile {
             fs::create_dir_all(folder).map_err(failed)?;
         }
         replace_file(path, &json).map_err(failed)
+    }
+
+    /// What the cores do with experts of one type and the rest of another.
+    pub(crate) fn cores(&self, experts: Option<&str>, rest: Option<&str>) -> Cores {
+        let of = |rates: &BTreeMap<String, f64>, ty: Option<&str>| {
+            ty.and_then(|ty| rates.get(ty)).copied().unwrap_or(self.memory_bytes_per_second)
+        };
+        let (all, beside) = (&self.product_bytes_per_second, &self.beside_reads_bytes_per_second);
+        Cores {
+            experts: of(all, experts),
+            experts_beside_reads: of(beside, experts).min(of(all, experts)),
+            dense: of(all, rest),
+            dense_beside_reads: of(beside, rest).min(of(all, rest)),
+            keys: self.memory_bytes_per_second,
+            operations: Some(self.f32_operations_per_second),
+            section_seconds: self.section_seconds,
+        }
     }
 
     /// Bytes per second at which a token gets through its weights: these many bytes of experts of one type, and those many of the rest.
@@ -113,8 +158,9 @@ mod tests {
     use super::*;
 
     fn machine() -> MachineFile {
-        let products = [(WeightType::Q8, 20e9), (WeightType::Q4, 10e9)].into_iter();
-        MachineFile::new((8 << 30, Some(3e9)), 25e9, products, ("avx2", 4))
+        let products = &[(WeightType::Q8, 20e9, 18e9), (WeightType::Q4, 10e9, 8e9)];
+        let measured = Measured { memory: 25e9, products, operations: 1e11, section: 5e-6 };
+        MachineFile::new((8 << 30, Some(3e9)), &measured, ("avx2", 4))
     }
 
     #[test]
@@ -125,8 +171,9 @@ mod tests {
         assert_eq!(MachineFile::load(&path).unwrap(), machine());
         let text = fs::read_to_string(&path).unwrap();
         for (from, to, word) in [
-            ("\"version\": 1", "\"version\": 2", "version 2"),
+            ("\"version\": 2", "\"version\": 1", "version 1"),
             ("25000000000.0", "-1.0", "no speed"),
+            ("5e-6", "2.5", "smallest product"),
             ("\"isa\"", "\"isas\"", "isas"),
             ("{", "", "machine.json"),
         ] {
@@ -135,6 +182,14 @@ mod tests {
             assert!(error.contains(word), "{error}");
         }
         assert!(MachineFile::load(folder.path()).is_err());
+    }
+
+    #[test]
+    fn cores_do_what_was_measured_of_the_types() {
+        let cores = machine().cores(Some("q4"), Some("fp8"));
+        assert_eq!((cores.experts, cores.experts_beside_reads), (10e9, 8e9));
+        assert_eq!((cores.dense, cores.dense_beside_reads, cores.keys), (25e9, 25e9, 25e9));
+        assert_eq!((cores.operations, cores.section_seconds), (Some(1e11), 5e-6));
     }
 
     #[test]

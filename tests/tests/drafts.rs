@@ -1,6 +1,6 @@
 //! Drafts change no text: tokens are those that sampling would have chosen one by one, and what did not come true is forgotten.
 
-use sluice_format::WeightType;
+use sluice_format::{ModelFile, WeightType};
 use sluice_generate::{
     Constraint, Draft, Drafts, Penalties, PromptLookup, Request, SamplerConfig, SchedulerOptions, WhenFull,
 };
@@ -84,7 +84,9 @@ fn open(model: &Converted, sequences: usize) -> House {
 
 /// With proposals to generations that bring none: `tokens` each time, or as many as pay.
 fn open_drafting(model: &Converted, sequences: usize, drafts: Drafts, tokens: Option<usize>) -> House {
-    let engine = model.open(&EngineOptions { prediction: drafts.opens_prediction(true), ..options(sequences) });
+    let file = ModelFile::open(&model.path).unwrap();
+    let prediction = drafts.opens_prediction(|| options(sequences).holds_prediction(&file));
+    let engine = model.open(&EngineOptions { prediction, ..options(sequences) });
     let scheduling = SchedulerOptions { prompt_rows: 20, drafts, draft_tokens: tokens, ..SchedulerOptions::default() };
     House::new(engine, scheduling)
 }

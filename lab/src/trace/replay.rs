@@ -155,6 +155,39 @@ impl Replay {
     ///
     /// Where the slots do not hold all experts of a pass, those that have been computed make room for the next ones.
     pub fn run_with(&self, policy: &mut dyn Policy, slots: usize) -> ReplayResult {
+        self.run_watched(policy, slots, &mut |_, _| ())
+    }
+
+    /// How many experts the generated tokens of the trace would miss with the default policy, layer by layer: `[tokens, layers]` of a model with
+    /// so many `layers`, of which those numbered `routed` have experts. `None` if the trace is of another number of such layers, or has no
+    /// generated token.
+    pub fn misses_of_tokens(&self, slots: usize, routed: &[usize], layers: usize) -> Option<Vec<usize>> {
+        if routed.len() != self.shape.layers as usize {
+            return None;
+        }
+        let mut policy = PolicyKind::default().build(self.shape)?;
+        let mut misses = Vec::new();
+        self.run_watched(policy.as_mut(), slots, &mut |pass, missed| {
+            if pass.prefill {
+                return;
+            }
+            if pass.layer == 0 {
+                misses.resize(misses.len() + layers, 0);
+            }
+            if let Some(token) = misses.len().checked_sub(layers) {
+                misses[token + routed[pass.layer as usize]] = missed;
+            }
+        });
+        (!misses.is_empty()).then_some(misses)
+    }
+
+    /// As [`run_with`](Self::run_with); `watch` hears how many experts each pass missed.
+    fn run_watched(
+        &self,
+        policy: &mut dyn Policy,
+        slots: usize,
+        watch: &mut dyn FnMut(&Record, usize),
+    ) -> ReplayResult {
         let mut result = ReplayResult { policy: policy.kind(), slots, accesses: 0, hits: 0, evictions: 0 };
         let mut resident = vec![false; self.shape.keys()];
         let mut free = slots;
@@ -174,6 +207,7 @@ impl Replay {
                     missing.push(key);
                 }
             }
+            watch(pass, missing.len());
             for key in missing.drain(..) {
                 if slots == 0 {
                     continue;
