@@ -14,7 +14,7 @@ use sluice_storage::io::CalibrationStore;
 
 use crate::error::CliError;
 
-/// Version of the file; others are refused.
+/// Version of the file. Version 1 is read too: it says less. Others are refused.
 const VERSION: u32 = 2;
 /// A larger file is not ours.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -33,10 +33,13 @@ pub(crate) struct MachineFile {
     /// By type, bytes of weights per second that products with one token take: what memory or instructions allow.
     pub(crate) product_bytes_per_second: BTreeMap<String, f64>,
     /// The same with the threads that compute while the drive is read: one of them is left to it.
+    #[serde(default)]
     pub(crate) beside_reads_bytes_per_second: BTreeMap<String, f64>,
     /// Multiplications and additions of f32 per second, of which attention consists.
-    pub(crate) f32_operations_per_second: f64,
+    #[serde(default)]
+    pub(crate) f32_operations_per_second: Option<f64>,
     /// Seconds that a product takes however small it is: threads begin, and wait for each other.
+    #[serde(default)]
     pub(crate) section_seconds: f64,
     /// Instruction set and threads that it was measured with.
     pub(crate) isa: String,
@@ -71,7 +74,7 @@ impl MachineFile {
             memory_bytes_per_second: measured.memory,
             product_bytes_per_second: by_name(&|product| product.1),
             beside_reads_bytes_per_second: by_name(&|product| product.2),
-            f32_operations_per_second: measured.operations,
+            f32_operations_per_second: Some(measured.operations),
             section_seconds: measured.section,
             isa: isa.to_owned(),
             threads,
@@ -97,12 +100,12 @@ impl MachineFile {
             ))
         };
         let machine: MachineFile = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
-        if machine.version != VERSION {
+        if !(1..=VERSION).contains(&machine.version) {
             return Err(wrong(format!("it has version {}, this program {VERSION}", machine.version)));
         }
         let products = [&machine.product_bytes_per_second, &machine.beside_reads_bytes_per_second];
         let rates = products.into_iter().flat_map(BTreeMap::values).chain(&machine.drive_bytes_per_second);
-        let rates = rates.chain([&machine.memory_bytes_per_second, &machine.f32_operations_per_second]);
+        let rates = rates.chain([&machine.memory_bytes_per_second]).chain(&machine.f32_operations_per_second);
         let is_wrong = |rate: &f64| !rate.is_finite() || *rate < 1.0;
         if let Some(rate) = rates.copied().find(is_wrong) {
             return Err(wrong(format!("{rate} per second is no speed")));
@@ -128,14 +131,16 @@ impl MachineFile {
         let of = |rates: &BTreeMap<String, f64>, ty: Option<&str>| {
             ty.and_then(|ty| rates.get(ty)).copied().unwrap_or(self.memory_bytes_per_second)
         };
-        let (all, beside) = (&self.product_bytes_per_second, &self.beside_reads_bytes_per_second);
+        // Version 1 did not say what is done beside reads.
+        let (all, measured) = (&self.product_bytes_per_second, &self.beside_reads_bytes_per_second);
+        let beside = if measured.is_empty() { all } else { measured };
         Cores {
             experts: of(all, experts),
             experts_beside_reads: of(beside, experts).min(of(all, experts)),
             dense: of(all, rest),
             dense_beside_reads: of(beside, rest).min(of(all, rest)),
             keys: self.memory_bytes_per_second,
-            operations: Some(self.f32_operations_per_second),
+            operations: self.f32_operations_per_second,
             section_seconds: self.section_seconds,
         }
     }
@@ -171,7 +176,7 @@ mod tests {
         assert_eq!(MachineFile::load(&path).unwrap(), machine());
         let text = fs::read_to_string(&path).unwrap();
         for (from, to, word) in [
-            ("\"version\": 2", "\"version\": 1", "version 1"),
+            ("\"version\": 2", "\"version\": 3", "version 3"),
             ("25000000000.0", "-1.0", "no speed"),
             ("5e-6", "2.5", "smallest product"),
             ("\"isa\"", "\"isas\"", "isas"),
@@ -182,6 +187,13 @@ mod tests {
             assert!(error.contains(word), "{error}");
         }
         assert!(MachineFile::load(folder.path()).is_err());
+        // What version 1 did not say is done without.
+        let older = r#"{"version": 1, "ram": 1, "drive_bytes_per_second": null, "memory_bytes_per_second": 25e9,
+            "product_bytes_per_second": {"q4": 10e9}, "isa": "avx2", "threads": 4}"#;
+        fs::write(&path, older).unwrap();
+        let cores = MachineFile::load(&path).unwrap().cores(Some("q4"), None);
+        assert_eq!((cores.experts, cores.experts_beside_reads, cores.dense), (10e9, 10e9, 25e9));
+        assert_eq!((cores.operations, cores.section_seconds), (None, 0.0));
     }
 
     #[test]

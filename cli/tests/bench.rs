@@ -279,7 +279,8 @@ fn a_machine_is_measured_once_and_planned_for_elsewhere() {
     assert_eq!(machine(&there), [64 << 30, 5_000_000_000, 40_000_000_000], "{there}");
     assert!(there["speeds_from"].as_str().unwrap().contains("there.json"), "{there}");
     // What is expected is less than the bound, but no less than if nothing overlapped.
-    let number = |part: &str, name: &str| there[part][name].as_f64().unwrap_or_else(|| panic!("{part}.{name}: {there}"));
+    let number =
+        |part: &str, name: &str| there[part][name].as_f64().unwrap_or_else(|| panic!("{part}.{name}: {there}"));
     let expected = number("forecast", "token_seconds");
     let both = number("forecast", "drive_seconds") + number("forecast", "computing_seconds");
     assert!((1.0 / number("speed", "tokens_per_second") * 0.97..both * 40.0 / 38.0).contains(&expected), "{there}");

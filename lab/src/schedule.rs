@@ -129,12 +129,14 @@ impl Work {
         let sections = |count: f64| count * cores.section_seconds;
         let layers = spec.layers.iter().enumerate().map(|(number, layer)| {
             let of = |kind| bytes(kind, Some(number));
-            let arithmetic = cores.operations.map_or(0.0, |rate| attention_operations(&layer.attention, context) / rate);
+            let arithmetic =
+                cores.operations.map_or(0.0, |rate| attention_operations(&layer.attention, context) / rate);
             let attention = of(ExtentKind::Attention) / cores.dense + keys.max(arithmetic);
             let choosing = of(ExtentKind::Router) / cores.dense;
             let dense = of(ExtentKind::Dense);
             let dense = if dense > 0.0 { dense / cores.dense + sections(FFN_SECTIONS) } else { 0.0 };
-            let (before, top_k) = (attention + choosing + sections(LAYER_SECTIONS), layer.ffn.moe.as_ref().map_or(0, |m| m.top_k));
+            let (before, top_k) =
+                (attention + choosing + sections(LAYER_SECTIONS), layer.ffn.moe.as_ref().map_or(0, |m| m.top_k));
             let expert = extents.iter().find(|e| e.kind == ExtentKind::Expert && e.layer as usize == number);
             let expert = expert.filter(|_| top_k > 0);
             Layer {
@@ -309,7 +311,8 @@ impl Forecast {
         let misses = match trace {
             None => random_misses(&work, speed.hit_rate),
             Some(replay) => {
-                let routed = work.layers.iter().enumerate().filter(|(_, layer)| layer.top_k > 0).map(|(number, _)| number);
+                let routed =
+                    work.layers.iter().enumerate().filter(|(_, layer)| layer.top_k > 0).map(|(number, _)| number);
                 replay.misses_of_tokens(speed.memory.slots, &routed.collect::<Vec<_>>(), work.layers.len())?
             }
         };

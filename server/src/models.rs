@@ -165,9 +165,8 @@ impl Models {
         let mut options = self.engine.clone();
         options.budget = options.budget.map(|total| total.saturating_sub(busy));
         // What is wrong with the file is said when it is opened.
-        let holds = || {
-            entry.facts.predicts && ModelFile::open(&entry.path).is_ok_and(|file| options.holds_prediction(&file))
-        };
+        let holds =
+            || entry.facts.predicts && ModelFile::open(&entry.path).is_ok_and(|file| options.holds_prediction(&file));
         options.prediction = self.scheduling.drafts.opens_prediction(holds);
         let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone())?;
         if let Some(lossy) = &entry.facts.lossy {

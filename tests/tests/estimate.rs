@@ -90,7 +90,10 @@ fn a_forecast_lies_between_the_bound_and_doing_one_thing_after_the_other() {
         let (speed, forecast) = on(gib << 30, usual, None);
         assert!((forecast.hit_rate - speed.hit_rate).abs() < 0.02, "{forecast:?}");
         let both = forecast.drive_seconds + forecast.computing_seconds + 48.0 * 80e-6;
-        assert!((1.0 / speed.tokens_per_second * 0.95..both).contains(&forecast.token_seconds), "{forecast:?}, {speed:?}");
+        assert!(
+            (1.0 / speed.tokens_per_second * 0.95..both).contains(&forecast.token_seconds),
+            "{forecast:?}, {speed:?}"
+        );
         let [low, high] = forecast.tokens_per_second_range;
         assert!(low <= forecast.tokens_per_second && forecast.tokens_per_second <= high);
         assert!(forecast.tokens_per_second > last, "{gib} GiB: {forecast:?}");

@@ -146,8 +146,10 @@ fn describe(machine: &MachineFile) -> String {
         let beside = machine.beside_reads_bytes_per_second.get(ty).map_or(String::new(), |beside| rate(*beside));
         let _ = writeln!(out, "{ty:<12} {} of weights, {share:.0} %; {beside} while the drive is read", rate(*product));
     }
-    let (operations, section) = (machine.f32_operations_per_second / 1e9, 1e6 * machine.section_seconds);
-    let _ = writeln!(out, "{:<12} {operations:.0} GOP/s of f32", "attention");
+    let section = 1e6 * machine.section_seconds;
+    if let Some(operations) = machine.f32_operations_per_second {
+        let _ = writeln!(out, "{:<12} {:.0} GOP/s of f32", "attention", operations / 1e9);
+    }
     let _ = writeln!(out, "{:<12} {section:.1} µs for the smallest product", "threads");
     out
 }

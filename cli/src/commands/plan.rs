@@ -603,8 +603,13 @@ fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
         Bound::Memory => "the memory",
     };
     let (expected, ms) = (forecast.tokens_per_second, seconds(forecast.token_seconds));
-    let _ = writeln!(out, "\nexpect {expected:.2} tokens/s: reading and computing overlap in part, and a token takes {ms}");
-    let _ = writeln!(out, "at most {:.2} tokens/s, if they overlapped completely: {bound} is the limit", s.tokens_per_second);
+    let _ =
+        writeln!(out, "\nexpect {expected:.2} tokens/s: reading and computing overlap in part, and a token takes {ms}");
+    let _ = writeln!(
+        out,
+        "at most {:.2} tokens/s, if they overlapped completely: {bound} is the limit",
+        s.tokens_per_second
+    );
     if s.curve.is_some() && r.trace.is_none() {
         let [low, high] = forecast.tokens_per_second_range;
         let points = 100.0 * HIT_RATE_SPREAD;

@@ -139,9 +139,10 @@ impl Scheduler {
         }
         let offers: Vec<Option<Offer>> = taking.iter_mut().map(|r| r.offer(proposer, most)).collect();
         let depth = proposer.depth(&offers);
+        let sequences = offers.len();
         let mut asked = Vec::new();
         for (running, offer) in taking.into_iter().zip(offers) {
-            let Some(Offer { source, most }) = offer.filter(|_| depth > 0) else { continue };
+            let Some(Offer { source, most, .. }) = offer.filter(|_| depth > 0) else { continue };
             let Running { generation, ahead, .. } = running;
             let most = most.min(depth);
             match (source, &mut ahead.predicted) {
@@ -157,6 +158,7 @@ impl Scheduler {
             return;
         }
         let waiting = asked.iter().map(|(_, _, predicted, _)| predicted.waiting()).max().unwrap_or(0);
+        let deepest = asked.iter().map(|(.., most)| *most).max().unwrap_or(0);
         let started = Instant::now();
         let mut layers: Vec<Asked<'_>> = asked
             .iter_mut()
@@ -170,7 +172,7 @@ impl Scheduler {
         let outcome = predicted::propose(engine, &mut layers);
         let proposals: Vec<Vec<u32>> = layers.into_iter().map(|asked| asked.proposals).collect();
         proposer.seconds = started.elapsed().as_secs_f64();
-        proposer.worth.record_predicting(asked.len(), (waiting, depth), proposer.seconds);
+        proposer.worth.record_predicting(sequences, (waiting, deepest), proposer.seconds);
         for ((generation, ahead, ..), proposals) in asked.into_iter().zip(proposals) {
             generation.check(&proposals);
             *ahead = proposals;

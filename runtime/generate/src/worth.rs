@@ -131,7 +131,8 @@ impl Worth {
         let rows = |depth: usize| offers.iter().flatten().map(|offer| offer.most.min(depth)).sum::<usize>();
         let predicts = |offer: &&Offer| offer.source == Source::Prediction && offer.most > 0;
         let asked = || offers.iter().flatten().filter(predicts);
-        let predicting = |depth: usize| if asked().next().is_some() { depth as f64 * self.predicting.value * plain } else { 0.0 };
+        let predicting =
+            |depth: usize| if asked().next().is_some() { depth as f64 * self.predicting.value * plain } else { 0.0 };
         let seconds = |depth: usize, row: f64| {
             self.seconds(offers.len(), offers.len() + rows(depth), row).unwrap_or(plain) + predicting(depth)
         };
@@ -139,7 +140,8 @@ impl Worth {
         let behind = asked().map(|offer| offer.waiting.saturating_sub(1)).max().unwrap_or(0) as f64;
         // What is expected to be lost if rows take what they are feared to take.
         let risk = |depth: usize| {
-            seconds(depth, WORST_ROW) + behind * self.catching_up.value * plain - tokens(depth) / offers.len() as f64 * plain
+            seconds(depth, WORST_ROW) + behind * self.catching_up.value * plain
+                - tokens(depth) / offers.len() as f64 * plain
         };
         let affordable = (1..=DEEPEST).filter(|&depth| risk(depth) <= self.credit);
         let best = affordable.map(|depth| (depth, rate(depth))).max_by(|a, b| a.1.total_cmp(&b.1));
@@ -177,8 +179,8 @@ impl Worth {
         self.credit = self.credit.min(CREDIT_STEPS * plain);
     }
 
-    /// The prediction layer took so long for `proposals` proposals to each of `sequences`, before which it was given `waiting` tokens of each at
-    /// most.
+    /// Before a step of so many sequences, the prediction layer took so long for `proposals` proposals to those that it proposes to, before which
+    /// it was given `waiting` tokens; both of one sequence at most.
     pub(super) fn record_predicting(&mut self, sequences: usize, (waiting, proposals): (usize, usize), seconds: f64) {
         let Some(plain) = self.seconds(sequences, sequences, ROW).filter(|_| proposals > 0) else { return };
         let (of_plain, behind) = (seconds / plain, waiting.saturating_sub(1) as f64);
@@ -312,11 +314,11 @@ mod tests {
             (0..=DEEPEST).map(of_depth).fold(f64::INFINITY, f64::min)
         }
 
-        /// The mean cost over some texts.
+        /// The mean cost over some texts: the shorter they are, the more.
         fn mean(&self, tokens: usize) -> f64 {
-            let texts = 1..=16;
+            let texts = (4096 / tokens).max(1) as u64;
             let cost = |seed: u64| self.cost(&mut Worth::new(), tokens, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-            texts.map(cost).sum::<f64>() / 16.0
+            (1..=texts).map(cost).sum::<f64>() / texts as f64
         }
     }
 
@@ -328,9 +330,9 @@ mod tests {
         let drifts = [(1.0, 0.0), (1.0, 0.4), (0.4, 0.2), (2.0, 0.2)];
         sources.into_iter().flat_map(move |source| {
             rows.into_iter().flat_map(move |row| {
-                chances.into_iter().flat_map(move |chance| {
-                    drifts.map(|(later, noise)| Regime { source, row, chance, later, noise })
-                })
+                chances
+                    .into_iter()
+                    .flat_map(move |chance| drifts.map(|(later, noise)| Regime { source, row, chance, later, noise }))
             })
         })
     }
