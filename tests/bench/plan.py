@@ -43,6 +43,16 @@ class Sluice:
                     "--json", *self.threads, *more)["profile"]
 
 
+def forget_pages(path):
+    """Has the system forget what it keeps of a file that was just written, so that reads come from the drive."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
 class Drive:
     """The drive, as it is now: read as `bench disk` has found best."""
 
@@ -105,6 +115,7 @@ def main():
         for name, layers in (geometry.split(":") for geometry in args.geometries.split(",")):
             model, trace = os.path.join(folder, "model.sluice"), os.path.join(folder, "trace.jsonl")
             sluice("synth", name, model, "--layers", layers, "--overwrite")
+            forget_pages(model)
             if drive is None:
                 drive = Drive(sluice, model, args.drive_seconds)
                 sluice("bench", "machine", model, *sluice.threads, "--json")
