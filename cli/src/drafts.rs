@@ -6,6 +6,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 use sluice_format::ModelFile;
 use sluice_generate::{Drafts, SchedulerOptions};
+use sluice_model::EngineOptions;
 
 use crate::size::parse_count;
 
@@ -33,7 +34,7 @@ enum DraftChoice {
     Lookup,
     /// The model's layer for multi-token prediction, which then takes memory
     Mtp,
-    /// The text if possible, otherwise the layer if the model has one
+    /// The text where it can, else the layer if the model has one and memory holds all experts beside it
     Auto,
 }
 
@@ -52,9 +53,9 @@ impl DraftArgs {
         self.draft_tokens.map(NonZeroUsize::get)
     }
 
-    /// Whether the prediction layer of a model is to be opened.
-    pub(crate) fn predicts(&self, file: &ModelFile) -> bool {
-        self.drafts().opens_prediction(file.spec().prediction.is_some())
+    /// Whether the prediction layer of a model is to be opened, which is opened with these options otherwise.
+    pub(crate) fn predicts(&self, file: &ModelFile, options: &EngineOptions) -> bool {
+        self.drafts().opens_prediction(|| options.holds_prediction(file))
     }
 
     /// For a scheduler.

@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sluice_format::{open_regular, replace_file};
 use sluice_kernels::WeightType;
+use sluice_lab::schedule::Cores;
 use sluice_storage::io::CalibrationStore;
 
 use crate::error::CliError;
 
-/// Version of the file; others are refused.
-const VERSION: u32 = 1;
-/// A larger file is not one of ours.
+/// Version of the file. Version 1 is read too: it says less. Others are refused.
+const VERSION: u32 = 2;
+/// A larger file is not ours.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// The speeds of a machine.
@@ -34,25 +35,51 @@ pub(crate) struct MachineFile {
     pub(crate) memory_bytes_per_second: f64,
     /// For each type, bytes of weights per second in products with one token, as memory or instructions allow.
     pub(crate) product_bytes_per_second: BTreeMap<String, f64>,
-    /// Instruction set and threads of the measurement.
+    /// The same with the threads that compute while the drive is read: one of them is left to it.
+    #[serde(default)]
+    pub(crate) beside_reads_bytes_per_second: BTreeMap<String, f64>,
+    /// Multiplications and additions of f32 per second, of which attention consists.
+    #[serde(default)]
+    pub(crate) f32_operations_per_second: Option<f64>,
+    /// Seconds that a product takes however small it is: threads begin, and wait for each other.
+    #[serde(default)]
+    pub(crate) section_seconds: f64,
+    /// Instruction set and threads that it was measured with.
     pub(crate) isa: String,
     pub(crate) threads: usize,
+}
+
+/// What the threads were measured to do.
+pub(crate) struct Measured<'a> {
+    /// Bytes per second that plain reading gives.
+    pub(crate) memory: f64,
+    /// By type, bytes of weights per second of all threads, and of those that compute while the drive is read.
+    pub(crate) products: &'a [(WeightType, f64, f64)],
+    /// Operations of f32 per second.
+    pub(crate) operations: f64,
+    /// Seconds of the smallest product.
+    pub(crate) section: f64,
 }
 
 impl MachineFile {
     pub(crate) fn new(
         (ram, available, drive): (u64, u64, Option<f64>),
-        memory_bytes_per_second: f64,
-        products: impl Iterator<Item = (WeightType, f64)>,
+        measured: &Measured<'_>,
         (isa, threads): (&str, usize),
     ) -> Self {
+        let by_name = |rate: &dyn Fn(&(WeightType, f64, f64)) -> f64| {
+            measured.products.iter().map(|product| (product.0.name().to_owned(), rate(product))).collect()
+        };
         MachineFile {
             version: VERSION,
             ram,
             available: Some(available),
             drive_bytes_per_second: drive,
-            memory_bytes_per_second,
-            product_bytes_per_second: products.map(|(ty, rate)| (ty.name().to_owned(), rate)).collect(),
+            memory_bytes_per_second: measured.memory,
+            product_bytes_per_second: by_name(&|product| product.1),
+            beside_reads_bytes_per_second: by_name(&|product| product.2),
+            f32_operations_per_second: Some(measured.operations),
+            section_seconds: measured.section,
             isa: isa.to_owned(),
             threads,
         }
@@ -82,14 +109,18 @@ impl MachineFile {
             ))
         };
         let machine: MachineFile = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
-        if machine.version != VERSION {
+        if !(1..=VERSION).contains(&machine.version) {
             return Err(wrong(format!("it has version {}, this program {VERSION}", machine.version)));
         }
-        let products = machine.product_bytes_per_second.values();
-        let rates = products.chain(&machine.drive_bytes_per_second).chain([&machine.memory_bytes_per_second]);
+        let products = [&machine.product_bytes_per_second, &machine.beside_reads_bytes_per_second];
+        let rates = products.into_iter().flat_map(BTreeMap::values).chain(&machine.drive_bytes_per_second);
+        let rates = rates.chain([&machine.memory_bytes_per_second]).chain(&machine.f32_operations_per_second);
         let is_wrong = |rate: &f64| !rate.is_finite() || *rate < 1.0;
         if let Some(rate) = rates.copied().find(is_wrong) {
-            return Err(wrong(format!("{rate} bytes per second is not a speed")));
+            return Err(wrong(format!("{rate} per second is not a speed")));
+        }
+        if !(0.0..1.0).contains(&machine.section_seconds) {
+            return Err(wrong(format!("{} seconds are not what the smallest product takes", machine.section_seconds)));
         }
         Ok(machine)
     }
@@ -104,8 +135,27 @@ impl MachineFile {
         replace_file(path, &json).map_err(failed)
     }
 
-    /// Bytes per second at which a token reads its weights: `experts` bytes of experts of one type, and the rest. For a type that
-    /// was not measured, the rate of plain reading.
+    /// What the cores do with experts of one type and the rest of another.
+    pub(crate) fn cores(&self, experts: Option<&str>, rest: Option<&str>) -> Cores {
+        let of = |rates: &BTreeMap<String, f64>, ty: Option<&str>| {
+            ty.and_then(|ty| rates.get(ty)).copied().unwrap_or(self.memory_bytes_per_second)
+        };
+        // Version 1 did not say what is done beside reads.
+        let (all, measured) = (&self.product_bytes_per_second, &self.beside_reads_bytes_per_second);
+        let beside = if measured.is_empty() { all } else { measured };
+        Cores {
+            experts: of(all, experts),
+            experts_beside_reads: of(beside, experts).min(of(all, experts)),
+            dense: of(all, rest),
+            dense_beside_reads: of(beside, rest).min(of(all, rest)),
+            keys: self.memory_bytes_per_second,
+            operations: self.f32_operations_per_second,
+            section_seconds: self.section_seconds,
+        }
+    }
+
+    /// Bytes per second at which a token gets through its weights: these many bytes of experts of one type, and those many of the rest.
+    /// Of a type that was not measured, what plain reading gives.
     pub(crate) fn weights_per_second(&self, experts: (u64, Option<&str>), rest: (u64, Option<&str>)) -> f64 {
         let rate = |ty: Option<&str>| {
             let measured = ty.and_then(|ty| self.product_bytes_per_second.get(ty));
@@ -122,8 +172,9 @@ mod tests {
     use super::*;
 
     fn machine() -> MachineFile {
-        let products = [(WeightType::Q8, 20e9), (WeightType::Q4, 10e9)].into_iter();
-        MachineFile::new((8 << 30, 6 << 30, Some(3e9)), 25e9, products, ("avx2", 4))
+        let products = &[(WeightType::Q8, 20e9, 18e9), (WeightType::Q4, 10e9, 8e9)];
+        let measured = Measured { memory: 25e9, products, operations: 1e11, section: 5e-6 };
+        MachineFile::new((8 << 30, 6 << 30, Some(3e9)), &measured, ("avx2", 4))
     }
 
     #[test]
@@ -137,8 +188,9 @@ mod tests {
         fs::write(&path, text.replace("\"available\": 6442450944,", "")).unwrap();
         assert_eq!((machine().memory(), MachineFile::load(&path).unwrap().memory()), (6 << 30, 8 << 30));
         for (from, to, word) in [
-            ("\"version\": 1", "\"version\": 2", "version 2"),
+            ("\"version\": 2", "\"version\": 3", "version 3"),
             ("25000000000.0", "-1.0", "not a speed"),
+            ("5e-6", "2.5", "smallest product"),
             ("\"isa\"", "\"isas\"", "isas"),
             ("{", "", "machine.json"),
         ] {
@@ -147,6 +199,21 @@ mod tests {
             assert!(error.contains(word), "{error}");
         }
         assert!(MachineFile::load(folder.path()).is_err());
+        // What version 1 did not say is done without.
+        let older = r#"{"version": 1, "ram": 1, "drive_bytes_per_second": null, "memory_bytes_per_second": 25e9,
+            "product_bytes_per_second": {"q4": 10e9}, "isa": "avx2", "threads": 4}"#;
+        fs::write(&path, older).unwrap();
+        let cores = MachineFile::load(&path).unwrap().cores(Some("q4"), None);
+        assert_eq!((cores.experts, cores.experts_beside_reads, cores.dense), (10e9, 10e9, 25e9));
+        assert_eq!((cores.operations, cores.section_seconds), (None, 0.0));
+    }
+
+    #[test]
+    fn cores_do_what_was_measured_of_the_types() {
+        let cores = machine().cores(Some("q4"), Some("fp8"));
+        assert_eq!((cores.experts, cores.experts_beside_reads), (10e9, 8e9));
+        assert_eq!((cores.dense, cores.dense_beside_reads, cores.keys), (25e9, 25e9, 25e9));
+        assert_eq!((cores.operations, cores.section_seconds), (Some(1e11), 5e-6));
     }
 
     #[test]

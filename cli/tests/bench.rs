@@ -267,8 +267,10 @@ fn a_machine_is_measured_once_and_planned_for_elsewhere() {
     assert_eq!(measured, serde_json::from_str::<Value>(&fs::read_to_string(&file).unwrap()).unwrap());
 
     let elsewhere = serde_json::json!({
-        "version": 1, "ram": 64u64 << 30, "drive_bytes_per_second": 5e9, "memory_bytes_per_second": 80e9,
-        "product_bytes_per_second": {"fp8": 40e9, "bf16": 40e9}, "isa": "avx512", "threads": 16,
+        "version": 2, "ram": 64u64 << 30, "drive_bytes_per_second": 5e9, "memory_bytes_per_second": 80e9,
+        "product_bytes_per_second": {"fp8": 40e9, "bf16": 40e9},
+        "beside_reads_bytes_per_second": {"fp8": 38e9, "bf16": 38e9},
+        "f32_operations_per_second": 1e12, "section_seconds": 4e-6, "isa": "avx512", "threads": 16,
     });
     fs::write(&file, elsewhere.to_string()).unwrap();
     let plan = |more: &[&str]| json(&sluice(&[&["plan", "deepseek-r1", "--machine", &file, "--json"], more].concat()));
@@ -276,6 +278,12 @@ fn a_machine_is_measured_once_and_planned_for_elsewhere() {
     let machine = |plan: &Value| ["ram", "ssd", "memory_bandwidth"].map(|name| plan["machine"][name].as_u64().unwrap());
     assert_eq!(machine(&there), [64 << 30, 5_000_000_000, 40_000_000_000], "{there}");
     assert!(there["speeds_from"].as_str().unwrap().contains("there.json"), "{there}");
+    // What is expected is less than the bound, but no less than if nothing overlapped.
+    let number =
+        |part: &str, name: &str| there[part][name].as_f64().unwrap_or_else(|| panic!("{part}.{name}: {there}"));
+    let expected = number("forecast", "token_seconds");
+    let both = number("forecast", "drive_seconds") + number("forecast", "computing_seconds");
+    assert!((1.0 / number("speed", "tokens_per_second") * 0.97..both * 40.0 / 38.0).contains(&expected), "{there}");
     let asked = plan(&["--ssd", "7GB/s", "--mem-bandwidth", "50GB/s", "--ram", "32GiB"]);
     assert_eq!(machine(&asked), [32 << 30, 7_000_000_000, 50_000_000_000]);
     assert_eq!(asked["speeds_from"], "drive as requested, memory as requested");

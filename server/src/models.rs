@@ -171,7 +171,10 @@ impl Models {
         let entry = self.entries.iter().find(|entry| entry.id == id).expect("the name was found before");
         let mut options = self.engine.clone();
         options.budget = options.budget.map(|total| total.saturating_sub(busy));
-        options.prediction = self.scheduling.drafts.opens_prediction(entry.facts.predicts);
+        // What is wrong with the file is said when it is opened.
+        let holds =
+            || entry.facts.predicts && ModelFile::open(&entry.path).is_ok_and(|file| options.holds_prediction(&file));
+        options.prediction = self.scheduling.drafts.opens_prediction(holds);
         let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone())?;
         if let Some(lossy) = &entry.facts.lossy {
             tracing::warn!(model = entry.id, lossy, "answers differ from the model's own");

@@ -1,10 +1,11 @@
 //! Drafts change no text: the tokens are those that sampling would have chosen one by one, and rejected proposals leave no trace.
 
-use sluice_format::WeightType;
+use sluice_format::{ModelFile, WeightType};
 use sluice_generate::{
     Constraint, Draft, Drafts, Penalties, PromptLookup, Request, SamplerConfig, SchedulerOptions, WhenFull,
 };
-use sluice_model::{Control, Engine, EngineOptions, Phase, PredictionSpan, Span, Want};
+use sluice_model::memory::{Demand, MemoryPlan};
+use sluice_model::{Control, Engine, EngineOptions, KvType, Phase, PredictionSpan, Span, Want};
 use sluice_tests::house::{Heard, House};
 use sluice_tests::{Converted, argmax};
 use sluice_text::StopCondition;
@@ -84,7 +85,9 @@ fn open(model: &Converted, sequences: usize) -> House {
 
 /// Opens a house that drafts for generations without a draft of their own: `tokens` each time, or as many as pay.
 fn open_drafting(model: &Converted, sequences: usize, drafts: Drafts, tokens: Option<usize>) -> House {
-    let engine = model.open(&EngineOptions { prediction: drafts.opens_prediction(true), ..options(sequences) });
+    let file = ModelFile::open(&model.path).unwrap();
+    let prediction = drafts.opens_prediction(|| options(sequences).holds_prediction(&file));
+    let engine = model.open(&EngineOptions { prediction, ..options(sequences) });
     let scheduling = SchedulerOptions { prompt_rows: 20, drafts, draft_tokens: tokens, ..SchedulerOptions::default() };
     House::new(engine, scheduling)
 }
@@ -217,4 +220,46 @@ fn the_prediction_layer_proposes_what_it_finds_likeliest() {
         assert_eq!((status.proposed, status.came_true), (proposed, came_true), "prompt {number}");
     }
     assert!(came_true > 0, "none of {proposed} proposals came true: the test shows nothing");
+}
+
+#[test]
+fn the_layer_is_opened_unasked_only_where_it_takes_no_place_from_experts() {
+    let model = Converted::new("golden/glm4_moe", Some(WeightType::Q8));
+    let file = ModelFile::open(&model.path).unwrap();
+    let opens = |drafts: Drafts, budget: Option<u64>| {
+        let options = EngineOptions { budget, ..options(1) };
+        drafts.opens_prediction(|| options.holds_prediction(&file))
+    };
+    let demand = Demand { prediction: true, ..Demand::one(CONTEXT, KvType::F32) };
+    let all = MemoryPlan::new(&file, None, demand).unwrap();
+    assert_eq!((all.slots, all.dense_streamed), (all.experts, 0));
+    let less = MemoryPlan::new(&file, Some(all.used() - all.slot_len), demand).unwrap();
+    assert!(less.slots < less.experts);
+    for (drafts, with_all, with_less) in [
+        (Drafts::Off, false, false),
+        (Drafts::Lookup, false, false),
+        (Drafts::Auto, true, false),
+        (Drafts::Prediction, true, true),
+    ] {
+        let found = (opens(drafts, None), opens(drafts, less.requested));
+        assert_eq!(found, (with_all, with_less), "{drafts:?}");
+    }
+    let none = Converted::new("demo-model", Some(WeightType::Q8));
+    let none = ModelFile::open(&none.path).unwrap();
+    assert!(!Drafts::Auto.opens_prediction(|| options(1).holds_prediction(&none)), "there is no layer");
+}
+
+/// Head inputs that wait for the prediction layer are planned for: three times 32 rows of f32 for each sequence.
+#[test]
+fn waiting_inputs_are_in_the_memory_plan() {
+    let model = Converted::new("golden/glm4_moe", Some(WeightType::Q8));
+    let file = ModelFile::open(&model.path).unwrap();
+    let scratch = |sequences: usize, prediction: bool| {
+        let demand = Demand { sequences, prediction, ..Demand::one(CONTEXT, KvType::F32) };
+        MemoryPlan::of_extents(file.spec(), file.extents(), Some(1 << 38), demand, 1 << 40).unwrap().scratch
+    };
+    // So many that the scratch is charged.
+    let more = |sequences| scratch(sequences, true) - scratch(sequences, false);
+    let waiting = 4000 * 3 * 32 * 4 * file.spec().hidden_size as u64;
+    assert!(more(8000) - more(4000) >= waiting, "{} and {}, not {waiting} more", more(8000), more(4000));
 }

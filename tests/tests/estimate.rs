@@ -5,7 +5,8 @@ use sluice_format::ModelFile;
 use sluice_format::WeightType;
 use sluice_lab::batch::{Load, Rates, Width, saved_bytes};
 use sluice_lab::estimate::{Bound, CURVES, Machine, Needs, Speed, StepWork};
-use sluice_lab::trace::{Replay, Trace};
+use sluice_lab::schedule::{Cores, Forecast};
+use sluice_lab::trace::{Phase, Replay, Trace};
 use sluice_model::KvType;
 use sluice_storage::pool::policy::PolicyKind;
 use sluice_tests::Converted;
@@ -70,6 +71,64 @@ fn figures_of_deepseek_r1() {
     assert_eq!(all.memory.effective, needs.best_memory);
     let none = Speed::of(spec, extents, Machine { ram: gib(1), ..machine }, 4096, KvType::F32).unwrap_err();
     assert_eq!(none.least, needs.least_memory);
+}
+
+/// Qwen3-30B in four bits, on cores that get as much done as memory gives, and on slower ones.
+#[test]
+fn a_forecast_lies_between_the_bound_and_doing_one_thing_after_the_other() {
+    let geometry = Geometry::load("qwen3-30b", None).unwrap();
+    let layout = Layout::new(geometry.spec(), FOUR_BITS, 4096).unwrap();
+    let model = (geometry.spec(), layout.extents());
+    let on = |ram: u64, cores: Cores, replay: Option<&Replay>| {
+        let machine = Machine { ram, ssd: 3_000_000_000, memory_bandwidth: 50_000_000_000 };
+        let speed = Speed::of(model.0, model.1, machine, 4096, KvType::F32).unwrap();
+        let forecast = Forecast::of(model, (&machine, &cores), &speed, (4096, KvType::F32), replay).unwrap();
+        (speed, forecast)
+    };
+    let usual = Cores::of_rate(50e9);
+    let mut last = 0.0;
+    for gib in [6, 9, 13, 40] {
+        let (speed, forecast) = on(gib << 30, usual, None);
+        assert!((forecast.hit_rate - speed.hit_rate).abs() < 0.02, "{forecast:?}");
+        let both = forecast.drive_seconds + forecast.computing_seconds + 48.0 * 80e-6;
+        assert!(
+            (1.0 / speed.tokens_per_second * 0.95..both).contains(&forecast.token_seconds),
+            "{forecast:?}, {speed:?}"
+        );
+        let [low, high] = forecast.tokens_per_second_range;
+        assert!(low <= forecast.tokens_per_second && forecast.tokens_per_second <= high);
+        assert!(forecast.tokens_per_second > last, "{gib} GiB: {forecast:?}");
+        last = forecast.tokens_per_second;
+    }
+    let (speed, forecast) = on(40 << 30, usual, None);
+    assert!((forecast.tokens_per_second / speed.tokens_per_second - 1.0).abs() < 0.01, "everything is in memory");
+    // 6 sections of a layer and 2 of each of its 8 experts, 10 µs each, and the head's.
+    let (_, barriers) = on(40 << 30, Cores { section_seconds: 1e-5, ..usual }, None);
+    let more = barriers.token_seconds - forecast.token_seconds;
+    assert!((more - 1e-5 * (48.0 * (6.0 + 2.0 * 8.0) + 1.0)).abs() < 1e-9, "{more}");
+    // Attention of 32 heads to 4096 keys and values of 128: 3.2 billion operations.
+    let (_, slow) = on(40 << 30, Cores { operations: Some(1e10), ..usual }, None);
+    let keys = f64::from(4096 * 2 * 4 * 128 * 4 * 48) / 50e9;
+    let more = slow.token_seconds - forecast.token_seconds;
+    assert!((more - (2.0 * 32.0 * 256.0 * 4096.0 * 48.0 / 1e10 - keys)).abs() < 1e-6, "{more}");
+    let (_, beside) = on(6 << 30, Cores { experts_beside_reads: 5e9, ..usual }, None);
+    assert!(beside.token_seconds > on(6 << 30, usual, None).1.token_seconds);
+
+    let trace = Trace::open(&fixture("traces").join("qwen3-30b-a3b.jsonl")).unwrap();
+    let replay = Replay::new(&trace, Some(128)).unwrap();
+    let (speed, forecast) = on(9 << 30, usual, Some(&replay));
+    let layers: Vec<usize> = (0..48).collect();
+    let misses = replay.misses_of_tokens(speed.memory.slots, &layers, 48).unwrap();
+    let generated = trace.tokens().iter().filter(|token| token.phase == Some(Phase::Decode)).count();
+    assert_eq!(misses.len(), 48 * generated, "tokens of the prompt fill the cache, and are not counted");
+    let missed: usize = misses.iter().sum();
+    assert!(missed > 0 && (missed as u64) < replay.run(PolicyKind::default(), speed.memory.slots).misses());
+    // The trace has 6 experts a layer, the model 8.
+    let part = missed as f64 / (8 * 48 * generated) as f64;
+    assert!((1.0 - forecast.hit_rate - part).abs() < 1e-9, "{part}: {forecast:?}");
+    let other = Trace::open(&fixture("traces").join("olmoe-1b-7b.jsonl")).unwrap();
+    let other = Replay::new(&other, Some(64)).unwrap();
+    assert_eq!(other.misses_of_tokens(10, &[0, 1, 2], 3), None, "another number of layers");
 }
 
 /// The demo model, by hand. Attention of a layer: 96×128 + 192×96 + 80×128 + 2 × 4×32×64 + 128×128 weights in matrices, 288 in

@@ -132,7 +132,11 @@ fn describe(report: &Report) -> String {
     out + "\n"
 }
 
-/// Measures products of weights in `data`.
+/// Of which the smallest product is.
+const SECTION_TYPE: WeightType = WeightType::Q8;
+const SECTIONS: usize = 2000;
+
+/// Measures products of weights out of `data`.
 pub(crate) struct Bench<'a> {
     pub(crate) kernels: Kernels,
     pub(crate) pool: ThreadPool,
@@ -198,6 +202,23 @@ impl Bench<'_> {
         READING_STREAMS.map(by).into_iter().fold(f64::INFINITY, f64::min)
     }
 
+    /// Seconds that a product of one token takes however small it is, its input's rounding included: the median of some thousand.
+    pub(crate) fn section(&self) -> f64 {
+        let group = row_group_len(SECTION_TYPE, COLS).expect("small");
+        let groups = (2 * self.pool.threads()).min(self.data.len() / group).max(1);
+        let mut product = self.product(SECTION_TYPE, &self.data[..groups * group], 1);
+        let input = vec![0.5; COLS];
+        let times: Vec<_> = (0..SECTIONS)
+            .map(|_| {
+                seconds(|| {
+                    product.x.set(&input, 1, COLS);
+                    product.multiply(groups);
+                })
+            })
+            .collect();
+        median(&times)
+    }
+
     /// Billions of multiplications and additions per second with `n` tokens.
     pub(crate) fn gemm(&self, ty: WeightType, n: usize) -> f64 {
         let group = row_group_len(ty, COLS).expect("small");
@@ -224,10 +245,15 @@ struct Product<'a> {
 impl Product<'_> {
     /// Seconds for the first row groups, this many.
     fn seconds(&mut self, groups: usize) -> f64 {
+        seconds(|| self.multiply(groups))
+    }
+
+    /// The product of the first so many row groups.
+    fn multiply(&mut self, groups: usize) {
         let rows = groups * ROW_GROUP;
         let w = Matrix::new(self.ty, rows, COLS, &self.data[..groups * self.group]).expect("cut to fit");
         let y = &mut self.y[..rows * self.n];
-        seconds(|| self.bench.kernels.matmul(&self.bench.pool, w, &self.x, y))
+        self.bench.kernels.matmul(&self.bench.pool, w, &self.x, y);
     }
 }
 

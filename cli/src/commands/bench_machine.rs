@@ -14,7 +14,7 @@ use sluice_storage::io::{CalibrationStore, DataFile, DirectMode};
 
 use super::bench_kernels::{Bench, TAME};
 use crate::error::CliError;
-use crate::machine::MachineFile;
+use crate::machine::{MachineFile, Measured};
 use crate::progress::step_bar;
 use crate::size::{parse_count, parse_size};
 use crate::terminal::{counted, print, print_json};
@@ -69,6 +69,15 @@ const TYPES: [WeightType; 9] = [
     WeightType::Q2,
 ];
 
+/// Rows of the products that measure the arithmetic of attention: as many as there are keys in a block.
+const ATTENTION_ROWS: usize = 64;
+
+/// Of so many threads, those that compute while the drive is read: as the engine does it, one fewer if they take all cores.
+fn threads_beside_reads(threads: usize) -> usize {
+    let cores = available_parallelism().map_or(1, NonZeroUsize::get);
+    if threads < cores { threads } else { threads.saturating_sub(1).max(1) }
+}
+
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if let Some(out) = &args.out {
         CliError::refuse_output(out, &args.file.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
@@ -95,17 +104,25 @@ fn measure(args: &Args) -> Result<MachineFile, CliError> {
         .map_err(|_| CliError::Failure(format!("the system has no {} of memory: lower --bytes", Bytes(args.bytes))))?;
     data.resize(bytes, TAME);
     let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
-    let bar = step_bar("measuring", 1 + TYPES.len() as u64);
+    let bar = step_bar("measuring", 3 + TYPES.len() as u64);
     let memory = bench.read_rate();
     bar.inc(1);
-    let products = TYPES.map(|ty| (ty, (bench.product_rate(ty), bar.inc(1)).0));
+    let threads = bench.pool.threads();
+    let fewer = threads_beside_reads(threads);
+    let beside = (fewer < threads).then(|| Bench { kernels, pool: ThreadPool::new(fewer), data: &data });
+    let products = TYPES.map(|ty| {
+        // Where as many threads compute, the rate is the same one, and not another measurement of it.
+        let rate = bench.product_rate(ty);
+        let beside = beside.as_ref().map_or(rate, |beside| beside.product_rate(ty));
+        bar.inc(1);
+        (ty, rate, beside)
+    });
+    let operations = 1e9 * bench.gemm(WeightType::F32, ATTENTION_ROWS);
+    bar.inc(1);
+    let section = bench.section();
     bar.finish_and_clear();
-    Ok(MachineFile::new(
-        (ram, available, drive),
-        memory,
-        products.into_iter(),
-        (kernels.isa_name(), bench.pool.threads()),
-    ))
+    let measured = Measured { memory, products: &products, operations, section };
+    Ok(MachineFile::new((ram, available, drive), &measured, (kernels.isa_name(), threads)))
 }
 
 /// Bytes per second of the drive below a file, if it has been calibrated. Of a model that is striped over several drives: of all of them
@@ -152,7 +169,13 @@ fn describe(machine: &MachineFile) -> String {
     let _ = writeln!(out, "{:<12} {}", "memory", rate(machine.memory_bytes_per_second));
     for (ty, product) in &machine.product_bytes_per_second {
         let share = 100.0 * product / machine.memory_bytes_per_second;
-        let _ = writeln!(out, "{ty:<12} {} of weights, {share:.0} %", rate(*product));
+        let beside = machine.beside_reads_bytes_per_second.get(ty).map_or(String::new(), |beside| rate(*beside));
+        let _ = writeln!(out, "{ty:<12} {} of weights, {share:.0} %; {beside} while the drive is read", rate(*product));
     }
+    let section = 1e6 * machine.section_seconds;
+    if let Some(operations) = machine.f32_operations_per_second {
+        let _ = writeln!(out, "{:<12} {:.0} GOP/s of f32", "attention", operations / 1e9);
+    }
+    let _ = writeln!(out, "{:<12} {section:.1} µs for the smallest product", "threads");
     out
 }

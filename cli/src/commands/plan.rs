@@ -16,11 +16,14 @@ use sluice_format::{
 use sluice_kernels::ThreadPool;
 use sluice_lab::compression::CompressionWorth;
 use sluice_lab::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
+use sluice_lab::schedule::{Cores, Forecast};
+use sluice_lab::trace::Replay;
 use sluice_model::KvType;
 use sluice_model::memory::available_memory;
 
 use super::bench_machine;
 use super::synth::type_parser;
+use super::trace;
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
 use crate::fetch::model_file;
@@ -35,8 +38,9 @@ gpt-oss-120b, minimax-m3, llama-4-scout and so on; a name that is not known is a
 nothing else. Weights are not read. What is no model file yet is planned as `sluice convert` would write it: as published, bit for bit, unless --type and \
 --dense-type say otherwise.
 
-The speed is arithmetic, an upper bound of what can be expected: the slower of drive and memory, without computation. \
-`sluice synth` and a run measure.
+The speed is that of a simulated schedule: layer by layer, what is read while what is computed, with the misses that traces of other models \
+give, or with those of a trace of this model (--trace). The bound beside it is the slower of drive and memory. Measure the machine first: \
+`sluice bench disk FILE`, `sluice bench machine`.
 
 Examples:
   sluice plan deepseek-r1
@@ -45,6 +49,7 @@ Examples:
   sluice plan qwen3-30b --type q4 --dense-type q8 --ram 8GiB
   sluice plan DeepSeek-R1/
   sluice plan r1.sluice --context 16384
+  sluice run r1.sluice --prompt-file letter.txt --trace r1.jsonl && sluice plan r1.sluice --trace r1.jsonl --ram 32GiB
   sluice plan deepseek-r1 --json | jq .speed.tokens_per_second";
 
 /// Metadata besides configuration and spec, for the size of a file that does not exist.
@@ -72,6 +77,10 @@ pub(crate) struct Args {
     /// Plan for the machine that this file describes; `sluice bench machine --out` writes such files
     #[arg(long, value_name = "FILE")]
     machine: Option<PathBuf>,
+
+    /// Take hit rates and bursts of misses from this trace of the model (`sluice run FILE --trace TRACE`)
+    #[arg(long, value_name = "TRACE")]
+    trace: Option<PathBuf>,
 
     /// Type of the routed experts, for a model that is not a file yet [default: as published]
     #[arg(long = "type", value_name = "TYPE", value_parser = type_parser())]
@@ -118,8 +127,12 @@ struct Report {
     speeds_from: String,
     /// Compression of experts, if it shortens their type.
     compression: Option<Compression>,
-    /// `None` if the memory does not suffice.
+    /// The bounds; none when the memory does not suffice.
     speed: Option<Speed>,
+    /// What to expect within them: the simulated schedule.
+    forecast: Option<Forecast>,
+    /// The trace that its misses come from, if one of this model was given.
+    trace: Option<PathBuf>,
     warnings: Vec<String>,
 }
 
@@ -308,8 +321,12 @@ fn report(
         note(&format_args!("note: this is for {context} tokens of context, the most that the model takes"));
     }
     let needs = Needs::of(spec, extents, context, args.kv_type);
-    let (machine, speeds_from) = machine(args, &needs, &types)?;
+    let (machine, cores, speeds_from) = machine(args, &needs, &types)?;
     let speed = Speed::of(spec, extents, machine, context, args.kv_type);
+    let forecast = match &speed {
+        Ok(speed) => Some(forecast(args, (spec, extents), (&machine, &cores), speed, context)?),
+        Err(_) => None,
+    };
     let warnings = warnings(&needs, &speed);
     let compression = compression(spec, extents, &types.experts);
     Ok(Report {
@@ -329,16 +346,38 @@ fn report(
         speeds_from,
         compression,
         speed: speed.ok(),
+        forecast,
+        trace: args.trace.clone(),
         warnings,
     })
 }
 
-/// Usual speeds of a drive and of memory, in bytes per second, if nothing was measured.
+/// The simulated schedule, with the misses of the trace that was given, or else of other models.
+fn forecast(
+    args: &Args,
+    model: (&ModelSpec, &[ExtentRecord]),
+    machine: (&Machine, &Cores),
+    speed: &Speed,
+    context: usize,
+) -> Result<Forecast, CliError> {
+    let of = |replay: Option<&Replay>| Forecast::of(model, machine, speed, (context, args.kv_type), replay);
+    let Some(path) = &args.trace else { return Ok(of(None).expect("without a trace there is always a forecast")) };
+    let experts = model.0.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref()).map(|moe| moe.experts as u32).max();
+    let replay = Replay::new(&trace::open(path)?, experts).map_err(CliError::replay(path))?;
+    of(Some(&replay)).ok_or_else(|| {
+        let (name, model) = (path.display(), &args.target);
+        CliError::Usage(format!(
+            "{name} is no trace of {model}, or has no generated tokens: `sluice run {model} --trace {name}` records one"
+        ))
+    })
+}
+
+/// Usual speeds of a drive and of memory, where nothing was measured, in bytes per second.
 const USUAL_DRIVE: u64 = 3_000_000_000;
 const USUAL_MEMORY: u64 = 50_000_000_000;
 
-/// The machine to plan for, and the source of its speeds. Requested speeds take precedence over measured ones.
-fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, String), CliError> {
+/// The machine to plan for, and where its speeds come from. What is asked for goes first, then what was measured.
+fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, Cores, String), CliError> {
     let measured = match (&args.machine, MachineFile::of_user().filter(|path| path.exists())) {
         (Some(path), _) => Some((MachineFile::load(path)?, path.display().to_string())),
         (None, None) => None,
@@ -376,7 +415,12 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, String
         ssd: args.ssd.or(drive).unwrap_or(USUAL_DRIVE),
         memory_bandwidth: args.mem_bandwidth.or(memory.map(|rate| rate.round() as u64)).unwrap_or(USUAL_MEMORY),
     };
-    Ok((machine, speeds_from))
+    // A speed that is asked for is that of everything, and of nothing more is known where nothing was measured.
+    let cores = match of_file.filter(|_| args.mem_bandwidth.is_none()) {
+        Some(file) => file.cores(first(&types.experts), first(&types.dense)),
+        None => Cores::of_rate(machine.memory_bandwidth as f64),
+    };
+    Ok((machine, cores, speeds_from))
 }
 
 /// What compression of the experts is, or would be, worth here; `None` for types that it does not shorten.
@@ -494,8 +538,8 @@ fn describe(r: &Report) -> String {
         n.kv_cache_bytes,
         format!("in {}, when all {} tokens of context are there", r.kv_type, r.context),
     );
-    if let Some(speed) = &r.speed {
-        out.push_str(&describe_speed(r, speed));
+    if let (Some(speed), Some(forecast)) = (&r.speed, &r.forecast) {
+        out.push_str(&describe_speed(r, speed, forecast));
     }
     if let Some(compression) = &r.compression {
         let _ = writeln!(out, "\n{}", describe_compression(compression, r.machine.ssd));
@@ -521,7 +565,7 @@ fn describe_compression(c: &Compression, ssd: u64) -> String {
     }
 }
 
-fn describe_speed(r: &Report, s: &Speed) -> String {
+fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
     let n = &r.needs;
     let mut out = String::from("\nin memory\n");
     let mut line = |name: &str, value: String| {
@@ -532,9 +576,13 @@ fn describe_speed(r: &Report, s: &Speed) -> String {
     if n.experts > 0 {
         let (slots, cycles) = (s.memory.slots, s.cached_cycles);
         line("experts", format!("{slots} of {} ({:.1} %), {cycles:.1} token cycles", n.experts, 100.0 * s.cached));
-        let source = match s.curve {
-            Some(trace) => format!("what a trace of {trace} gives for that part of the experts"),
-            None => "everything fits".into(),
+        let source = match (s.curve, &r.trace) {
+            (None, _) => "everything fits".into(),
+            (_, Some(trace)) => {
+                let (percent, name) = (100.0 * forecast.hit_rate, trace.display());
+                format!("what a trace of {} gives; {name} gives {percent:.0} %", s.curve.unwrap_or_default())
+            }
+            (Some(trace), None) => format!("what a trace of {trace} gives for that part of the experts"),
         };
         line("hit rate", format!("{:.0} %: {source}", 100.0 * s.hit_rate));
     }
@@ -561,9 +609,16 @@ fn describe_speed(r: &Report, s: &Speed) -> String {
         Bound::Drive => "the drive",
         Bound::Memory => "the memory",
     };
-    let _ = writeln!(out, "\nexpect at most {:.2} tokens/s: {bound} is the limit", s.tokens_per_second);
-    if s.curve.is_some() {
-        let [low, high] = s.tokens_per_second_range;
+    let (expected, ms) = (forecast.tokens_per_second, seconds(forecast.token_seconds));
+    let _ =
+        writeln!(out, "\nexpect {expected:.2} tokens/s: reading and computing overlap in part, and a token takes {ms}");
+    let _ = writeln!(
+        out,
+        "at most {:.2} tokens/s, if they overlapped completely: {bound} is the limit",
+        s.tokens_per_second
+    );
+    if s.curve.is_some() && r.trace.is_none() {
+        let [low, high] = forecast.tokens_per_second_range;
         let points = 100.0 * HIT_RATE_SPREAD;
         let _ = writeln!(
             out,

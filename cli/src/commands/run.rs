@@ -164,8 +164,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
     plot::check_target(args.profile_svg.as_deref(), &args.file)?;
     let prepared = prepare(args)?;
-    let prediction = args.drafts.predicts(&ModelFile::open(&args.file)?);
-    let options = EngineOptions { prediction, ..args.engine.options(prepared.context) };
+    let options = args.engine.options(prepared.context);
+    let prediction = args.drafts.predicts(&ModelFile::open(&args.file)?, &options);
+    let options = EngineOptions { prediction, ..options };
     let mut engine = args.engine.open_as(&args.file, &options)?;
     let open_seconds = started.elapsed().as_secs_f64();
     let request = Request {

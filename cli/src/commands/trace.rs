@@ -147,7 +147,7 @@ fn table(rows: &[Row]) -> String {
 }
 
 /// Reads a trace, and reports if its end is missing.
-fn open(path: &Path) -> Result<Trace, CliError> {
+pub(super) fn open(path: &Path) -> Result<Trace, CliError> {
     let trace = Trace::open(path)?;
     if trace.is_cut_short() {
         let (path, tokens) = (path.display(), counted(trace.tokens().len(), "complete token"));

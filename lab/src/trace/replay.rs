@@ -22,11 +22,11 @@ pub struct Replay {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Record {
-    layer: u32,
+pub(super) struct Record {
+    pub(super) layer: u32,
     prefill: bool,
-    start: usize,
-    end: usize,
+    pub(super) start: usize,
+    pub(super) end: usize,
 }
 
 /// Why a trace cannot be replayed.
@@ -156,10 +156,46 @@ impl Replay {
     ///
     /// If the slots do not hold all experts of a pass, those that have been computed make room for the next ones.
     pub fn run_with(&self, policy: &mut dyn Policy, slots: usize) -> ReplayResult {
+        self.run_watched(policy, slots, &mut |_, _| ())
+    }
+
+    /// How many experts the generated tokens of the trace would miss with the default policy, layer by layer: `[tokens, layers]` of a model with
+    /// so many `layers`, of which those numbered `routed` have experts. `None` if the trace is of another number of such layers, or has no
+    /// generated token.
+    pub fn misses_of_tokens(&self, slots: usize, routed: &[usize], layers: usize) -> Option<Vec<usize>> {
+        if routed.len() != self.shape.layers as usize {
+            return None;
+        }
+        let mut policy = PolicyKind::default().build(self.shape)?;
+        let mut misses = Vec::new();
+        self.run_watched(policy.as_mut(), slots, &mut |pass, missed| {
+            if pass.prefill {
+                return;
+            }
+            if pass.layer == 0 {
+                misses.resize(misses.len() + layers, 0);
+            }
+            if let Some(token) = misses.len().checked_sub(layers) {
+                misses[token + routed[pass.layer as usize]] = missed;
+            }
+        });
+        (!misses.is_empty()).then_some(misses)
+    }
+
+    /// As [`run_with`](Self::run_with); `watch` hears how many experts each pass missed.
+    fn run_watched(
+        &self,
+        policy: &mut dyn Policy,
+        slots: usize,
+        watch: &mut dyn FnMut(&Record, usize),
+    ) -> ReplayResult {
         let mut result = ReplayResult { policy: policy.kind(), slots, accesses: 0, hits: 0, evictions: 0 };
-        result.evictions = self.go_through(policy, &[slots], &vec![0; self.shape.layers as usize], |_, hit| {
-            result.accesses += 1;
-            result.hits += u64::from(hit);
+        let classes = vec![0; self.shape.layers as usize];
+        result.evictions = self.go_through(policy, &[slots], &classes, |pass, missed| {
+            let used = pass.end - pass.start;
+            result.accesses += used as u64;
+            result.hits += (used - missed) as u64;
+            watch(pass, missed);
         });
         result
     }
@@ -181,21 +217,22 @@ impl Replay {
         let mut policy = policy.build(self.shape).expect("a policy that does not know the future");
         policy.classify(&classes);
         let (mut used, mut found) = (0, 0);
-        self.go_through(policy.as_mut(), &plan.counts(), &classes, |layer, hit| {
-            used += sizes[layer as usize];
-            found += if hit { sizes[layer as usize] } else { 0 };
+        self.go_through(policy.as_mut(), &plan.counts(), &classes, |pass, missed| {
+            let (len, experts) = (sizes[pass.layer as usize], pass.end - pass.start);
+            used += len * experts as u64;
+            found += len * (experts - missed) as u64;
         });
         if used == 0 { 0.0 } else { found as f64 / used as f64 }
     }
 
-    /// Replays the trace with `slots` slots of each size class; `classes` has the class of every layer. Tells `seen` the layer of every
-    /// expert used and whether it was in the cache. Returns how many had to leave.
+    /// Replays the trace with `slots` slots of each size class; `classes` has the class of every layer. Tells `watch` each pass, and how
+    /// many of its experts were not in the cache. Returns how many had to leave.
     pub(super) fn go_through(
         &self,
         policy: &mut dyn Policy,
         slots: &[usize],
         classes: &[u8],
-        mut seen: impl FnMut(u32, bool),
+        mut watch: impl FnMut(&Record, usize),
     ) -> u64 {
         let mut evictions = 0;
         let mut resident = vec![false; self.shape.keys()];
@@ -208,7 +245,6 @@ impl Replay {
             let (slots, free) = (slots[usize::from(class)], &mut free[usize::from(class)]);
             for choice in choices {
                 let key = self.shape.key(pass.layer, choice.expert);
-                seen(pass.layer, resident[key.index()]);
                 if resident[key.index()] {
                     policy.hit(key);
                     policy.pin(key);
@@ -217,6 +253,7 @@ impl Replay {
                     missing.push(key);
                 }
             }
+            watch(pass, missing.len());
             for key in missing.drain(..) {
                 if slots == 0 {
                     continue;

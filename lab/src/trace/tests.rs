@@ -99,9 +99,10 @@ fn slots_of_the_sizes_of_experts_save_more_bytes_than_slots_of_the_largest() {
                     &mut NextUse::new(replay.shape()),
                     &[slots],
                     &vec![0; layers as usize],
-                    |layer, hit| {
-                        used += sizes[layer as usize];
-                        saved += if hit { sizes[layer as usize] } else { 0 };
+                    |pass, missed| {
+                        let (len, experts) = (sizes[pass.layer as usize], pass.end - pass.start);
+                        used += len * experts as u64;
+                        saved += len * (experts - missed) as u64;
                     },
                 );
                 let one = saved as f64 / used as f64;

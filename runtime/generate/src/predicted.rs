@@ -5,10 +5,12 @@
 //! the last tokens of a prompt, and restarts wherever something is missing.
 
 use sluice_model::engine::RuntimeError;
+use sluice_model::memory::WAITING_INPUTS;
 use sluice_model::{Control, Engine, ModelError, Phase, PredictionSequence, PredictionSpan, Want};
 
-/// Most tokens whose head inputs wait for the layer. This bounds their memory, and the additional cost of reading a prompt.
-const WAITING: usize = 64;
+/// Most tokens whose head inputs wait to be given to the layer: bounds their memory, which is planned, and what catching up with a prompt
+/// costs.
+const WAITING: usize = WAITING_INPUTS;
 
 /// What the prediction layer remembers of one generation.
 #[derive(Debug)]
@@ -30,7 +32,8 @@ impl Predicted {
         Some(Predicted { sequence, origin: 0, seen: 0, inputs: Vec::new(), hidden: engine.spec().hidden_size })
     }
 
-    fn waiting(&self) -> usize {
+    /// Tokens whose head inputs it has not been given.
+    pub(super) fn waiting(&self) -> usize {
         self.inputs.len() / self.hidden
     }
 

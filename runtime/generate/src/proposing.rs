@@ -24,7 +24,7 @@ pub enum Drafts {
     Lookup,
     /// The model's layer for multi-token prediction, if it is open ([`EngineOptions::prediction`](sluice_model::EngineOptions)).
     Prediction,
-    /// The text if possible, otherwise the layer.
+    /// The text where it can, else the layer, if that costs no expert its place in memory.
     Auto,
 }
 
@@ -37,9 +37,10 @@ impl Drafts {
         matches!(self, Drafts::Prediction | Drafts::Auto)
     }
 
-    /// Whether to open a model with its prediction layer; `has_layer`: whether it has one.
-    pub fn opens_prediction(self, has_layer: bool) -> bool {
-        self == Drafts::Prediction || (self == Drafts::Auto && has_layer)
+    /// Whether a model is to be opened with its prediction layer: where it is asked for, and by [`Auto`](Drafts::Auto) where all experts
+    /// stay in memory beside it. `holds`: whether they do ([`EngineOptions::holds_prediction`](sluice_model::EngineOptions)).
+    pub fn opens_prediction(self, holds: impl FnOnce() -> bool) -> bool {
+        self == Drafts::Prediction || (self == Drafts::Auto && holds())
     }
 }
 
@@ -138,9 +139,10 @@ impl Scheduler {
         }
         let offers: Vec<Option<Offer>> = taking.iter_mut().map(|r| r.offer(proposer, most)).collect();
         let depth = proposer.depth(&offers);
+        let sequences = offers.len();
         let mut asked = Vec::new();
         for (running, offer) in taking.into_iter().zip(offers) {
-            let Some(Offer { source, most }) = offer.filter(|_| depth > 0) else { continue };
+            let Some(Offer { source, most, .. }) = offer.filter(|_| depth > 0) else { continue };
             let Running { generation, ahead, .. } = running;
             let most = most.min(depth);
             match (source, &mut ahead.predicted) {
@@ -155,6 +157,8 @@ impl Scheduler {
         if asked.is_empty() {
             return;
         }
+        let waiting = asked.iter().map(|(_, _, predicted, _)| predicted.waiting()).max().unwrap_or(0);
+        let deepest = asked.iter().map(|(.., most)| *most).max().unwrap_or(0);
         let started = Instant::now();
         let mut layers: Vec<Asked<'_>> = asked
             .iter_mut()
@@ -168,7 +172,7 @@ impl Scheduler {
         let outcome = predicted::propose(engine, &mut layers);
         let proposals: Vec<Vec<u32>> = layers.into_iter().map(|asked| asked.proposals).collect();
         proposer.seconds = started.elapsed().as_secs_f64();
-        proposer.worth.record_predicting(asked.len(), depth, proposer.seconds);
+        proposer.worth.record_predicting(sequences, (waiting, deepest), proposer.seconds);
         for ((generation, ahead, ..), proposals) in asked.into_iter().zip(proposals) {
             generation.check(&proposals);
             *ahead = proposals;
@@ -224,6 +228,7 @@ impl Running {
             _ => Some(Source::Lookup),
         };
         let most = if ahead.source == Some(Source::Lookup) { ahead.proposals.len() } else { most };
-        ahead.source.map(|source| Offer { source, most })
+        let waiting = ahead.predicted.as_ref().map_or(0, Predicted::waiting);
+        ahead.source.map(|source| Offer { source, most, waiting })
     }
 }

@@ -237,6 +237,25 @@ pub struct Engine {
     warms: bool,
 }
 
+impl EngineOptions {
+    /// What the memory has to hold of sequences of a model.
+    fn demand(&self, file: &ModelFile) -> Demand {
+        let context = self.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
+        let EngineOptions { kv_type, marks, prediction, .. } = *self;
+        let prompt_attention = self.prompt_attention.in_model(file.spec());
+        let expanding = if prompt_attention == PromptAttention::Expanded { thread_count(self.threads) } else { 0 };
+        Demand { sequences: self.sequences.unwrap_or(1).max(1), context, kv_type, marks, prediction, expanding }
+    }
+
+    /// Whether the prediction layer of a model would cost nothing while it is not used: there is one, and with it all dense parts and all
+    /// experts stay in memory. Otherwise experts would make room for it, and be read for every token instead.
+    pub fn holds_prediction(&self, file: &ModelFile) -> bool {
+        let demand = Demand { prediction: true, ..self.demand(file) };
+        let holds_all = |memory: &MemoryPlan| memory.slots == memory.experts && memory.dense_streamed == 0;
+        file.spec().prediction.is_some() && plan_memory(file, self, demand).is_ok_and(|memory| holds_all(&memory))
+    }
+}
+
 impl Engine {
     /// Opens a model: checks the file, plans the memory, and begins to read the dense parts. Each layer of the first step waits for
     /// its own dense parts only. Memory of expert slots is taken as they are filled.
@@ -245,15 +264,12 @@ impl Engine {
     /// See [`RuntimeError`]. A dense part that cannot be read, or is damaged, is an error of the first step that needs it.
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
         let file = ModelFile::open(path)?;
-        let context = options.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
-        let sequences = options.sequences.unwrap_or(1).max(1);
-        let EngineOptions { kv_type, marks, prediction, .. } = *options;
+        let prediction = options.prediction;
         if prediction && file.spec().prediction.is_none() {
             return Err(RuntimeError::NoPrediction { path: path.to_owned() });
         }
         let prompt_attention = options.prompt_attention.in_model(file.spec());
-        let expanding = if prompt_attention == PromptAttention::Expanded { thread_count(options.threads) } else { 0 };
-        let demand = Demand { sequences, context, kv_type, marks, prediction, expanding };
+        let demand = options.demand(&file);
         let memory = plan_memory(&file, options, demand)?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };

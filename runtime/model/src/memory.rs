@@ -30,6 +30,10 @@ const MIN_ROWS: usize = 16;
 /// Part of the budget, and most bytes, for experts' outputs that wait to be summed. The 8 choices of 146 rows with a hidden size of
 /// 7168 fit the latter.
 const KEPT_OUTPUTS: (u64, u64) = (64, 32 << 20);
+/// Most tokens of a sequence whose head inputs wait to be given to the prediction layer.
+pub const WAITING_INPUTS: usize = 32;
+/// How many times those of a sequence are there at most: of the last step, those that wait with them, and those that the layer meets.
+const INPUT_COPIES: u64 = 3;
 /// Slots of each size without which no layer can run.
 pub(crate) const MIN_SLOTS: usize = LEAST_SLOTS;
 /// Most staging slots: more than a drive needs to be kept busy.
@@ -490,13 +494,20 @@ impl Need<'_> {
         choices.find(|&(rows, kept)| self.for_rows(rows, kept) - charged <= spare / 8).unwrap_or(least)
     }
 
+    /// Bytes of the head inputs of all sequences that wait for the prediction layer, if it is opened.
+    fn waiting_inputs(&self) -> u64 {
+        let bytes = |(model, _): &(ModelSpec, Layout)| 4 * INPUT_COPIES * (WAITING_INPUTS * model.hidden_size) as u64;
+        self.prediction.as_ref().map_or(0, bytes).saturating_mul(self.demand.sequences as u64)
+    }
+
     fn scratch(&self, rows: usize, kept: u64) -> u64 {
         let passes = self.models().map(|model| Model::scratch_memory(model, rows, self.slot_len, kept));
         let prediction = self.prediction.as_ref().map_or(0, |(model, _)| Model::projection_memory(model));
+        let prediction = prediction.saturating_add(self.waiting_inputs());
         let expansion = self.models().map(|model| Model::expansion_memory(model, rows)).max().unwrap_or(0);
         let expansion = expansion.saturating_mul(self.demand.expanding as u64);
-        let scratch = passes.max().unwrap_or(0) + self.looked_up + prediction + expansion;
-        scratch.saturating_add(self.lists(rows)).saturating_sub(FREE_SCRATCH)
+        let scratch = passes.max().unwrap_or(0) + self.looked_up + expansion;
+        scratch.saturating_add(prediction).saturating_add(self.lists(rows)).saturating_sub(FREE_SCRATCH)
     }
 
     /// Pins as many bytes of dense extents as `budget` holds beside the ring for the others. Routers stay first, because
