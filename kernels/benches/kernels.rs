@@ -5,7 +5,8 @@
 //!
 //! A GEMV reads 256 MiB of weights, more than most caches hold; `read` is a plain loop over as many bytes. A GEMM multiplies a
 //! matrix that caches hold with 64 tokens; its elements are multiplications with an addition each. Attention is that of a token
-//! over a full cache, or of the last rows of a prompt; its elements are pairs of a query and a key.
+//! over a full cache, or of the last rows of a prompt; its elements are pairs of a query and a key. `expanded` is the same for the expanded
+//! form of latent attention, with the expansion.
 
 use criterion::{Bencher, BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use sluice_kernels::*;
