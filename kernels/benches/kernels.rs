@@ -7,6 +7,7 @@
 //! A GEMV reads 256 MiB of weights, more than most caches hold; `read` is a plain loop over as many bytes. A GEMM multiplies 64
 //! tokens with a matrix that fits in caches; its elements are multiplications with an addition each. Attention is that of a token
 //! over a full cache, or of the last rows of a prompt; its elements are pairs of a query and a key.
+//! `expanded` is the same for the expanded form of latent attention, including the expansion.
 
 use criterion::{Bencher, BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use sluice_kernels::*;
