@@ -46,7 +46,8 @@ fn no_bit_depends_on_how_the_budget_is_divided_between_sizes() {
         prop_assert!(engine.memory().used() <= smaller);
         prop_assert!(greedy(&mut engine, &prompt(), 12) == reference, "other logits with {:?}", engine.memory());
         engine.set_budget(plan.most()).unwrap();
-        prop_assert_eq!(engine.memory(), &plan);
+        prop_assert_eq!(&engine.memory().slot_plan, &plan.slot_plan);
+        prop_assert_eq!(engine.memory().used(), plan.used());
         Ok(())
     });
     outcome.unwrap();
