@@ -372,11 +372,16 @@ impl<'a> Showing<'a> {
 
     fn took(&self, ending: &How) -> Took {
         let (now, after) = (Instant::now(), self.answer.served().model().stats());
-        let (first, with_prompt, between) = self.first.clone().unwrap_or((now, 0, after.clone()));
         let usage = match ending {
             How::Ended(ending) | How::Stopped(ending) => ending.usage,
             How::Abandoned | How::Failed(_) => Default::default(),
         };
+        let (mut first, mut with_prompt, mut between) = self.first.clone().unwrap_or((now, 0, after.clone()));
+        let idle = Work::between(&between, &after).hit_rate().is_none();
+        if idle && usage.generated > with_prompt && Work::between(&self.before, &after).hit_rate().is_some() {
+            // The system let this thread run only when the model was done: the answer cannot be told apart from the prompt.
+            (first, with_prompt, between) = (self.began, 0, self.before.clone());
+        }
         Took {
             prompt: self.answer.prompt_tokens(),
             cached: usage.cached,
