@@ -197,6 +197,36 @@ fn a_plan_of_a_file() {
     }
 }
 
+/// A cold cache misses each expert at first, even where all fit: so does a run.
+#[test]
+fn a_plan_takes_the_misses_of_a_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let trace = folder.path().join("demo.jsonl").to_str().unwrap().to_owned();
+    stdout(&sluice(&[
+        "run",
+        demo_model(),
+        "--prompt-ids",
+        "1,2,3",
+        "-n",
+        "8",
+        "--ignore-eos",
+        "--trace",
+        &trace,
+        "--ids",
+    ]));
+    let plan = json(&sluice(&["plan", demo_model(), "--ram", "4GiB", "--trace", &trace, "--json"]));
+    let hits = plan["forecast"]["hit_rate"].as_f64().unwrap();
+    assert!((0.05..1.0).contains(&hits), "{plan}");
+    assert_eq!((plan["trace"].as_str(), plan["speed"]["hit_rate"].as_f64()), (Some(&*trace), Some(1.0)));
+    let seconds = |name: &str| plan["forecast"][name].as_f64().unwrap();
+    assert!(seconds("token_seconds") > seconds("computing_seconds").max(seconds("drive_seconds")), "{plan}");
+    assert_fails(
+        &sluice(&["plan", "qwen3-30b", "--ram", "16GiB", "--trace", &trace]),
+        2,
+        &["demo.jsonl", "no trace of"],
+    );
+}
+
 #[test]
 fn a_plan_of_a_dense_model_does_not_speak_of_experts() {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/golden/llama/config.json");
