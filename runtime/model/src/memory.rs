@@ -210,29 +210,14 @@ impl MemoryPlan {
         let everything = most_for_rows.saturating_add(need.dense_total() + need.all_slots());
         let effective = effective_budget(requested, everything, available);
 
-        // Everything at its least: no dense part stays unless all of them take less than the ring would.
-        let least_rows = need.fewest_rows();
-        let (least_cache, least_scratch) = (need.kv_cache(least_rows), need.scratch(least_rows, need.fewest_kept()));
-        let least_dense = need.pin(0);
-        let least_slots = MIN_SLOTS.min(need.experts) as u64 * need.slot_len + need.staging(0).1;
-        let least = least_cache.saturating_add(least_scratch).saturating_add(least_dense.bytes() + least_slots);
-        if effective < least {
-            return Err(BudgetError {
-                requested,
-                available,
-                effective,
-                least,
-                dense: least_dense.bytes(),
-                kv_cache: least_cache,
-                sequences: demand.sequences,
-                context: demand.context,
-                scratch: least_scratch,
-                slots: least_slots,
-            });
+        let least = need.least();
+        let Least { scratch: least_scratch, dense: least_dense, .. } = least;
+        if effective < least.bytes() {
+            return Err(least.refuses(requested, available, effective, demand));
         }
 
-        let (staging_slots, staging) = need.staging(effective - least);
-        let (least, least_slots) = (least - need.staging(0).1, least_slots - need.staging(0).1);
+        let (staging_slots, staging) = need.staging(effective - least.bytes());
+        let (least, least_slots) = (least.bytes() - need.staging(0).1, least.slots - need.staging(0).1);
         let budget = effective - staging;
         let (rows, kept_outputs) = need.rows(budget, budget - least + least_scratch);
         let (kv_cache, scratch) = (need.kv_cache(rows), need.scratch(rows, kept_outputs));
@@ -240,7 +225,7 @@ impl MemoryPlan {
         // experts must be able to be in flight.
         let left = budget - kv_cache - scratch;
         let wanted_slots = (2 * need.top_k).max(MIN_SLOTS).min(need.experts) as u64 * need.slot_len;
-        let dense = need.pin(left - least_slots.max(wanted_slots.min(left - least_dense.bytes())));
+        let dense = need.pin(left - least_slots.max(wanted_slots.min(left - least_dense)));
         let slots = need.slots(left - dense.bytes());
         Ok(MemoryPlan {
             requested,
@@ -353,7 +338,49 @@ fn layer_sizes(spec: &ModelSpec, extents: &[ExtentRecord]) -> Vec<LayerSize> {
     sizes.into_values().collect()
 }
 
+/// Everything at its least, in bytes.
+struct Least {
+    kv_cache: u64,
+    scratch: u64,
+    dense: u64,
+    /// Expert slots, and those of staging.
+    slots: u64,
+}
+
+impl Least {
+    fn bytes(&self) -> u64 {
+        self.kv_cache.saturating_add(self.scratch).saturating_add(self.dense + self.slots)
+    }
+
+    /// The error that says so.
+    fn refuses(&self, requested: Option<u64>, available: u64, effective: u64, demand: Demand) -> BudgetError {
+        BudgetError {
+            requested,
+            available,
+            effective,
+            least: self.bytes(),
+            dense: self.dense,
+            kv_cache: self.kv_cache,
+            sequences: demand.sequences,
+            context: demand.context,
+            scratch: self.scratch,
+            slots: self.slots,
+        }
+    }
+}
+
 impl Need<'_> {
+    /// Everything at its least: no dense part stays unless all of them take less than the ring would.
+    fn least(&self) -> Least {
+        let rows = self.fewest_rows();
+        Least {
+            kv_cache: self.kv_cache(rows),
+            scratch: self.scratch(rows, self.fewest_kept()),
+            dense: self.pin(0).bytes(),
+            slots: MIN_SLOTS.min(self.experts) as u64 * self.slot_len + self.staging(0).1,
+        }
+    }
+
     fn of<'a>(spec: &'a ModelSpec, extents: &[ExtentRecord], demand: Demand) -> Need<'a> {
         let extents = &opened_extents(spec, extents, demand.prediction)[..];
         let experts = extents.iter().filter(|e| e.kind == ExtentKind::Expert);

@@ -1,0 +1,48 @@
+//! What an engine is to hold in memory.
+
+use sluice_format::ModelFile;
+#[cfg(feature = "sim")]
+use sluice_format::{Codec, ExtentKind};
+
+use super::{EngineOptions, thread_count};
+use crate::PromptAttention;
+#[cfg(feature = "sim")]
+use crate::memory::available_memory;
+use crate::memory::{BudgetError, Demand, MemoryPlan};
+
+impl EngineOptions {
+    /// What the memory has to hold of sequences of a model.
+    pub(super) fn demand(&self, file: &ModelFile) -> Demand {
+        let context = self.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
+        let EngineOptions { kv_type, marks, prediction, .. } = *self;
+        let prompt_attention = self.prompt_attention.in_model(file.spec());
+        let expanding = if prompt_attention == PromptAttention::Expanded { thread_count(self.threads) } else { 0 };
+        Demand { sequences: self.sequences.unwrap_or(1).max(1), context, kv_type, marks, prediction, expanding }
+    }
+
+    /// Whether the prediction layer of a model would cost nothing while it is not used: there is one, and with it all dense parts and all
+    /// experts stay in memory. Otherwise experts would make room for it, and be read for every token instead.
+    pub fn holds_prediction(&self, file: &ModelFile) -> bool {
+        let demand = Demand { prediction: true, ..self.demand(file) };
+        let holds_all = |memory: &MemoryPlan| memory.slots == memory.experts && memory.dense_streamed == 0;
+        file.spec().prediction.is_some() && plan_memory(file, self, demand).is_ok_and(|memory| holds_all(&memory))
+    }
+}
+
+/// Plans the memory of a model. On a simulated drive with compressed contents, experts are compressed, whatever the file says.
+pub(super) fn plan_memory(
+    file: &ModelFile,
+    options: &EngineOptions,
+    demand: Demand,
+) -> Result<MemoryPlan, BudgetError> {
+    #[cfg(feature = "sim")]
+    if let Some(drive) = &options.simulated {
+        let mut extents = file.extents().to_vec();
+        for e in extents.iter_mut().filter(|e| e.kind == ExtentKind::Expert) {
+            e.codec = if options.simulated_packed.is_some() { Codec::Planes } else { Codec::Raw };
+            e.stored_len = drive.contents().len() as u64;
+        }
+        return MemoryPlan::of_extents(file.spec(), &extents, options.budget, demand, available_memory());
+    }
+    MemoryPlan::new(file, options.budget, demand)
+}
