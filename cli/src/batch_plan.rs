@@ -136,7 +136,7 @@ impl Plan {
         };
         text += &format!(
             "a step of {}: drive {} ({}), memory {} ({}), arithmetic {} ({:.0} GOP/s); it uses some {:.0} different experts, {:.0} % of \
-             them in memory\n{bound} bounds it: {:.2} tokens/s at most, so everything takes about {} if all answers \
+             them in memory\n{bound} bounds it: {:.2} tokens/s at most, so everything takes at least {} if all answers \
              are so long\n",
             width.sequences,
             seconds(width.drive),

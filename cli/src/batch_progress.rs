@@ -103,7 +103,12 @@ fn sequences(status: &Status) -> usize {
 
 fn describe(progress: &Progress, status: &Status, window: Option<&Window>, union: Option<f64>) -> String {
     let (now, mean) = (progress.tokens_per_second, progress.mean_tokens_per_second);
-    let mut parts = vec![format!("{} at a time", sequences(status)), format!("{now:.2} tokens/s (mean {mean:.2})")];
+    // Before the first answer nobody knows how long they are.
+    let at_most = || progress.seconds_left_at_most.map(|left| format!("at most {} left", seconds(left)));
+    // What people wait for comes first: narrow terminals cut the end.
+    let mut parts: Vec<String> =
+        progress.seconds_left.map(|left| format!("{} left", seconds(left))).or_else(at_most).into_iter().collect();
+    parts.extend([format!("{} at a time", sequences(status)), format!("{now:.2} tokens/s (mean {mean:.2})")]);
     if status.reading > 0 {
         parts.push(format!("reading {:.1} tokens/s", status.prompt_tokens_per_second));
     }
@@ -115,8 +120,5 @@ fn describe(progress: &Progress, status: &Status, window: Option<&Window>, union
     if progress.failed > 0 {
         parts.push(format!("{} failed", progress.failed));
     }
-    // Before the first answer nobody knows how long they are.
-    let at_most = || progress.seconds_left_at_most.map(|left| format!("at most {} left", seconds(left)));
-    parts.extend(progress.seconds_left.map(|left| format!("{} left", seconds(left))).or_else(at_most));
     parts.join(", ")
 }

@@ -109,7 +109,8 @@ pub fn restripe(
     }
     if let Some(target) = targets.iter().find(|target| own(target)) {
         return Err(ConvertError::Options(format!(
-            "{} is a volume of this model, which must stay whole until the new one is: name another folder, or join it to one file              first (`sluice restripe --into`)",
+            "{} is a volume of this model, which must stay whole until the new one is: name another folder, or join it to one file \
+             first (`sluice restripe --into`)",
             target.display()
         )));
     }

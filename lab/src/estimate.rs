@@ -219,6 +219,23 @@ impl StepWork {
 }
 
 impl Speed {
+    /// The same with another hit rate, such as that of a trace of this very model.
+    #[must_use]
+    pub fn with_hit_rate(self, needs: &Needs, machine: Machine, hit_rate: f64) -> Self {
+        let missed_bytes = (needs.token_cycle_stored as f64 * (1.0 - hit_rate.clamp(0.0, 1.0))).round() as u64;
+        let drive_seconds = (missed_bytes + self.streamed_bytes) as f64 / machine.ssd as f64;
+        let tokens_per_second = 1.0 / f64::max(drive_seconds, self.memory_seconds);
+        Speed {
+            hit_rate,
+            missed_bytes,
+            drive_seconds,
+            bound: if drive_seconds > self.memory_seconds { Bound::Drive } else { Bound::Memory },
+            tokens_per_second,
+            tokens_per_second_range: [tokens_per_second; 2],
+            ..self
+        }
+    }
+
     /// How fast `machine` can decode a model of these extents with `context` tokens in memory, their keys and values of
     /// type `kv_type`.
     ///

@@ -284,7 +284,9 @@ fn random_misses(work: &Work, hit_rate: f64) -> Vec<usize> {
     for _ in 0..TOKENS {
         // Twelve of them add up to nearly a normal distribution, with a standard deviation of 1.
         let normal = (0..12).map(|_| numbers.next()).sum::<f64>() - 6.0;
-        let chance = ((1.0 - hit_rate) * (1.0 + BURSTS * normal)).clamp(0.0, 1.0);
+        // As far up as down, so that the mean stays.
+        let (mean, most) = (1.0 - hit_rate, hit_rate.min(1.0 - hit_rate));
+        let chance = mean + (mean * BURSTS * normal).clamp(-most, most);
         misses.extend(work.layers.iter().map(|layer| numbers.of(layer.top_k, chance)));
     }
     misses
@@ -316,12 +318,18 @@ impl Forecast {
                 replay.misses_of_tokens(speed.memory.slots, &routed.collect::<Vec<_>>(), work.layers.len())?
             }
         };
-        let (token_seconds, drive_seconds) = timed(&misses);
+        let (simulated, drive_seconds) = timed(&misses);
+        // The numbers that stand for chance may miss a little less than the mean.
+        let least = if trace.is_some() { speed.memory_seconds } else { 1.0 / speed.tokens_per_second };
+        let token_seconds = simulated.max(least);
         let tokens = (misses.len() / work.layers.len().max(1)).max(1);
         let missed = misses.iter().sum::<usize>() as f64 / (tokens * uses.max(1)) as f64;
         let range = match (trace, speed.curve) {
-            (None, Some(_)) => [-HIT_RATE_SPREAD, HIT_RATE_SPREAD]
-                .map(|more| 1.0 / timed(&random_misses(&work, (speed.hit_rate + more).clamp(0.0, 1.0))).0),
+            (None, Some(_)) => {
+                let at = |more: f64| 1.0 / timed(&random_misses(&work, (speed.hit_rate + more).clamp(0.0, 1.0))).0;
+                let [low, high] = speed.tokens_per_second_range;
+                [at(-HIT_RATE_SPREAD).min(low), at(HIT_RATE_SPREAD).min(high)]
+            }
             _ => [1.0 / token_seconds; 2],
         };
         Some(Forecast {

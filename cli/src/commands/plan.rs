@@ -327,6 +327,12 @@ fn report(
         Ok(speed) => Some(forecast(args, (spec, extents), (&machine, &cores), speed, context)?),
         Err(_) => None,
     };
+    let speed = match (speed, &forecast) {
+        (Ok(speed), Some(forecast)) if args.trace.is_some() && speed.curve.is_some() => {
+            Ok(speed.with_hit_rate(&needs, machine, forecast.hit_rate))
+        }
+        (speed, _) => speed,
+    };
     let warnings = warnings(&needs, &speed);
     let compression = compression(spec, extents, &types.experts);
     Ok(Report {
@@ -408,7 +414,10 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, Cores,
     let speeds_from = format!(
         "drive {}, memory {}",
         from(args.ssd.is_some(), drive_source),
-        from(args.mem_bandwidth.is_some(), source)
+        match (args.mem_bandwidth, source) {
+            (None, Some(source)) => format!("and cores, with weights of these types, measured ({source})"),
+            (asked, source) => from(asked.is_some(), source),
+        }
     );
     let machine = Machine {
         ram: ram.unwrap_or_else(available_memory),
@@ -578,10 +587,7 @@ fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
         line("experts", format!("{slots} of {} ({:.1} %), {cycles:.1} token cycles", n.experts, 100.0 * s.cached));
         let source = match (s.curve, &r.trace) {
             (None, _) => "everything fits".into(),
-            (_, Some(trace)) => {
-                let (percent, name) = (100.0 * forecast.hit_rate, trace.display());
-                format!("what a trace of {} gives; {name} gives {percent:.0} %", s.curve.unwrap_or_default())
-            }
+            (_, Some(trace)) => format!("what {} gives, from an empty cache", trace.display()),
             (Some(trace), None) => format!("what a trace of {trace} gives for that part of the experts"),
         };
         line("hit rate", format!("{:.0} %: {source}", 100.0 * s.hit_rate));
@@ -607,6 +613,8 @@ fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
     );
     let bound = match s.bound {
         Bound::Drive => "the drive",
+        // What was measured is the rate of products, which memory or instructions limit.
+        Bound::Memory if r.speeds_from.contains("and cores") => "memory or cores, whichever the products wait for,",
         Bound::Memory => "the memory",
     };
     let (expected, ms) = (forecast.tokens_per_second, seconds(forecast.token_seconds));

@@ -34,7 +34,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     striping: StripingArgs,
 
-    /// Join the volumes to this one file
+    /// Join the volumes to this one file, instead of dividing it among --volumes
     #[arg(long, value_name = "FILE", conflicts_with = "volumes", required_unless_present = "volumes")]
     into: Option<PathBuf>,
 
@@ -60,6 +60,13 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     };
     bar.0.finish_and_clear();
     let summary = outcome.map_err(explain)?;
+    if let (false, Some(into)) = (summary.written, &args.into) {
+        return Err(CliError::Usage(format!(
+            "{} is one file already, so {} was not made: copy it if you want it there, or divide it with --volumes",
+            args.file.display(),
+            into.display()
+        )));
+    }
     if let (true, Some(dst)) = (summary.written, summary.files.first()) {
         carry_counts(&args.file, dst);
     }

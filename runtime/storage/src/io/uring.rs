@@ -206,7 +206,16 @@ impl UringEngine {
             (None, true) => opcode::Read::new(fixed, address, len).offset(read.offset).build(),
             (None, false) => opcode::Read::new(plain, address, len).offset(read.offset).build(),
         };
-        entry.user_data(u64::from(read.tag))
+        // Memory that has no pages yet gets them while the read is submitted, one after the other, and slowly where the system has to put huge
+        // pages together first. The kernel's own threads do that beside each other.
+        let flags = if self.lacks_memory(read) { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        entry.flags(flags).user_data(u64::from(read.tag))
+    }
+
+    /// Whether pages may have to be found for the memory of a read.
+    fn lacks_memory(&self, read: &ChunkRead) -> bool {
+        let (map, start) = read.mem.place();
+        !map.is_present(map.piece_at(start))
     }
 
     /// Moves staged reads, and the wake-up poll, into the submission queue.
