@@ -319,6 +319,14 @@ pub enum ConvertError {
         /// The folder.
         path: PathBuf,
     },
+    /// A model in one file has the name of the volumes to be written.
+    #[error("{path} exists, and would be opened in the place of {} by that name. Remove it, or choose another name", volume.display())]
+    Namesake {
+        /// The file.
+        path: PathBuf,
+        /// The first of the volumes.
+        volume: PathBuf,
+    },
     /// The destination exists and must not be replaced, whatever the options.
     #[error("{path}: {problem}, and only model files are overwritten. Choose another name for the model file")]
     NotReplaced {

@@ -56,6 +56,9 @@ pub(crate) struct Opened {
 /// As [`refuse_existing`], of all files that a plan may end in.
 pub(crate) fn refuse_all_existing(destination: Destination<'_>, plan: &Plan) -> Result<(), ConvertError> {
     let most = plan.layout.ends().len();
+    if !plan.options.compress || destination.striping.is_some() {
+        destination.refuse_namesake(most, None)?;
+    }
     // How many a compressed model has is known when it is there, unless it has one for each folder.
     let counts = if plan.options.compress && destination.striping.is_none() { 1..=most } else { most..=most };
     for count in counts {
@@ -407,6 +410,7 @@ impl Partial {
         let (model_id, lens) = writer.finish(written, &plan.records, metadata)?;
         let places = plan.destination(&destination);
         let files = places.targets(lens.len());
+        places.refuse_namesake(files.len(), None)?;
         for target in &files {
             refuse_existing(target, plan.options.overwrite, source_of(plan))?;
         }

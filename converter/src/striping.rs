@@ -7,6 +7,7 @@ use sluice_format::{Shares, VolumeName};
 
 use crate::error::ConvertError;
 use crate::own::{folder_of, partial_path};
+use crate::upgrade::is_same;
 
 /// The folders over which a model is striped, usually one on each drive, and the share of each.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,6 +96,20 @@ pub(crate) struct Destination<'a> {
 }
 
 impl<'a> Destination<'a> {
+    /// Whether there is another model, in one file, that has the name of these volumes: it would be opened in their place. `own`: the
+    /// model that is written again, which says the same.
+    pub(crate) fn refuse_namesake(self, count: usize, own: Option<&Path>) -> Result<(), ConvertError> {
+        let targets = self.targets(count);
+        let Some(name) = targets.first().filter(|_| count > 1).and_then(|first| VolumeName::parse(first)) else {
+            return Ok(());
+        };
+        let path = name.whole();
+        if path.symlink_metadata().is_err() || own.is_some_and(|own| is_same(own, &path)) {
+            return Ok(());
+        }
+        Err(ConvertError::Namesake { path, volume: targets[0].clone() })
+    }
+
     /// The paths of the finished files, of which there are `count`.
     pub(crate) fn targets(self, count: usize) -> Vec<PathBuf> {
         let whole = VolumeName::parse(self.path).map_or_else(|| self.path.to_owned(), |name| name.whole());

@@ -66,7 +66,7 @@ pub fn upgrade(
     let model = ModelFile::open(src)?;
     let in_place = dst.is_none_or(|dst| is_same(dst, src));
     let layout = layout(&model, options, None)?;
-    if is_already(&model, &layout, options) {
+    if in_place && is_already(&model, &layout, options) {
         return Ok(unchanged(&model));
     }
     if in_place && model.volumes().len() > 1 {
@@ -103,16 +103,8 @@ pub fn restripe(
     let path = striping.destination(name.unwrap_or(model.path()));
     let destination = Destination { path: &path, striping: Some(striping) };
     let targets = destination.targets(layout.ends().len());
-    let own = |target: &PathBuf| model.volumes().iter().any(|volume| is_same(volume.path(), target));
-    if targets.iter().all(own) && has_stripes(&model, &layout) {
+    if targets.iter().all(|target| is_volume_of(&model, target)) && has_stripes(&model, &layout) {
         return Ok(unchanged(&model));
-    }
-    if let Some(target) = targets.iter().find(|target| own(target)) {
-        return Err(ConvertError::Options(format!(
-            "{} is a volume of this model, which must stay whole until the new one is: name another folder, or join it to one file \
-             first (`sluice restripe --into`)",
-            target.display()
-        )));
     }
     rewrite(&model, destination, layout, &options, progress)
 }
@@ -125,6 +117,11 @@ fn has_stripes(model: &ModelFile, layout: &FileLayout) -> bool {
     model.extents().iter().enumerate().all(same)
 }
 
+/// Whether a file is one of the volumes of a model.
+fn is_volume_of(model: &ModelFile, file: &Path) -> bool {
+    model.volumes().iter().any(|volume| is_same(volume.path(), file))
+}
+
 /// Writes the model again to a destination.
 fn rewrite(
     model: &ModelFile,
@@ -134,7 +131,16 @@ fn rewrite(
     progress: &dyn Progress,
 ) -> Result<UpgradeSummary, ConvertError> {
     let (dst, overwrite) = (destination.path, options.overwrite);
-    destination.targets(layout.ends().len()).iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
+    let targets = destination.targets(layout.ends().len());
+    if let Some(target) = targets.iter().find(|target| model.volumes().len() > 1 && is_volume_of(model, target)) {
+        return Err(ConvertError::Options(format!(
+            "{} is a volume of this model, which must stay whole until the new one is: name another file or folder, or join it to one \
+             file first (`sluice restripe --into`)",
+            target.display()
+        )));
+    }
+    destination.refuse_namesake(targets.len(), Some(model.path()))?;
+    targets.iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
     let (partials, locks) = claim_all(destination, layout.ends().len(), progress)?;
     let written = write(model, destination, layout, options, &locks, progress);
     // Nothing in them is worth keeping: they can be made again at any time.
@@ -164,7 +170,7 @@ fn rewrite(
 }
 
 /// Whether two paths name one file.
-fn is_same(a: &Path, b: &Path) -> bool {
+pub(crate) fn is_same(a: &Path, b: &Path) -> bool {
     a == b || fs::canonicalize(a).is_ok_and(|a| fs::canonicalize(b).is_ok_and(|b| a == b))
 }
 

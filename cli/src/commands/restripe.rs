@@ -60,13 +60,6 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     };
     bar.0.finish_and_clear();
     let summary = outcome.map_err(explain)?;
-    if let (false, Some(into)) = (summary.written, &args.into) {
-        return Err(CliError::Usage(format!(
-            "{} is one file already, so {} was not made: copy it if you want it there, or divide it with --volumes",
-            args.file.display(),
-            into.display()
-        )));
-    }
     if let (true, Some(dst)) = (summary.written, summary.files.first()) {
         carry_counts(&args.file, dst);
     }

@@ -604,7 +604,7 @@ fn effective_budget(requested: Option<u64>, everything: u64, available: u64) -> 
     // A user who states a budget knows what else the machine does, but not that the program itself takes memory too.
     match requested {
         None => everything.min(available.saturating_sub(headroom(available))),
-        Some(requested) => requested.min(available.saturating_sub(OVERHEAD)),
+        Some(requested) => requested.min(available.saturating_sub(OVERHEAD.min(available / 2))),
     }
 }
 
