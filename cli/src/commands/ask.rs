@@ -49,6 +49,7 @@ Examples:
 /// Put one question to a model; with --overnight, nothing of a long answer is lost if the run is interrupted
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
+#[command(group = clap::ArgGroup::new("kept").args(["overnight", "resume"]).multiple(true))]
 pub(crate) struct Args {
     /// The model file, or hf:NAME for what was made of a model of the hub
     pub(crate) file: PathBuf,
@@ -66,7 +67,7 @@ pub(crate) struct Args {
     overnight: bool,
 
     /// With --overnight: the file with the answer; what is kept of the run is in the folder FILE.run until the answer is whole
-    #[arg(long, value_name = "FILE", default_value = "answer.md")]
+    #[arg(long, value_name = "FILE", default_value = "answer.md", requires = "kept")]
     out: PathBuf,
 
     /// Go on with the question whose answer is in --out, without giving it again
