@@ -6,11 +6,10 @@ use std::time::Instant;
 use sluice_converter::{UpgradeOptions, restripe, upgrade};
 
 use super::convert::{Bar, explain};
-use super::upgrade::{carry_counts, describe};
+use super::upgrade::finish;
 use crate::error::CliError;
 use crate::progress::byte_bar;
 use crate::striping::StripingArgs;
-use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
 Each expert, and each dense part, is cut into a stripe for every drive, so one read of it uses all drives at once. The weights stay what \
@@ -59,12 +58,5 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         }
     };
     bar.0.finish_and_clear();
-    let summary = outcome.map_err(explain)?;
-    if let (true, Some(dst)) = (summary.written, summary.files.first()) {
-        carry_counts(&args.file, dst);
-    }
-    if args.json {
-        return print_json(&summary);
-    }
-    print(&describe(&args.file, &summary, started.elapsed().as_secs_f64()))
+    finish(&args.file, &outcome.map_err(explain)?, started, args.json)
 }

@@ -70,25 +70,29 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let bar = Bar(byte_bar("rewriting", 0));
     let outcome = upgrade(&args.file, args.dst.as_deref(), &options, &bar);
     bar.0.finish_and_clear();
-    let summary = outcome.map_err(explain)?;
+    finish(&args.file, &outcome.map_err(explain)?, started, args.json)
+}
+
+/// What follows when a model has been written again: what was learned of it goes along, and the summary is printed.
+pub(crate) fn finish(file: &Path, summary: &UpgradeSummary, started: Instant, json: bool) -> Result<(), CliError> {
     if let (true, Some(dst)) = (summary.written, summary.files.first()) {
-        carry_counts(&args.file, dst);
+        carry_counts(file, dst);
     }
-    if args.json {
-        return print_json(&summary);
+    if json {
+        return print_json(summary);
     }
-    print(&describe(&args.file, &summary, started.elapsed().as_secs_f64()))
+    print(&describe(file, summary, started.elapsed().as_secs_f64()))
 }
 
 /// What runs have learned of the experts is true of the new file as well. Without it, the first run is slower.
-pub(crate) fn carry_counts(src: &Path, dst: &Path) {
+fn carry_counts(src: &Path, dst: &Path) {
     let carried = ModelFile::open(dst).map(|model| counts::carry(src, dst, model.state_id()));
     if let Ok(Err(e)) = carried {
         note(&format_args!("note: what runs have learned about the experts is not known of the new file: {e}"));
     }
 }
 
-pub(crate) fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {
+fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {
     if !s.written {
         return format!(
             "{}: nothing to do; it is of version {FORMAT_VERSION} of the format already, and as was asked for\n",
