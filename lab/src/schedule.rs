@@ -318,17 +318,13 @@ impl Forecast {
                 replay.misses_of_tokens(speed.memory.slots, &routed.collect::<Vec<_>>(), work.layers.len())?
             }
         };
-        let (simulated, drive_seconds) = timed(&misses);
-        // The numbers that stand for chance may miss a little less than the mean.
-        let least = if trace.is_some() { speed.memory_seconds } else { 1.0 / speed.tokens_per_second };
-        let token_seconds = simulated.max(least);
+        let (token_seconds, drive_seconds) = timed(&misses);
         let tokens = (misses.len() / work.layers.len().max(1)).max(1);
         let missed = misses.iter().sum::<usize>() as f64 / (tokens * uses.max(1)) as f64;
         let range = match (trace, speed.curve) {
             (None, Some(_)) => {
                 let at = |more: f64| 1.0 / timed(&random_misses(&work, (speed.hit_rate + more).clamp(0.0, 1.0))).0;
-                let [low, high] = speed.tokens_per_second_range;
-                [at(-HIT_RATE_SPREAD).min(low), at(HIT_RATE_SPREAD).min(high)]
+                [at(-HIT_RATE_SPREAD), at(HIT_RATE_SPREAD)]
             }
             _ => [1.0 / token_seconds; 2],
         };

@@ -35,7 +35,7 @@ if [ "$1" = --simulated ]; then
     [ -e "$model" ] || "$SLUICE" synth qwen3-30b-a3b "$model" --layers 4 --type q4 --dense-type q8 >/dev/null
     mkdir "$scratch/a" "$scratch/b"
     folders=("$scratch/a" "$scratch/b")
-    shares=(--shares 1,1)
+    shares=(--shares "1,1")
 else
     [ $# -ge 3 ] || fail "name a model and two folders"
     model=$1
