@@ -83,11 +83,7 @@ fn of_codes<const C: u8>(ty: Grouped, w: &Group<'_>, x: &Activations, shape: Til
 #[target_feature(enable = "neon,dotprod,i8mm")]
 fn part(scales: &BlockScales, number: usize) -> Part {
     let (a, offset, bias) = scales.of(number);
-    let bias = match bias {
-        Some(bias) => Some(twice(bias)),
-        None => None,
-    };
-    Part { a: twice(a), offset: twice_integers(offset), bias }
+    Part { a: twice(a), offset: twice_integers(offset), bias: bias.map(|bias| twice(bias)) }
 }
 
 #[inline]
