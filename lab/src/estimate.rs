@@ -254,28 +254,27 @@ impl Speed {
         let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref()).max_by_key(|m| m.experts);
         let curve = moe.filter(|_| cached < 1.0).map(|m| Curve::nearest(m.top_k, m.experts));
         let hit_rate = curve.map_or(1.0, |c| c.hit_rate(cached));
-        let missed =
-            |hit_rate: f64| (needs.token_cycle_stored as f64 * (1.0 - hit_rate.clamp(0.0, 1.0))).round() as u64;
         let touched_bytes = needs.dense_bytes + needs.token_cycle_bytes + needs.kv_cache_bytes;
-        let drive_seconds = |hit_rate| (missed(hit_rate) + memory.dense_streamed) as f64 / machine.ssd as f64;
         let memory_seconds = touched_bytes as f64 / machine.memory_bandwidth as f64;
-        let tokens_per_second = |hit_rate| 1.0 / f64::max(drive_seconds(hit_rate), memory_seconds);
-        let spread = if curve.is_some() { HIT_RATE_SPREAD } else { 0.0 };
-        Ok(Speed {
+        let speed = Speed {
             cached,
             cached_cycles: memory.slots as f64 / needs.experts_per_token.max(1) as f64,
             curve: curve.map(|c| c.trace),
             hit_rate,
-            missed_bytes: missed(hit_rate),
+            missed_bytes: 0,
             streamed_bytes: memory.dense_streamed,
             touched_bytes,
-            drive_seconds: drive_seconds(hit_rate),
+            drive_seconds: 0.0,
             memory_seconds,
-            bound: if drive_seconds(hit_rate) > memory_seconds { Bound::Drive } else { Bound::Memory },
-            tokens_per_second: tokens_per_second(hit_rate),
-            tokens_per_second_range: [hit_rate - spread, hit_rate + spread].map(tokens_per_second),
+            bound: Bound::Memory,
+            tokens_per_second: 0.0,
+            tokens_per_second_range: [0.0; 2],
             memory,
-        })
+        };
+        let spread = if curve.is_some() { HIT_RATE_SPREAD } else { 0.0 };
+        let at = |hit_rate| speed.clone().with_hit_rate(&needs, machine, hit_rate).tokens_per_second;
+        let tokens_per_second_range = [at(hit_rate - spread), at(hit_rate + spread)];
+        Ok(Speed { tokens_per_second_range, ..speed.with_hit_rate(&needs, machine, hit_rate) })
     }
 }
 
