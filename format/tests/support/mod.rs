@@ -697,3 +697,22 @@ pub(crate) fn seal_superblock(page: &mut [u8]) {
     let sum = checksum(page);
     set(page, offset, len, sum);
 }
+
+/// Changes bytes of each volume of a model, one at a time: all of the first ones (the superblock's fields), and a sample of the others,
+/// which go through the same few checksums. Opening or verifying must notice each.
+pub fn every_change_is_noticed(paths: &[PathBuf], first: usize) {
+    for path in paths {
+        let bytes = fs::read(path).unwrap();
+        for at in (0..first).chain((first..bytes.len()).step_by(509)).chain([bytes.len() - 1]) {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 0x10;
+            fs::write(path, damaged).unwrap();
+            let noticed = match ModelFile::open(&paths[0]) {
+                Ok(model) => !model.verify_all(&mut |_| ()).is_empty(),
+                Err(_) => true,
+            };
+            assert!(noticed, "byte {at} of {}", path.display());
+        }
+        fs::write(path, bytes).unwrap();
+    }
+}
