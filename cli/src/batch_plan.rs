@@ -9,12 +9,13 @@ use sluice_format::{ExtentKind, ModelFile};
 use sluice_kernels::ThreadPool;
 use sluice_lab::batch::{Load, Rates, StepBound, Width};
 use sluice_lab::course::{Course, Place};
+use sluice_lab::estimate::HIT_RATE_SPREAD;
 use sluice_lab::schedule::Cores;
 use sluice_model::memory::Bytes;
 use sluice_storage::io::IoConfig;
 
 use crate::batch_load::{Length, Rest, USUAL_ANSWER};
-use crate::commands::bench_batch::{cores, largest_type, machine};
+use crate::commands::bench_batch::{cores, fresh_memory, largest_type, machine};
 use crate::commands::bench_decode::Drive;
 use crate::commands::bench_machine;
 use crate::engine_args::EngineArgs;
@@ -48,8 +49,17 @@ struct Measured {
     width: Width,
     /// … and everything, in seconds.
     least: f64,
-    /// What is expected, and the same if all answers become as long as they may.
-    courses: Option<(Course, Course)>,
+    courses: Option<Courses>,
+}
+
+/// Simulated courses of a batch.
+struct Courses {
+    /// What is expected.
+    expected: Course,
+    /// The same in seconds, if more or less is found in memory.
+    range: [f64; 2],
+    /// If all answers become as long as they may.
+    longest: Course,
 }
 
 impl Plan {
@@ -104,9 +114,16 @@ impl Plan {
     ) -> Result<Self, CliError> {
         let Some(measured) = &mut self.measured else { return Ok(self) };
         let cores = cores_of(args, file, &measured.rates, measures)?;
-        let place = Place { file, budget: args.budget, kv_type: args.kv_type, rates: measured.rates, cores };
-        let course = |length| Course::of(&place, &rest.load(length), self.sequences, &rest.items(length));
-        measured.courses = course(Length::Likely).zip(course(Length::Longest));
+        let (rates, fresh) = (measured.rates, fresh_memory());
+        let course = |length, more| {
+            let place = Place { file, budget: args.budget, kv_type: args.kv_type, rates, cores, fresh, more };
+            Course::of(&place, &rest.load(length), self.sequences, &rest.items(length))
+        };
+        let seconds = |more| course(Length::Likely, more).map(|course| course.seconds);
+        measured.courses =
+            course(Length::Likely, 0.0).zip(course(Length::Longest, 0.0)).and_then(|(expected, longest)| {
+                Some(Courses { expected, range: [seconds(HIT_RATE_SPREAD)?, seconds(-HIT_RATE_SPREAD)?], longest })
+            });
         Ok(self)
     }
 
@@ -126,7 +143,8 @@ impl Plan {
             value["machine"] = json!(rates);
             value["step"] = json!(width);
             value["least_seconds"] = json!(least);
-            if let Some((expected, longest)) = courses {
+            if let Some(Courses { expected, range, longest }) = courses {
+                value["expected_seconds_range"] = json!(range);
                 value["expected"] = json!(expected);
                 value["expected_seconds"] = json!(expected.seconds);
                 value["longest_seconds"] = json!(longest.seconds);
@@ -193,7 +211,7 @@ impl Measured {
             100.0 * width.hit_rate,
             width.tokens_per_second,
         );
-        if let Some((expected, longest)) = courses {
+        if let Some(Courses { expected, range: [low, high], longest }) = courses {
             let lengths = match mean {
                 Some(mean) => format!("with answers of {mean:.0} tokens, the mean so far"),
                 None => "if all answers are so long".to_owned(),
@@ -206,6 +224,13 @@ impl Measured {
                 seconds(expected.reading),
                 seconds(expected.generating),
             );
+            if *high > 1.02 * low {
+                let (points, [low, high]) = (100.0 * HIT_RATE_SPREAD, [low, high].map(|time| seconds(*time)));
+                let _ = writeln!(
+                    text,
+                    "          hit rates differ between models and texts: {points:.0} points more or less make it {low} or {high}"
+                );
+            }
             if longest.tokens > 1.01 * expected.tokens {
                 let _ =
                     writeln!(text, "longest   {}, if all answers become as long as they may", seconds(longest.seconds));

@@ -166,7 +166,8 @@ impl Width {
     pub fn seconds(&self, file: &ModelFile, load: &Load, rates: &Rates, kv_type: KvType) -> f64 {
         let decoding = load.answer_tokens / self.tokens_per_second;
         let per_prompt = load.prompt_tokens / load.answers.max(1) as f64;
-        let rows = per_prompt.max(1.0).min(self.rows as f64);
+        // As many prompts together as answers are made at a time.
+        let rows = (self.sequences as f64 * per_prompt).min(load.prompt_tokens).max(1.0).min(self.rows as f64);
         let steps = decoding + self.pass(file, rates, kv_type, rows, per_prompt / 2.0) * load.prompt_tokens / rows;
         let needs = Needs::of(file.spec(), file.extents(), 1, kv_type);
         let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
@@ -219,11 +220,13 @@ pub(crate) fn union_of_layer(experts: usize, top_k: usize, rows: f64) -> f64 {
 }
 
 /// The part of a step's experts that is in memory, if this part of all experts is: for one sequence, the hit rate of a trace; for a step that
-/// uses all experts, the part of them that fits; in between, an interpolation. `used`: the part of all experts that the step uses.
+/// uses all experts, the part of them that fits; in between, an interpolation, but never more than there is in memory. `used`: the part of all
+/// experts that the step uses.
 pub(crate) fn hit_rate(spec: &ModelSpec, cached: f64, used: f64) -> f64 {
     let moe = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref()).max_by_key(|moe| moe.experts);
     let Some(moe) = moe else { return 1.0 };
     let cached = cached.min(1.0);
     let alone = Curve::nearest(moe.top_k, moe.experts).hit_rate(cached);
-    (alone + (cached - alone) * used.clamp(0.0, 1.0)).clamp(0.0, 1.0)
+    let between = alone + (cached - alone) * used.clamp(0.0, 1.0);
+    between.min(cached / used.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
 }

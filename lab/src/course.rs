@@ -63,6 +63,11 @@ pub struct Place<'a> {
     pub rates: Rates,
     /// What its cores do with the weights of this model.
     pub cores: Cores,
+    /// Bytes of memory that it can write for the first time in a second. Virtual machines are slow at this, because their hosts have to find the
+    /// memory.
+    pub fresh: f64,
+    /// By how much more of a step's experts is found in memory than is expected, where not all of them are.
+    pub more: f64,
 }
 
 /// The tokens of a step.
@@ -101,7 +106,8 @@ impl Course {
         let plan = MemoryPlan::new(file, budget, demand).ok()?;
         let (prompts, answers) = (items.len().max(1) as f64, load.answers.max(1) as f64);
         let (prompt, answer) = (load.prompt_tokens / prompts, load.answer_tokens / answers);
-        let mut course = Course { opening: plan.dense as f64 / rates.drive, ..Course::default() };
+        let opening = plan.dense as f64 * (1.0 / rates.drive + 1.0 / place.fresh);
+        let mut course = Course { opening, ..Course::default() };
         let steps = Steps { place, plan, known: HashMap::new(), position: prompt + answer / 2.0, prompt };
         course.run(steps, sequences.max(1), items);
         course.seconds = course.opening + course.reading + course.generating;
@@ -126,7 +132,8 @@ impl Course {
                 let passes = (prompts / room).ceil();
                 for _ in 0..passes as u64 {
                     let reading = prompts / passes;
-                    self.reading += steps.seconds(generating, reading, seen);
+                    self.reading +=
+                        steps.seconds(generating, reading, seen) + steps.filling(seen, generating + reading);
                     seen += generating + reading;
                 }
                 step += passes as u64;
@@ -140,6 +147,7 @@ impl Course {
                 let growing = steps.is_growing(seen);
                 let count = if growing { ((end - step) / 8).clamp(1, 32) } else { end - step };
                 self.generating += count as f64 * steps.seconds(running, 0.0, seen);
+                self.generating += steps.filling(seen, count as f64 * running);
                 seen += count as f64 * running;
                 step += count;
             }
@@ -154,6 +162,11 @@ impl Steps<'_> {
     /// Experts in memory after so many rows: all that were used, if they fit.
     fn resident(&self, seen: f64) -> f64 {
         union_of_experts(self.place.file.spec(), seen).min(self.plan.slots as f64)
+    }
+
+    /// Seconds for the memory of the slots that so many more rows fill for the first time.
+    fn filling(&self, seen: f64, more: f64) -> f64 {
+        (self.resident(seen + more) - self.resident(seen)) * self.plan.slot_len as f64 / self.place.fresh
     }
 
     fn is_growing(&self, seen: f64) -> bool {
@@ -176,7 +189,11 @@ impl Steps<'_> {
         let rows = Rows { generating, position: self.position, reading, prompt: self.prompt };
         let spec = self.place.file.spec();
         let found = hit_rate(spec, self.resident(seen) / all, union_of_experts(spec, rows.all()) / all);
-        let found = if seen == 0.0 { 0.0 } else { found };
+        let found = match found {
+            _ if seen == 0.0 => 0.0,
+            found if found < 1.0 => (found + self.place.more).clamp(0.0, 1.0),
+            found => found,
+        };
         let count = (TOKENS / rows.all().max(1.0)).max(STEPS).ceil() as usize;
         let seconds = mean_seconds(&self.work(&rows), found, rows.all(), count);
         self.known.insert(key, seconds);

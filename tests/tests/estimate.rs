@@ -180,7 +180,8 @@ fn the_course_of_a_batch_takes_what_its_steps_take() {
     let (answers, tokens) = (16, 40.0);
     let course = |drive: f64, arithmetic: f64, sequences: usize, items: &[Item]| {
         let rates = Rates { drive, memory: 1e15, arithmetic };
-        let place = Place { file: &file, budget: None, kv_type: KvType::F32, rates, cores: Cores::of_rate(1e15) };
+        let cores = Cores::of_rate(1e15);
+        let place = Place { file: &file, budget: None, kv_type: KvType::F32, rates, cores, fresh: 1e15, more: 0.0 };
         let sum = |part: &dyn Fn(&Item) -> f64| items.iter().map(part).sum();
         let load = Load {
             answers: items.iter().map(|item| item.answers).sum(),

@@ -212,6 +212,14 @@ pub(crate) fn largest_type(file: &ModelFile, kinds: &[ExtentKind]) -> Option<Wei
     largest.map(|tensor| tensor.weight_type)
 }
 
+/// Bytes of memory that can be written for the first time in a second.
+pub(crate) fn fresh_memory() -> f64 {
+    let started = Instant::now();
+    let data = vec![TAME; MEMORY_BYTES];
+    std::hint::black_box(&data);
+    MEMORY_BYTES as f64 / started.elapsed().as_secs_f64().max(1e-9)
+}
+
 /// What so many threads do with the weights of a model, where memory gives so many bytes per second.
 pub(crate) fn cores(file: &ModelFile, threads: usize, memory: f64) -> Result<Cores, CliError> {
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
