@@ -1,8 +1,8 @@
 //! How long a batch takes: the course of its requests through the steps that answer them, simulated.
 //!
-//! The bound of a step ([`Width`]) says how fast many answers come once everything goes well. A batch takes longer: the model has to be opened,
-//! memory holds no expert at first, prompts are read between the answers, answers that end leave others alone with the reads, and reading and
-//! computing overlap only in part ([`schedule`](crate::schedule)).
+//! The bound of a step ([`Width`](crate::batch::Width)) says how fast many answers come once everything goes well. A batch takes longer: the
+//! model has to be opened, memory holds no expert at first, prompts are read between the answers, answers that end leave others alone with the
+//! reads, and reading and computing overlap only in part ([`schedule`](crate::schedule)).
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
