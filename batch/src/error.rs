@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::line::Named;
+
 /// Why a batch does not begin or go on. Nothing that was written is lost by any of these; where the cause can be removed, the same command
 /// goes on afterwards.
 #[derive(Debug, thiserror::Error)]
@@ -152,8 +154,13 @@ pub enum BatchError {
         path: PathBuf,
     },
     /// The answerer cannot go on.
-    #[error("{message}. Nothing is lost: once that is mended, the same command goes on where it was")]
+    #[error(
+        "{}{message}. Nothing is lost: once that is mended, the same command goes on where it was",
+        request.as_ref().map_or_else(String::new, |request| format!("{request}: "))
+    )]
     Broken {
+        /// The request that was being answered, if it was one.
+        request: Option<Named>,
         /// What it says.
         message: String,
     },

@@ -101,15 +101,11 @@ impl Index {
         Ok(gathered.finish())
     }
 
-    /// The request of an entry, or what is wrong with it.
+    /// The request of an entry of the input at `path`, or what is wrong with it.
     ///
     /// # Errors
-    /// The filesystem's.
-    pub(crate) fn line(
-        path: &Path,
-        file: &dyn OpenFile,
-        entry: &Entry,
-    ) -> Result<Result<Line, crate::LineError>, BatchError> {
+    /// The filesystem's, and that the input is another one by now.
+    pub fn line(path: &Path, file: &dyn OpenFile, entry: &Entry) -> Result<Result<Line, crate::LineError>, BatchError> {
         let number = entry.line as usize;
         let Some(length) = entry.bytes else { return Ok(Err(too_long(number))) };
         let mut bytes = vec![0; length as usize];

@@ -173,6 +173,15 @@ impl Journal {
         if !file.lock().map_err(io("lock the journal"))? {
             return Err(BatchError::Busy { path: path.to_owned() });
         }
+        Self::look(path, file)
+    }
+
+    /// Like [`Journal::claim`], without locking it: another process may be appending to it.
+    pub(crate) fn look(path: &Path, file: Box<dyn OpenFile>) -> Result<(Self, Option<Header>), BatchError> {
+        let io = |action| BatchError::file(path, action);
+        if !file.is_regular().map_err(io("look at the journal"))? {
+            return Err(BatchError::NotRegular { path: path.to_owned() });
+        }
         let mut bytes = vec![0; HEADER_START + HEADER_MOST + CHECKSUM];
         let count = read_full(&*file, &mut bytes, 0).map_err(io("read the journal"))?;
         bytes.truncate(count);
@@ -209,6 +218,19 @@ impl Journal {
     /// # Errors
     /// The filesystem's, and [`BatchError::JournalDamaged`] where a damaged record is no trace of a crash. Nothing is changed then.
     pub(crate) fn read(&mut self, requests: usize) -> Result<Content, BatchError> {
+        let (content, end, length) = self.scan(requests)?;
+        if end < length {
+            self.cut(end)?;
+        }
+        self.end = end;
+        Ok(content)
+    }
+
+    /// What follows the header, where its last whole record ends, and the length of the file. Changes nothing.
+    ///
+    /// # Errors
+    /// Like [`Journal::read`].
+    pub(crate) fn scan(&self, requests: usize) -> Result<(Content, u64, u64), BatchError> {
         let io = |action| BatchError::file(&self.path, action);
         let length = self.file.len().map_err(io("read the journal"))?;
         let mut content = Content::default();
@@ -224,14 +246,10 @@ impl Journal {
             }
             end += record.len() as u64;
         }
-        if end < length {
-            if !self.is_torn(end, length).map_err(io("read the journal"))? {
-                return Err(self.damaged(end, &content));
-            }
-            self.cut(end)?;
+        if end < length && !self.is_torn(end, length).map_err(io("read the journal"))? {
+            return Err(self.damaged(end, &content));
         }
-        self.end = end;
-        Ok(content)
+        Ok((content, end, length))
     }
 
     fn damaged(&self, offset: u64, content: &Content) -> BatchError {

@@ -17,6 +17,8 @@
 //!   the same tokens.
 //! * All files are reached through [`Files`], so that tests can have every operation fail.
 
+mod claim;
+mod earlier;
 mod error;
 mod files;
 mod index;
@@ -25,11 +27,13 @@ mod line;
 mod output;
 mod run;
 
+pub use earlier::Earlier;
 pub use error::BatchError;
 pub use files::{Access, Files, OpenFile, SystemFiles};
 pub use index::{Entry, Index, LONGEST_LINE};
 pub use journal::{JOURNAL_MAGIC, Token};
-pub use line::{Line, LineError, PLAIN_TOKENS, Wanted, id_of, number_of};
+pub use line::{Line, LineError, Named, PLAIN_TOKENS, Wanted, id_of, number_of};
 pub use run::{
-    Answerer, Batch, Ending, Event, Events, Failure, Identity, Job, Ongoing, Options, Progress, Summary, Sync, Watch,
+    Answerer, Batch, Ending, Event, Events, Failed, Failure, Identity, Job, Ongoing, Options, Progress, Summary, Sync,
+    Watch,
 };

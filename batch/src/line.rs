@@ -1,6 +1,9 @@
 //! A line of the input: a request in the form of OpenAI's batches
 //! (<https://platform.openai.com/docs/guides/batch>), or the body of one alone.
 
+use std::fmt;
+
+use serde::Serialize;
 use serde_json::{Map, Value};
 use sluice_checksum::xxh3_128;
 
@@ -30,6 +33,31 @@ pub struct Line {
     pub plain: bool,
     /// Names of further fields beside the body, which mean nothing.
     pub others: Vec<String>,
+}
+
+/// Which line of the input a request is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Named {
+    /// The line, from 1.
+    pub line: u32,
+    /// The name that its result has.
+    pub custom_id: String,
+}
+
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Named { line, custom_id } = self;
+        // The name of a request that has none says nothing new.
+        match *custom_id == unnamed(*line as usize) {
+            true => write!(f, "line {line}"),
+            false => write!(f, "line {line}, custom_id {:?}", shown(custom_id)),
+        }
+    }
+}
+
+/// The name of a request without a `custom_id`.
+fn unnamed(line: usize) -> String {
+    format!("line-{line}")
 }
 
 /// What is wrong with a line.
@@ -83,7 +111,7 @@ impl Line {
     /// # Errors
     /// What is wrong with the line itself. The body is not looked at.
     pub fn parse(bytes: &[u8], number: usize) -> Result<Line, LineError> {
-        let unnamed = || format!("line-{number}");
+        let unnamed = || unnamed(number);
         let wrong = |custom_id: String, code, message: String| LineError { custom_id, code, message };
         let value: Value = serde_json::from_slice(bytes)
             .map_err(|error| wrong(unnamed(), "invalid_json", format!("line {number} is not JSON: {error}")))?;

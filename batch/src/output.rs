@@ -41,18 +41,7 @@ impl Output {
         let mut output = Self::new(path, file)?;
         let io = |action| BatchError::file(path, action);
         let length = output.file.len().map_err(io("read the results"))?;
-        let mut kept = 0;
-        let mut scan = Scan::new(&*output.file, 0);
-        let mut end = 0;
-        for written in results {
-            match same(&mut scan, written).map_err(io("read the results"))? {
-                Found::Same => {}
-                Found::Lost => break,
-                Found::Other => return Err(BatchError::OutputChanged { path: path.to_owned(), line: kept + 1 }),
-            }
-            end += u64::from(written.bytes);
-            kept += 1;
-        }
+        let (kept, end) = output.kept(results)?;
         if end < length {
             output.file.cut(end).map_err(io("cut the results"))?;
             // What was cut must not come back behind results that follow.
@@ -60,6 +49,31 @@ impl Output {
         }
         output.end = end;
         Ok((output, kept))
+    }
+
+    /// How many of these results an output has. Changes nothing.
+    ///
+    /// # Errors
+    /// Like [`Output::resume`].
+    pub(crate) fn count(path: &Path, file: Box<dyn OpenFile>, results: &[Written]) -> Result<usize, BatchError> {
+        Ok(Self::new(path, file)?.kept(results)?.0)
+    }
+
+    /// How many of these results are there, and where the last of them ends.
+    fn kept(&self, results: &[Written]) -> Result<(usize, u64), BatchError> {
+        let path = &self.path;
+        let (mut kept, mut end) = (0, 0);
+        let mut scan = Scan::new(&*self.file, 0);
+        for written in results {
+            match same(&mut scan, written).map_err(BatchError::file(path, "read the results"))? {
+                Found::Same => {}
+                Found::Lost => break,
+                Found::Other => return Err(BatchError::OutputChanged { path: path.clone(), line: kept + 1 }),
+            }
+            end += u64::from(written.bytes);
+            kept += 1;
+        }
+        Ok((kept, end))
     }
 
     fn new(path: &Path, file: Box<dyn OpenFile>) -> Result<Self, BatchError> {

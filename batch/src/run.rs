@@ -3,9 +3,8 @@
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::io;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
@@ -14,11 +13,12 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use sluice_checksum::xxh3_64;
 
+use crate::claim::{Claimed, begin, check, claim};
 use crate::error::BatchError;
 use crate::files::{Access, Files, OpenFile};
 use crate::index::{Entry, Index};
-use crate::journal::{Content, Header, Journal, Sampled, Token, Written};
-use crate::line::{Line, LineError, Wanted, id_of};
+use crate::journal::{Content, Journal, Sampled, Token, Written};
+use crate::line::{Line, LineError, Named, Wanted, id_of};
 use crate::output::Output;
 
 /// How long the runner waits for news before it looks whether it has been told to stop.
@@ -33,6 +33,8 @@ const RECENT: Duration = Duration::from_secs(30);
 const LEAVE: Duration = Duration::from_secs(120);
 /// Most events that are taken before something is written.
 const AT_ONCE: usize = 4096;
+/// Most failed requests that are remembered.
+const MOST_FAILURES: usize = 64;
 
 /// When what is written is made durable. Whatever this says, nothing is lost when the process is killed; it is for crashes of the system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -210,6 +212,27 @@ pub struct Summary {
     pub interrupted: bool,
 }
 
+/// A request that cannot be answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Failed {
+    /// Which it is.
+    #[serde(flatten)]
+    pub request: Named,
+    /// What is wrong, and what can be done.
+    pub message: String,
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Failed { request, message } = self;
+        match message.strip_prefix(&format!("line {}", request.line)) {
+            // What is wrong with a line itself says which it is.
+            Some(rest) => write!(f, "{request}{rest}"),
+            None => write!(f, "{request}: {message}"),
+        }
+    }
+}
+
 /// A batch that this process works on.
 pub struct Batch {
     options: Options,
@@ -222,7 +245,10 @@ pub struct Batch {
     done: Vec<bool>,
     sampled: HashMap<u32, Vec<Vec<Token>>>,
     failed: usize,
+    failures: Vec<Failed>,
     finished: usize,
+    /// Files that this run has made, until something of it is kept.
+    made: Vec<PathBuf>,
     /// Tokens of all results.
     answered_tokens: u64,
     /// Tokens that requests without result can have at most; `None`: there is no limit.
@@ -256,18 +282,13 @@ impl Options {
         Index::read(&self.input, &*self.open_input(files)?).map_err(BatchError::at_start)
     }
 
-    fn open_input(&self, files: &dyn Files) -> Result<Box<dyn OpenFile>, BatchError> {
+    /// Opens the input.
+    ///
+    /// # Errors
+    /// The filesystem's.
+    pub fn open_input(&self, files: &dyn Files) -> Result<Box<dyn OpenFile>, BatchError> {
         let opened = files.open(&self.input, Access::Read);
         opened.map_err(BatchError::file(&self.input, "read the requests")).map_err(BatchError::at_start)
-    }
-}
-
-/// The file at `path`, if there is one.
-fn open_there(files: &dyn Files, path: &Path) -> Result<Option<Box<dyn OpenFile>>, BatchError> {
-    match files.open(path, Access::Read) {
-        Ok(file) => Ok(Some(file)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(BatchError::file(path, "look at it")(error)),
     }
 }
 
@@ -279,7 +300,7 @@ impl Batch {
     pub fn open(files: &dyn Files, options: Options) -> Result<Batch, BatchError> {
         let input = options.open_input(files)?;
         let index = Index::read(&options.input, &*input).map_err(BatchError::at_start)?;
-        let Claimed { journal, output, begun } = claim(files, &options)?;
+        let Claimed { journal, output, begun, made } = claim(files, &options)?;
         let (started, journal, output, content) = match begun {
             None => {
                 let (journal, output) = begin(files, &options, &index, journal, output)?;
@@ -308,6 +329,8 @@ impl Batch {
         Ok(Batch {
             tokens_left,
             failed: results.iter().filter(|written| written.failed).count(),
+            failures: Vec::new(),
+            made,
             finished: results.len(),
             answered_tokens: results.iter().map(|written| u64::from(written.generated)).sum(),
             sampled: content.sampled,
@@ -321,6 +344,25 @@ impl Batch {
             started,
             done,
         })
+    }
+
+    /// Ends a batch that cannot go on. If nothing of it has been kept, the files that this run has made are removed, so that they bind no other run
+    /// to its settings.
+    pub fn give_up(self, files: &dyn Files) {
+        let made = self.made.clone();
+        drop(self);
+        // What cannot be removed is empty, or names the settings with which the next run can go on.
+        made.iter().for_each(|path| _ = files.remove(path));
+    }
+
+    /// Whether nothing of it has been kept, neither in this run nor in an earlier one.
+    pub fn is_untouched(&self) -> bool {
+        !self.made.is_empty()
+    }
+
+    /// Requests that have failed in this run, the first ones.
+    pub fn failures(&self) -> &[Failed] {
+        &self.failures
     }
 
     /// The requests.
@@ -476,7 +518,14 @@ impl Batch {
                     add(&mut tokens, request, answer, token);
                 }
                 Event::Ended { request, outcome } => ended.push((request, outcome)),
-                Event::Broken { message, .. } => return Err(BatchError::Broken { message }),
+                Event::Broken { request, message } => {
+                    let named = |request: u32| {
+                        let (entry, underway) =
+                            (self.index.entries.get(request as usize)?, flight.ongoing.get(&request)?);
+                        Some(Named { line: entry.line, custom_id: underway.custom_id.clone() })
+                    };
+                    return Err(BatchError::Broken { request: request.and_then(named), message });
+                }
             }
         }
         // Those that have ended need no tokens any more.
@@ -504,6 +553,11 @@ impl Batch {
     /// Writes a result: to the output first, so that the journal never has one that the output has not.
     fn finish(&mut self, request: u32, custom_id: &str, outcome: Result<Ending, Failure>) -> Result<(), BatchError> {
         let (failed, generated) = (outcome.is_err(), outcome.as_ref().map_or(0, |ending| ending.generated));
+        let entry = self.index.entries[request as usize];
+        let failure = outcome.as_ref().err().map(|failure| Failed {
+            request: Named { line: entry.line, custom_id: custom_id.to_owned() },
+            message: failure.message.clone(),
+        });
         let mut line = result(custom_id, outcome, &self.options.identity).to_string().into_bytes();
         line.push(b'\n');
         self.output.append(&line)?;
@@ -511,14 +565,16 @@ impl Batch {
             self.output.sync()?;
         }
         let bytes = u32::try_from(line.len()).map_err(|_| BatchError::Broken {
-            message: format!("the result of {custom_id:?} has more than 4 GiB, the most that a result can have"),
+            request: Some(Named { line: entry.line, custom_id: custom_id.to_owned() }),
+            message: "the result has more than 4 GiB, the most that a result can have".to_owned(),
         })?;
         self.journal.result(&Written { request, bytes, checksum: xxh3_64(&line), failed, generated })?;
         self.done[request as usize] = true;
-        let most = most_tokens(&self.index.entries[request as usize], &self.options);
+        let most = most_tokens(&entry, &self.options);
         self.tokens_left = self.tokens_left.zip(most).map(|(left, most)| left.saturating_sub(most));
         self.finished += 1;
         self.failed += usize::from(failed);
+        self.failures.extend(failure.filter(|_| self.failures.len() < MOST_FAILURES));
         self.answered_tokens += u64::from(generated);
         self.written()
     }
@@ -526,6 +582,7 @@ impl Batch {
     /// Something has been written.
     fn written(&mut self) -> Result<(), BatchError> {
         self.dirty = true;
+        self.made.clear();
         if self.options.sync == Sync::Always { self.sync() } else { Ok(()) }
     }
 
@@ -587,76 +644,6 @@ fn most_tokens(entry: &Entry, options: &Options) -> Option<u64> {
         (0, _) => Some(0),
         (answers, most) => Some(u64::from(answers) * u64::from(most?)),
     }
-}
-
-/// The files of a run, and what its journal begins with, if it has begun.
-struct Claimed {
-    journal: Journal,
-    output: Box<dyn OpenFile>,
-    begun: Option<Header>,
-}
-
-/// Opens journal and output, which are made if they are not there; with the journal's header, if the run has begun already.
-fn claim(files: &dyn Files, options: &Options) -> Result<Claimed, BatchError> {
-    let path = options.journal();
-    let is_new = open_there(files, &path)?.is_none();
-    if is_new && let Some(output) = open_there(files, &options.output)? {
-        // Nothing is made where a run would not begin.
-        Output::begin(&options.output, output, &path)?;
-    }
-    let open = |path: &Path| files.open(path, Access::Write).map_err(BatchError::file(path, "open it"));
-    let opened = open(&path).and_then(|file| {
-        let (journal, begun) = Journal::claim(&path, file)?;
-        match open(&options.output) {
-            Ok(output) => Ok(Claimed { journal, output, begun }),
-            Err(error) => {
-                if is_new {
-                    // An empty journal says nothing, and is no obstacle for the next run.
-                    let _ = files.remove(&path);
-                }
-                Err(error)
-            }
-        }
-    });
-    if is_new { opened.map_err(BatchError::at_start) } else { opened }
-}
-
-/// Begins a run: its results are empty, and its journal names what it belongs to.
-fn begin(
-    files: &dyn Files,
-    options: &Options,
-    index: &Index,
-    mut journal: Journal,
-    output: Box<dyn OpenFile>,
-) -> Result<(Journal, Output), BatchError> {
-    let path = options.journal();
-    let output = Output::begin(&options.output, output, &path).map_err(|error| match error {
-        // There is a journal: it was opened, and has no header.
-        BatchError::OutputExists { path: output, journal } => BatchError::JournalLost { path: journal, output },
-        other => other.at_start(),
-    })?;
-    let Identity { model, settings, .. } = options.identity.clone();
-    let header = Header { digest: index.digest, length: index.length, started: options.now, model, settings };
-    journal.begin(&header).map_err(BatchError::at_start)?;
-    let named = files.sync_folder_of(&options.output);
-    named.map_err(BatchError::file(&options.output, "sync the folder of the results")).map_err(BatchError::at_start)?;
-    Ok((journal, output))
-}
-
-/// Refuses to go on with anything else than the run began with.
-fn check(header: &Header, index: &Index, options: &Options, journal: &Path) -> Result<(), BatchError> {
-    let (journal, now) = (journal.to_owned(), &options.identity);
-    if (header.digest, header.length) != (index.digest, index.length) {
-        return Err(BatchError::InputChanged { path: options.input.clone() });
-    }
-    if header.model != now.model {
-        return Err(BatchError::OtherModel { journal, before: header.model.clone(), now: now.model.clone() });
-    }
-    if header.settings != now.settings {
-        let (before, now) = (header.settings.clone(), now.settings.clone());
-        return Err(BatchError::OtherSettings { journal, before, now });
-    }
-    Ok(())
 }
 
 /// A line of the output, in the form of OpenAI's batches.

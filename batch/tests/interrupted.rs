@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 
 use common::{FAULTS, Fault, FaultyFiles, Random, Teller};
 use serde_json::Value;
-use sluice_batch::{Batch, BatchError, Files, Identity, Options, Summary, Sync, SystemFiles};
+use sluice_batch::{Batch, BatchError, Earlier, Files, Identity, Options, Summary, Sync, SystemFiles};
 
 /// Histories of each fault. `SLUICE_BATCH_HISTORIES` asks for more.
 const HISTORIES: u64 = 8;
@@ -233,6 +233,116 @@ fn what_does_not_begin_leaves_nothing_behind() {
     assert_eq!(results(&options), reference());
 }
 
+/// Cannot go on with the first request that it is given.
+struct Breaking;
+
+impl sluice_batch::Answerer for Breaking {
+    fn begin(&self, job: sluice_batch::Job) -> sluice_batch::Ongoing {
+        let request = Some(job.request);
+        job.events.send(sluice_batch::Event::Broken { request, message: "the drive is gone".into() });
+        Box::new(())
+    }
+}
+
+#[test]
+fn what_was_given_up_before_anything_was_kept_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Never);
+    let stop = AtomicBool::new(false);
+    let mut watch = |_: &sluice_batch::Progress| ControlFlow::Continue(());
+    let open = || Batch::open(&SystemFiles, options.clone()).unwrap();
+    // A journal that a crash has left empty is no run.
+    for begins in [false, true] {
+        if begins {
+            fs::write(options.journal(), "").unwrap();
+        }
+        let mut batch = open();
+        assert!(batch.is_untouched());
+        assert!(batch.run(&Breaking, 1, &stop, &mut watch).is_err());
+        batch.give_up(&SystemFiles);
+        assert!(!options.journal().exists() && !options.output.exists());
+    }
+    // An output that somebody else has made stays, and so does all that was kept.
+    fs::write(&options.output, "").unwrap();
+    open().give_up(&SystemFiles);
+    assert!(!options.journal().exists() && options.output.exists());
+    fs::remove_file(&options.output).unwrap();
+    let mut batch = open();
+    let mut looks = 0;
+    let mut once = |_: &sluice_batch::Progress| {
+        looks += 1;
+        if looks > 1 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    batch.run(&Teller::default(), 60, &stop, &mut once).unwrap();
+    assert!(!batch.is_untouched());
+    batch.give_up(&SystemFiles);
+    run(&SystemFiles, &options, &Teller::default()).unwrap();
+    assert_eq!(results(&options), reference());
+    open().give_up(&SystemFiles);
+    assert_eq!(results(&options), reference());
+}
+
+#[test]
+fn what_earlier_runs_have_done_is_seen_without_touching_it() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Never);
+    let index = options.index(&SystemFiles).unwrap();
+    let look = || Earlier::look(&SystemFiles, &options, &index);
+    assert_eq!(look().unwrap(), None);
+    assert!(!options.journal().exists() && !options.output.exists());
+
+    // Also while a run goes on.
+    let mut batch = Batch::open(&SystemFiles, options.clone()).unwrap();
+    let seen = look().unwrap().unwrap();
+    assert_eq!((seen.finished, seen.answers, seen.generated), (0, 0, 0));
+    batch.run(&Teller::default(), 8, &AtomicBool::new(false), &mut |_| ControlFlow::Continue(())).unwrap();
+    let (journal, output) = (fs::read(options.journal()).unwrap(), fs::read(&options.output).unwrap());
+    let seen = look().unwrap().unwrap();
+    let told = |line: &str| serde_json::from_str::<Value>(line).unwrap()["response"]["body"]["said"].clone();
+    let answers: Vec<Value> = results(&options).values().map(|line| told(line)).filter(Value::is_array).collect();
+    let answers: Vec<&Value> = answers.iter().flat_map(|said| said.as_array().unwrap()).collect();
+    let generated: usize = answers.iter().map(|answer| answer.as_array().unwrap().len()).sum();
+    assert_eq!((seen.finished, seen.failed), (60, 12));
+    assert_eq!((seen.answers, seen.generated), (answers.len() as u64, generated as u64));
+    assert!(seen.done.iter().all(|done| *done) && seen.sampled.is_empty());
+
+    // A torn record, and results that are gone: nothing is cut.
+    drop(batch);
+    fs::write(options.journal(), &journal[..journal.len() - 1]).unwrap();
+    assert_eq!(look().unwrap().unwrap().finished, 59);
+    assert_eq!(fs::read(options.journal()).unwrap().len(), journal.len() - 1);
+    fs::write(options.journal(), &journal).unwrap();
+    fs::write(&options.output, &output[..output.len() - 1]).unwrap();
+    assert_eq!(look().unwrap().unwrap().finished, 59);
+    assert_eq!(fs::read(&options.output).unwrap().len(), output.len() - 1);
+
+    // What a run would refuse is refused.
+    let other =
+        Options { identity: Identity { settings: "other".into(), ..options.identity.clone() }, ..options.clone() };
+    assert!(matches!(Earlier::look(&SystemFiles, &other, &index), Err(BatchError::OtherSettings { .. })));
+    fs::write(options.journal(), "").unwrap();
+    assert!(matches!(look(), Err(BatchError::JournalLost { .. })));
+    fs::remove_file(options.journal()).unwrap();
+    assert!(matches!(look(), Err(BatchError::OutputExists { .. })));
+}
+
+#[test]
+fn failures_name_the_line_and_the_request() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("in.jsonl"), input()).unwrap();
+    let options = options(folder.path(), Sync::Never);
+    let mut batch = Batch::open(&SystemFiles, options).unwrap();
+    batch.run(&Teller::default(), 8, &AtomicBool::new(false), &mut |_| ControlFlow::Continue(())).unwrap();
+    let said: Vec<String> = batch.failures().iter().map(ToString::to_string).collect();
+    assert_eq!(said.len(), 12);
+    assert!(said.contains(&"line 6, custom_id \"f5\": as it was asked to".to_owned()), "{said:?}");
+    assert!(said.iter().any(|said| said.starts_with("line 4 is not JSON")), "{said:?}");
+    let value = serde_json::to_value(&batch.failures()[0]).unwrap();
+    assert!(value["line"].is_u64() && value["custom_id"].is_string() && value["message"].is_string(), "{value}");
+}
+
 #[test]
 fn results_that_are_gone_come_again() {
     let want = reference();
@@ -263,20 +373,14 @@ fn an_input_that_changes_during_the_run_is_noticed() {
 
 #[test]
 fn an_answerer_that_cannot_go_on_ends_the_run_and_loses_nothing() {
-    struct Breaking;
-    impl sluice_batch::Answerer for Breaking {
-        fn begin(&self, job: sluice_batch::Job) -> sluice_batch::Ongoing {
-            job.events.send(sluice_batch::Event::Broken { request: None, message: "the drive is gone".into() });
-            Box::new(())
-        }
-    }
     let want = reference();
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("in.jsonl"), input()).unwrap();
     let options = options(folder.path(), Sync::Seconds);
     let mut batch = Batch::open(&SystemFiles, options.clone()).unwrap();
     let outcome = batch.run(&Breaking, 4, &AtomicBool::new(false), &mut |_| ControlFlow::Continue(()));
-    assert!(outcome.unwrap_err().to_string().contains("the drive is gone"));
+    let said = outcome.unwrap_err().to_string();
+    assert!(said.starts_with("line ") && said.contains("custom_id \"r0\": the drive is gone"), "{said}");
     drop(batch);
     run(&SystemFiles, &options, &Teller::default()).unwrap();
     assert_eq!(results(&options), want);

@@ -1,38 +1,28 @@
-//! How a batch is run on this machine: how much there is to do, how many answers at a time, and how long it takes.
+//! How a batch is run on this machine: how many answers at a time, and how long it takes.
 
-use std::fs::File;
+use std::fmt::Write as _;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use sluice_batch::{Entry, Index, Line};
-use sluice_format::ModelFile;
+use sluice_format::{ExtentKind, ModelFile};
 use sluice_kernels::ThreadPool;
 use sluice_lab::batch::{Load, Rates, StepBound, Width};
+use sluice_lab::course::{Course, Place};
+use sluice_lab::estimate::HIT_RATE_SPREAD;
+use sluice_lab::schedule::Cores;
 use sluice_model::memory::Bytes;
-use sluice_storage::io::calibration::{CalibrationStore, DeviceId};
-use sluice_storage::io::{DataFile, DirectMode, IoConfig};
-use sluice_text::Tokenizer;
+use sluice_storage::io::IoConfig;
 
-use crate::commands::bench_batch::machine;
+use crate::batch_load::{Length, Rest, USUAL_ANSWER};
+use crate::commands::bench_batch::{cores, fresh_memory, largest_type, machine};
 use crate::commands::bench_decode::Drive;
+use crate::commands::bench_machine;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
+use crate::machine::MachineFile;
 use crate::terminal::{counted, note, seconds};
 
-/// Requests whose texts are turned into tokens, to know how many tokens a byte is: the longest, and some of all others.
-const LONGEST: usize = 16;
-const OTHERS: usize = 48;
-/// Bytes of each of them that are looked at.
-const LOOK: usize = 64 << 10;
-/// Tokens of an answer whose request does not limit it: what is planned for, and what a context is given room for.
-const USUAL_ANSWER: f64 = 1024.0;
-const LONG_ANSWER: f64 = 4096.0;
-/// Tokens that a template adds, with room to spare.
-const TEMPLATE: f64 = 256.0;
-/// Contexts are multiples of this many tokens, so that an input that changes a little needs the same.
-const STEP: usize = 256;
 /// Bytes per second that a drive is taken to give if it cannot be measured.
 const ASSUMED: f64 = 1e9;
 /// The same for memory, and multiplications and additions per second, where only a decision depends on them.
@@ -41,13 +31,35 @@ const ASSUMED_ARITHMETIC: f64 = 100e9;
 
 /// How a batch is run.
 pub(crate) struct Plan {
-    pub(crate) load: Load,
+    /// What is left, with answers as long as they may be, or as usual where there is no limit.
+    load: Load,
+    /// Most tokens of a request and its answer.
+    pub(crate) context: usize,
     /// Answers at a time.
     pub(crate) sequences: usize,
     /// Sequences of the whole context that memory is planned for.
     pub(crate) planned: usize,
-    /// What a step takes at least, and how long everything does, where that was measured.
-    measured: Option<(Rates, Width, f64)>,
+    measured: Option<Measured>,
+}
+
+/// What the machine makes of it.
+struct Measured {
+    rates: Rates,
+    /// What a step takes at least, …
+    width: Width,
+    /// … and everything, in seconds.
+    least: f64,
+    courses: Option<Courses>,
+}
+
+/// Simulated courses of a batch.
+struct Courses {
+    /// What is expected.
+    expected: Course,
+    /// The same in seconds, if more or less is found in memory.
+    range: [f64; 2],
+    /// If all answers become as long as they may.
+    longest: Course,
 }
 
 impl Plan {
@@ -55,19 +67,21 @@ impl Plan {
     pub(crate) fn choose(
         args: &EngineArgs,
         file: &ModelFile,
-        load: Load,
+        rest: &Rest,
         sequences: Option<NonZeroUsize>,
     ) -> Result<Self, CliError> {
+        let load = rest.load(Length::Allowed);
+        let context = load.context;
         if let Some(sequences) = sequences.map(NonZeroUsize::get) {
-            return Ok(Plan { load, sequences, planned: load.planned(sequences), measured: None });
+            return Ok(Plan { load, context, sequences, planned: load.planned(sequences), measured: None });
         }
         let rates = rates(args, file)?;
-        // What cannot be planned for one is refused with all numbers when the model is opened.
+        // What cannot be planned for one is refused with all numbers when the memory is checked.
         let best = Width::best(file, args.budget, args.kv_type, &load, &rates);
-        let Some(width) = best else { return Ok(Plan { load, sequences: 1, planned: 1, measured: None }) };
-        let seconds = width.seconds(file, &load, &rates, args.kv_type);
+        let Some(width) = best else { return Ok(Plan { load, context, sequences: 1, planned: 1, measured: None }) };
         let (sequences, planned) = (width.sequences, width.planned);
-        Ok(Plan { load, sequences, planned, measured: Some((rates, width, seconds)) })
+        let measured = Measured::new(args, file, &load, (rates, width));
+        Ok(Plan { load, context, sequences, planned, measured: Some(measured) })
     }
 
     /// The same with the bounds of a step, also where the number of answers at a time was asked for.
@@ -85,32 +99,63 @@ impl Plan {
             );
             CliError::Failure(message)
         })?;
-        let seconds = width.seconds(file, &self.load, &rates, args.kv_type);
-        Ok(Plan { measured: Some((rates, width, seconds)), ..self })
+        let measured = Measured::new(args, file, &self.load, (rates, width));
+        Ok(Plan { measured: Some(measured), ..self })
+    }
+
+    /// The same with the time that is expected, if the machine was measured. `measures`: whether the cores are measured with the weights of this
+    /// model where `sluice bench machine` has not done so.
+    pub(crate) fn expected(
+        mut self,
+        args: &EngineArgs,
+        file: &ModelFile,
+        rest: &Rest,
+        measures: bool,
+    ) -> Result<Self, CliError> {
+        let Some(measured) = &mut self.measured else { return Ok(self) };
+        let cores = cores_of(args, file, &measured.rates, measures)?;
+        let (rates, fresh) = (measured.rates, fresh_memory());
+        let course = |length, more| {
+            let place = Place { file, budget: args.budget, kv_type: args.kv_type, rates, cores, fresh, more };
+            Course::of(&place, &rest.load(length), self.sequences, &rest.items(length))
+        };
+        let seconds = |more| course(Length::Likely, more).map(|course| course.seconds);
+        measured.courses =
+            course(Length::Likely, 0.0).zip(course(Length::Longest, 0.0)).and_then(|(expected, longest)| {
+                Some(Courses { expected, range: [seconds(HIT_RATE_SPREAD)?, seconds(-HIT_RATE_SPREAD)?], longest })
+            });
+        Ok(self)
     }
 
     /// From how many new tokens on it pays to save a sequence, by the rates of this machine where they were measured, and by those of an
     /// ordinary one otherwise.
     pub(crate) fn worth_saving(&self, args: &EngineArgs, file: &ModelFile) -> Option<usize> {
         match &self.measured {
-            Some((rates, width, _)) => width.worth_saving(file, &self.load, rates, args.kv_type),
+            Some(Measured { rates, width, .. }) => width.worth_saving(file, &self.load, rates, args.kv_type),
             None => worth_saving(args, file, &self.load, self.sequences),
         }
     }
 
     /// For programs.
-    pub(crate) fn to_json(&self) -> Value {
-        let mut value = json!({"load": self.load, "sequences": self.sequences});
-        if let Some((rates, width, seconds)) = &self.measured {
+    pub(crate) fn to_json(&self, rest: &Rest) -> Value {
+        let mut value = json!({"load": self.load, "sequences": self.sequences, "rest": rest.to_json()});
+        if let Some(Measured { rates, width, least, courses }) = &self.measured {
             value["machine"] = json!(rates);
             value["step"] = json!(width);
-            value["seconds"] = json!(seconds);
+            value["least_seconds"] = json!(least);
+            if let Some(Courses { expected, range, longest }) = courses {
+                value["expected_seconds_range"] = json!(range);
+                value["expected"] = json!(expected);
+                value["expected_seconds"] = json!(expected.seconds);
+                value["longest_seconds"] = json!(longest.seconds);
+            }
         }
         value
     }
 
     /// For people.
-    pub(crate) fn describe(&self) -> String {
+    pub(crate) fn describe(&self, rest: &Rest) -> String {
+        let mut text = describe_rest(rest);
         let Load { answers, prompt_tokens, answer_tokens, unlimited, context } = self.load;
         let generated = match unlimited {
             0 => format!("at most {answer_tokens:.0} to generate"),
@@ -121,23 +166,40 @@ impl Plan {
                 "about {answer_tokens:.0} to generate ({n} answers have no limit: {USUAL_ANSWER:.0} each are assumed)"
             ),
         };
-        let mut text = format!(
-            "{} to give, {} at a time: about {prompt_tokens:.0} tokens to read, and {generated}; a request and its answer have at most \
-             {context} tokens\n",
+        let about = if rest.is_exact() { "" } else { "about " };
+        let _ = writeln!(
+            text,
+            "{} to give, {} at a time: {about}{} to read, and {generated}; a request and its answer have at most \
+             {context} tokens",
             counted(answers, "answer"),
-            self.sequences
+            self.sequences,
+            counted(prompt_tokens as u64, "token"),
         );
-        let Some((rates, width, whole)) = &self.measured else { return text };
+        if let Some(measured) = &self.measured {
+            text += &measured.describe(rest.mean_answer());
+        }
+        text
+    }
+}
+
+impl Measured {
+    fn new(args: &EngineArgs, file: &ModelFile, load: &Load, (rates, width): (Rates, Width)) -> Self {
+        let least = width.seconds(file, load, &rates, args.kv_type);
+        Measured { rates, width, least, courses: None }
+    }
+
+    /// `mean`: tokens of an answer so far.
+    fn describe(&self, mean: Option<f64>) -> String {
+        let Measured { rates, width, least, courses } = self;
         let rate = |rate: f64| format!("{}/s", Bytes(rate as u64));
         let bound = match width.bound {
             StepBound::Drive => "the drive",
             StepBound::Memory => "the memory",
             StepBound::Arithmetic => "the arithmetic",
         };
-        text += &format!(
+        let mut text = format!(
             "a step of {}: drive {} ({}), memory {} ({}), arithmetic {} ({:.0} GOP/s); it uses some {:.0} different experts, {:.0} % of \
-             them in memory\n{bound} bounds it: {:.2} tokens/s at most, so everything takes at least {} if all answers \
-             are so long\n",
+             them in memory\n{bound} bounds it: {:.2} tokens/s at most\n",
             width.sequences,
             seconds(width.drive),
             rate(rates.drive),
@@ -148,10 +210,79 @@ impl Plan {
             width.union_of_experts,
             100.0 * width.hit_rate,
             width.tokens_per_second,
-            seconds(*whole),
+        );
+        if let Some(Courses { expected, range: [low, high], longest }) = courses {
+            let lengths = match mean {
+                Some(mean) => format!("with answers of {mean:.0} tokens, the mean so far"),
+                None => "if all answers are so long".to_owned(),
+            };
+            let _ = writeln!(
+                text,
+                "expected  {}, {lengths}: opening the model {}, reading prompts {}, generating {}",
+                seconds(expected.seconds),
+                seconds(expected.opening),
+                seconds(expected.reading),
+                seconds(expected.generating),
+            );
+            if *high > 1.02 * low {
+                let (points, [low, high]) = (100.0 * HIT_RATE_SPREAD, [low, high].map(|time| seconds(*time)));
+                let _ = writeln!(
+                    text,
+                    "          hit rates differ between models and texts: {points:.0} points more or less make it {low} or {high}"
+                );
+            }
+            if longest.tokens > 1.01 * expected.tokens {
+                let _ =
+                    writeln!(text, "longest   {}, if all answers become as long as they may", seconds(longest.seconds));
+            }
+        }
+        let _ = writeln!(
+            text,
+            "bound     at least {}, if all answers are so long and everything overlaps",
+            seconds(*least)
         );
         text
     }
+}
+
+/// What earlier runs have done, and which requests cannot be answered.
+fn describe_rest(rest: &Rest) -> String {
+    let mut text = String::new();
+    if let Some(earlier) = &rest.earlier {
+        let failed = if earlier.failed > 0 { format!(", of which {} failed", earlier.failed) } else { String::new() };
+        let begun = match earlier.sampled.len() {
+            0 => String::new(),
+            begun => format!("; of {begun} more, a part is generated"),
+        };
+        let requests = counted(earlier.done.len(), "request");
+        let _ = writeln!(text, "{} of {requests} have a result{failed}{begun}", earlier.finished);
+    }
+    let (named, count) = &rest.wrong;
+    if *count > 0 {
+        let _ = writeln!(text, "{} cannot be answered, and will fail:", counted(*count, "request"));
+        named.iter().for_each(|failed| _ = writeln!(text, "  {failed}"));
+        if *count > named.len() {
+            let _ = writeln!(text, "  and {} more", count - named.len());
+        }
+    }
+    text
+}
+
+/// What the cores do with the weights of this model.
+fn cores_of(args: &EngineArgs, file: &ModelFile, rates: &Rates, measures: bool) -> Result<Cores, CliError> {
+    let known = MachineFile::of_user().filter(|path| path.exists()).and_then(|path| MachineFile::load(&path).ok());
+    let name = |kinds: &[ExtentKind]| largest_type(file, kinds).map(sluice_kernels::WeightType::name);
+    match known {
+        Some(known) => Ok(known.cores(name(&[ExtentKind::Expert]), name(&[ExtentKind::Attention, ExtentKind::Head]))),
+        None if measures => cores(file, threads(args), rates.memory),
+        None => Ok(Cores::of_rate(rates.memory)),
+    }
+}
+
+/// Threads that compute.
+fn threads(args: &EngineArgs) -> usize {
+    let threads = args.options(1).threads;
+    threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into))
 }
 
 /// From how many new tokens on it pays to save each of so many sequences, by the rates of an ordinary machine.
@@ -160,63 +291,6 @@ pub(crate) fn worth_saving(args: &EngineArgs, file: &ModelFile, load: &Load, seq
     let rates = Rates { drive, memory: ASSUMED_MEMORY, arithmetic: ASSUMED_ARITHMETIC };
     let width = Width::of(file, args.budget, args.kv_type, load, &rates, sequences)?;
     width.worth_saving(file, load, &rates, args.kv_type)
-}
-
-/// How much there is to do; lines that are no requests are none of it. `context`: most tokens of a request and its answer, if somebody
-/// says so.
-pub(crate) fn load(file: &ModelFile, path: &Path, index: &Index, context: Option<usize>) -> Result<Load, CliError> {
-    let tokenizer = crate::engine_args::tokenizer(file)?;
-    let (mean, most) = tokens_per_byte(path, index, tokenizer.as_ref())?;
-    let needed = |entry: &Entry| {
-        let answer = entry.wanted.max_tokens.map_or(LONG_ANSWER, f64::from);
-        f64::from(entry.wanted.text_bytes) * most + TEMPLATE + answer
-    };
-    let requests = || index.entries.iter().filter(|entry| entry.wanted.answers > 0);
-    let needed = requests().map(needed).fold(1.0, f64::max) as usize;
-    let context = context.unwrap_or_else(|| needed.next_multiple_of(STEP)).min(file.spec().max_positions.max(1));
-    let mut load = Load { answers: 0, prompt_tokens: 0.0, answer_tokens: 0.0, unlimited: 0, context };
-    for entry in requests() {
-        let answers = entry.wanted.answers as usize;
-        let prompt = (f64::from(entry.wanted.text_bytes) * mean).min(context as f64);
-        let room = context as f64 - prompt;
-        load.answers += answers;
-        // Answers to one prompt share what was read of it.
-        load.prompt_tokens += prompt;
-        load.answer_tokens += answers as f64 * entry.wanted.max_tokens.map_or(USUAL_ANSWER, f64::from).min(room);
-        load.unlimited += if entry.wanted.max_tokens.is_none() { answers } else { 0 };
-    }
-    // These are estimates: fractions of tokens would only look precise.
-    (load.prompt_tokens, load.answer_tokens) = (load.prompt_tokens.round(), load.answer_tokens.round());
-    Ok(load)
-}
-
-/// Tokens of a byte of the requests' texts: in the mean, and the most.
-fn tokens_per_byte(path: &Path, index: &Index, tokenizer: Option<&Tokenizer>) -> Result<(f64, f64), CliError> {
-    /// What token ids in JSON take.
-    const IDS: f64 = 0.5;
-    let Some(tokenizer) = tokenizer else { return Ok((IDS, IDS)) };
-    let requests = File::open(path).map_err(CliError::file(path, "read the requests"))?;
-    let mut longest: Vec<&Entry> = index.entries.iter().collect();
-    longest.sort_by_key(|entry| std::cmp::Reverse(entry.wanted.text_bytes));
-    longest.truncate(LONGEST);
-    let others = index.entries.iter().step_by(index.entries.len().div_ceil(OTHERS).max(1));
-    let (mut bytes, mut tokens, mut most) = (0, 0, 0.0_f64);
-    for entry in longest.into_iter().chain(others) {
-        let Some(length) = entry.bytes else { continue };
-        let mut line = vec![0; length as usize];
-        requests.read_exact_at(&mut line, entry.offset).map_err(CliError::file(path, "read the requests"))?;
-        // What is wrong with a line is said in its result.
-        let Ok(line) = Line::parse(&line, entry.line as usize) else { continue };
-        let text = line.text();
-        let end = (0..=text.len().min(LOOK)).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
-        let Ok(ids) = tokenizer.encode(&text[..end], false) else { continue };
-        if end > 0 {
-            (bytes, tokens) = (bytes + end, tokens + ids.len());
-            most = most.max(ids.len() as f64 / end as f64);
-        }
-    }
-    // A short text says little, and token ids in JSON are not what is read.
-    Ok(if bytes == 0 { (IDS, IDS) } else { (tokens as f64 / bytes as f64, most.max(IDS / 2.0)) })
 }
 
 /// What this machine does in a second: the drive by its calibration if there is one, the rest measured.
@@ -232,8 +306,7 @@ fn rates(args: &EngineArgs, file: &ModelFile) -> Result<Rates, CliError> {
             ASSUMED
         }),
     };
-    let threads = args.options(1).threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
-    let (memory, arithmetic) = machine(file, ThreadPool::new(threads).threads())?;
+    let (memory, arithmetic) = machine(file, ThreadPool::new(threads(args)).threads())?;
     Ok(Rates { drive, memory, arithmetic })
 }
 
@@ -244,10 +317,7 @@ fn measured_drive(path: &Path) -> Result<f64, CliError> {
     Ok(drive.median())
 }
 
-/// Bytes per second of the drive below a file, as `sluice bench disk` has found them.
+/// Bytes per second of the drive below a file, or of all of its drives, as `sluice bench disk` has found them.
 fn calibrated(path: &Path) -> Option<f64> {
-    let file = DataFile::open(path, DirectMode::Never).ok()?;
-    let device = DeviceId::of(&file).ok()?;
-    let found = CalibrationStore::of_user().ok()?.find(&device).ok()??;
-    Some(found.bytes_per_second)
+    bench_machine::drive(path).ok().flatten()
 }

@@ -2,6 +2,7 @@
 //!
 //! Glue only: every command is one file in `commands/`, which parses its arguments, calls a crate and prints.
 
+mod batch_load;
 mod batch_plan;
 mod batch_progress;
 mod chat;

@@ -36,6 +36,8 @@ pub(crate) struct Saved {
     store: Arc<Store>,
     every: usize,
     before: Usage,
+    /// Whether this run has made the folder.
+    made: bool,
 }
 
 /// The folder beside the results.
@@ -65,6 +67,7 @@ impl Saved {
             (SaveChoice::Auto, None) => return None,
         };
         let wanted = ROOM * sequences as u64 * saved_bytes(file, context, kv_type) + SLACK;
+        let made = !folder.is_dir();
         let free = sluice_hub::free_space(&folder).map_or(u64::MAX, |free| free / 2);
         let store = Store::open(StoreOptions { folder, max_bytes: wanted.min(free), expire_after: None });
         let store = match store {
@@ -80,7 +83,7 @@ impl Saved {
             let folder = store.options().folder.display();
             note(&format_args!("note: {files} in {folder} cannot be used: prompts are read again"));
         }
-        Some(Saved { store, every, before })
+        Some(Saved { store, every, before, made })
     }
 
     /// For the run.
@@ -88,7 +91,7 @@ impl Saved {
         Saving { store: Arc::clone(&self.store), every: self.every }
     }
 
-    /// The run has ended: says what was wrong, and removes the folder if nothing is left to do.
+    /// The run has ended: says what was wrong, and removes the folder if nothing is left to do, or if this run has made it for nothing.
     pub(crate) fn end(self, is_finished: bool) {
         self.store.flush();
         let usage = self.store.usage();
@@ -102,7 +105,7 @@ impl Saved {
                 "note: not all sequences are saved ({error}): a run that goes on reads their prompts again"
             ));
         }
-        if is_finished {
+        if is_finished || (self.made && usage.files == 0) {
             discard(self.store, &folder);
         }
     }

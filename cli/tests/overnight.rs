@@ -97,6 +97,17 @@ impl Run {
         args
     }
 
+    fn journal(&self) -> PathBuf {
+        self.output.with_file_name("out.jsonl.journal")
+    }
+
+    /// Files beside the input.
+    fn files(&self) -> Vec<String> {
+        let names = fs::read_dir(self.input.parent().unwrap()).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name != "in.jsonl").collect()
+    }
+
     fn spawn(&self) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
         command.args(self.args(&[])).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
@@ -220,10 +231,11 @@ fn interrupted_it_says_how_to_go_on() {
     let run = Run::new(&format!("{long}\n").repeat(500));
     let child = run.spawn();
     let began = Instant::now();
-    while !run.output.exists() && began.elapsed() < Duration::from_secs(60) {
+    // Until something is kept: the header of a journal is shorter.
+    let kept = || run.journal().metadata().is_ok_and(|journal| journal.len() > 1000);
+    while !kept() && began.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(20));
     }
-    std::thread::sleep(Duration::from_millis(400));
     let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(kill.success());
     let done = child.wait_with_output().unwrap();
@@ -370,10 +382,98 @@ fn progress_and_plan_are_there_for_programs() {
     let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 20}\nnonsense\n");
     let plan = sluice(&run.args(&["--dry-run"]));
     let text = stdout(&plan);
-    for word in ["1 answer to give", "at most 20 to generate", "drive", "memory", "arithmetic", "tokens/s at most"] {
+    for word in [
+        "1 answer to give",
+        " to read, and ",
+        "at most 20 to generate",
+        "drive",
+        "memory",
+        "arithmetic",
+        "tokens/s at most",
+        "\nexpected ",
+        "\nbound     at least",
+        "1 request cannot be answered, and will fail:\n  line 2 is not JSON",
+    ] {
         assert!(text.contains(word), "`{word}` is not in: {text}");
     }
-    assert!(!run.output.exists());
+    assert_eq!(run.files(), [""; 0]);
+}
+
+#[test]
+fn a_plan_leaves_out_what_is_done_and_names_what_cannot_be_answered() {
+    let line = |id: &str, more: &str| format!(r#"{{"custom_id": "{id}", "prompt": "ROMEO:", "max_tokens": 40{more}}}"#);
+    let requests = [
+        line("short", r#", "stop": ["e"]"#),
+        line("hot", r#", "temperature": 9"#),
+        line("long", r#", "seed": 1"#),
+        r#"{"custom_id": "where", "method": "POST", "url": "/v1/nowhere", "body": {}}"#.to_owned(),
+        format!(r#"{{"custom_id": "much", "prompt": "{}"}}"#, "many words ".repeat(2000)),
+    ];
+    let run = Run::new(&requests.join("\n"));
+    let plan = |more: &[&'static str]| {
+        let mut args = run.args(&["--dry-run", "--json", "--context", "512"]);
+        args.extend(more);
+        let said = stdout(&sluice(&args));
+        serde_json::from_str::<Value>(&said).unwrap_or_else(|error| panic!("{error}: {said}"))
+    };
+    let whole = plan(&[]);
+    assert_eq!((whole["load"]["answers"].as_u64(), whole["rest"]["wrong"].as_u64()), (Some(2), Some(3)));
+    assert_eq!(whole["load"]["answer_tokens"].as_f64(), Some(80.0));
+    let wrong: Vec<_> = whole["rest"]["wrong_requests"].as_array().unwrap().iter().collect();
+    let named = |at: usize| (wrong[at]["line"].as_u64().unwrap(), wrong[at]["custom_id"].as_str().unwrap());
+    let mut all: Vec<_> = (0..3).map(named).collect();
+    all.sort_unstable();
+    assert_eq!(all, [(2, "hot"), (4, "where"), (5, "much")]);
+    let [least, expected, longest] =
+        ["least_seconds", "expected_seconds", "longest_seconds"].map(|name| whole[name].as_f64().unwrap());
+    assert!(0.0 < least && 0.0 < expected && expected <= longest, "{whole}");
+    assert_eq!(run.files(), [""; 0]);
+
+    // All that can be answered is answered.
+    let done = sluice(&run.args(&["--context", "512"]));
+    assert_fails(&done, 3, &["3 of 5 requests failed", "failed: line 2, custom_id \"hot\": "]);
+    let rest = plan(&[]);
+    assert_eq!((rest["load"]["answers"].as_u64(), rest["rest"]["finished"].as_u64()), (Some(0), Some(5)));
+    assert_eq!(rest["rest"]["failed"], 3);
+    // Answers so far say how long others will be.
+    let mean = rest["rest"]["mean_answer"].as_f64().unwrap();
+    assert!(mean > 0.0 && mean <= 40.0, "{mean}");
+    let kept = fs::read(&run.output).unwrap();
+    let first = kept.iter().position(|byte| *byte == b'\n').unwrap() + 1;
+    fs::write(&run.output, &kept[..first]).unwrap();
+    let rest = plan(&[]);
+    assert_eq!(rest["rest"]["finished"], 1);
+    assert_eq!(fs::read(&run.output).unwrap().len(), first, "a plan changes nothing");
+    assert_fails(&sluice(&run.args(&["--dry-run", "--context", "300"])), 2, &["other settings"]);
+}
+
+#[test]
+fn a_refusal_leaves_nothing_behind_that_would_bind_the_next_run() {
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 2}\n");
+    let saved = ["--save-sequences", "always"];
+    let with = |more: &[&'static str]| sluice(&run.args(&[&saved[..], more].concat()));
+    assert_fails(&with(&["--budget", "100KiB", "--context", "300"]), 1, &["the budget of", "raise --budget"]);
+    assert_eq!(run.files(), [""; 0]);
+    // What shows only when the model is opened: the damaged dense part that the first step needs.
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken.sluice");
+    let mut bytes = fs::read(demo_model()).unwrap();
+    let plan: Value =
+        serde_json::from_str(&stdout(&sluice(&["inspect", demo_model(), "--json", "--extents"]))).unwrap();
+    let head = plan["extents"].as_array().unwrap().iter().find(|extent| extent["kind"] == "head").unwrap();
+    bytes[head["offset"].as_u64().unwrap() as usize + 5] ^= 1;
+    fs::write(&broken, bytes).unwrap();
+    let mut args = run.args(&saved);
+    args[1] = broken.to_str().unwrap();
+    assert_fails(&sluice(&args), 1, &["damaged"]);
+    assert_eq!(run.files(), [""; 0]);
+    stdout(&with(&[]));
+    assert_eq!(run.files().len(), 2, "{:?}", run.files());
+
+    let out = folder.path().join("answer.md");
+    let ask = ["ask", model(), "Who?", "--overnight", "--out", out.to_str().unwrap(), "--budget", "100KiB"];
+    assert_fails(&sluice(&ask), 1, &["the budget of"]);
+    assert!(!folder.path().join("answer.md.run").exists());
 }
 
 #[test]
@@ -384,9 +484,13 @@ fn what_a_plan_assumes_and_what_it_ignores_is_said() {
     let text = stdout(&plan);
     assert!(text.contains("an answer has no limit: 1024 are assumed") && !text.contains("at most 1280"), "{text}");
     let said = stderr(&plan);
-    for word in
-        [r#"the field "max_token" is not known"#, "(line 1 ", r#"did you mean "max_tokens"?"#, "temprature", "(line 2 "]
-    {
+    for word in [
+        r#"the field "max_token" is not known"#,
+        " line 1 is ",
+        r#"Did you mean "max_tokens"?"#,
+        "temprature",
+        " line 2 is ",
+    ] {
         assert!(said.contains(word), "`{word}` is not in: {said}");
     }
     assert!(!said.contains("\"user\""), "{said}");
@@ -437,6 +541,12 @@ fn a_run_that_goes_on_does_not_read_again_what_is_saved() {
     assert!(last["restored_tokens"].as_u64().unwrap() > 0, "{last}");
     assert_eq!(run.results(), want.results());
     assert!(!folder.exists(), "nobody needs it any more");
+    // Neither where the run that ends saves none.
+    let run = Run::new(&long_prompts());
+    let folder = told_to_end(&run);
+    stdout(&sluice(&run.args(&["--save-sequences", "never"])));
+    assert_eq!(run.results(), want.results());
+    assert!(!folder.exists(), "what an earlier run has saved");
 
     // What is damaged is left out, and said.
     let run = Run::new(&long_prompts());

@@ -132,8 +132,9 @@ impl Width {
         let demand = Demand { sequences: planned, ..Demand::one(load.context, kv_type) };
         let plan = MemoryPlan::new(file, budget, demand).ok().filter(|plan| plan.rows >= sequences)?;
         let needs = Needs::of(file.spec(), file.extents(), tokens as usize, kv_type);
-        let union = union_of_experts(file.spec(), sequences);
-        let hit_rate = hit_rate(file.spec(), &plan, union);
+        let union = union_of_experts(file.spec(), sequences as f64);
+        let experts = plan.experts.max(1) as f64;
+        let hit_rate = hit_rate(file.spec(), plan.slots as f64 / experts, union / experts);
         let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
         let missed = union * (1.0 - hit_rate) * stored + plan.dense_streamed as f64;
         let work = StepWork::of(file, sequences, union, tokens / 2.0, kv_type);
@@ -161,17 +162,22 @@ impl Width {
     }
 
     /// Seconds for the whole load at these bounds. Prompts are read beside the decoding: a step that reads one meets most experts
-    /// of the model, and each of its rows is multiplied.
+    /// of the model, and each of its rows is multiplied. Memory is empty at first, so the drive reads at least once what is used at all.
     pub fn seconds(&self, file: &ModelFile, load: &Load, rates: &Rates, kv_type: KvType) -> f64 {
         let decoding = load.answer_tokens / self.tokens_per_second;
         let per_prompt = load.prompt_tokens / load.answers.max(1) as f64;
-        let rows = per_prompt.max(1.0).min(self.rows as f64);
-        decoding + self.pass(file, rates, kv_type, rows, per_prompt / 2.0) * load.prompt_tokens / rows
+        // As many prompts together as answers are made at a time.
+        let rows = (self.sequences as f64 * per_prompt).min(load.prompt_tokens).max(1.0).min(self.rows as f64);
+        let steps = decoding + self.pass(file, rates, kv_type, rows, per_prompt / 2.0) * load.prompt_tokens / rows;
+        let needs = Needs::of(file.spec(), file.extents(), 1, kv_type);
+        let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
+        let used = union_of_experts(file.spec(), load.prompt_tokens + load.answer_tokens);
+        steps.max((needs.dense_bytes as f64 + used * stored) / rates.drive)
     }
 
     /// Seconds of a pass that reads `rows` tokens of prompts at a mean `position`.
     fn pass(&self, file: &ModelFile, rates: &Rates, kv_type: KvType, rows: f64, position: f64) -> f64 {
-        let union = union_of_experts(file.spec(), rows as usize);
+        let union = union_of_experts(file.spec(), rows);
         let needs = Needs::of(file.spec(), file.extents(), (2.0 * position) as usize, kv_type);
         let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
         let resident = self.slots as f64 / needs.experts.max(1) as f64;
@@ -202,19 +208,25 @@ pub fn saved_bytes(file: &ModelFile, tokens: usize, kv_type: KvType) -> u64 {
 }
 
 /// Different experts that so many rows use, summed over the layers, if each chooses at random.
-fn union_of_experts(spec: &ModelSpec, rows: usize) -> f64 {
+pub(crate) fn union_of_experts(spec: &ModelSpec, rows: f64) -> f64 {
     let layers = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref());
-    let of = |experts: f64, top_k: f64| experts * (1.0 - (1.0 - top_k / experts).max(0.0).powf(rows as f64));
-    layers.map(|moe| of(moe.experts.max(1) as f64, moe.top_k as f64)).sum()
+    layers.map(|moe| union_of_layer(moe.experts, moe.top_k, rows)).sum()
 }
 
-/// The part of a step's experts that is in memory: for one sequence, the hit rate of a trace; for a step that uses all experts, the
-/// part of them that fits; in between, an interpolation.
-fn hit_rate(spec: &ModelSpec, plan: &MemoryPlan, union: f64) -> f64 {
+/// The same in one layer.
+pub(crate) fn union_of_layer(experts: usize, top_k: usize, rows: f64) -> f64 {
+    let experts = experts.max(1) as f64;
+    experts * (1.0 - (1.0 - top_k as f64 / experts).max(0.0).powf(rows))
+}
+
+/// The part of a step's experts that is in memory, if this part of all experts is: for one sequence, the hit rate of a trace; for a step that
+/// uses all experts, the part of them that fits; in between, an interpolation, but never more than there is in memory. `used`: the part of all
+/// experts that the step uses.
+pub(crate) fn hit_rate(spec: &ModelSpec, cached: f64, used: f64) -> f64 {
     let moe = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref()).max_by_key(|moe| moe.experts);
-    let (Some(moe), experts) = (moe, plan.experts.max(1) as f64) else { return 1.0 };
-    let cached = (plan.slots as f64 / experts).min(1.0);
+    let Some(moe) = moe else { return 1.0 };
+    let cached = cached.min(1.0);
     let alone = Curve::nearest(moe.top_k, moe.experts).hit_rate(cached);
-    let part = (union / experts).clamp(0.0, 1.0);
-    (alone + (cached - alone) * part).clamp(0.0, 1.0)
+    let between = alone + (cached - alone) * used.clamp(0.0, 1.0);
+    between.min(cached / used.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
 }

@@ -17,9 +17,9 @@ use crate::estimate::{HIT_RATE_SPREAD, Machine, Speed};
 use crate::trace::Replay;
 
 /// Parallel sections of a layer beside those of its experts: norm and projections, heads, output; then the router.
-const LAYER_SECTIONS: f64 = 6.0;
+pub(crate) const LAYER_SECTIONS: f64 = 6.0;
 /// Of a gated network: the gate and up projections, then the down projection.
-const FFN_SECTIONS: f64 = 2.0;
+pub(crate) const FFN_SECTIONS: f64 = 2.0;
 /// Seconds between a read's submission and its first byte.
 const LATENCY: f64 = 80e-6;
 /// Of the experts that a layer misses, how many its predecessor names surely enough that they are read ahead. With this share, the simulation
@@ -83,26 +83,26 @@ pub struct Forecast {
     pub tokens_per_second_range: [f64; 2],
 }
 
-/// The work of a token in one layer. Times in seconds, on all threads and without reads.
+/// The work of a token in one layer, or of a step with several. Times in seconds, on all threads and without reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Layer {
+pub(crate) struct Layer {
     /// Until the router has chosen.
-    before: f64,
+    pub(crate) before: f64,
     /// What needs no expert.
-    shared: f64,
-    /// Experts of the token.
-    top_k: usize,
+    pub(crate) shared: f64,
+    /// Experts of the token; different ones of a step.
+    pub(crate) top_k: usize,
     /// An expert, computing …
-    expert: f64,
+    pub(crate) expert: f64,
     /// … and reading.
-    read: f64,
+    pub(crate) read: f64,
     /// The drive's time for dense parts that do not stay in memory.
-    streamed: f64,
+    pub(crate) streamed: f64,
 }
 
-/// The work of a token.
+/// The work of a token, or of a step with several.
 #[derive(Clone, Debug, PartialEq)]
-struct Work {
+pub(crate) struct Work {
     layers: Vec<Layer>,
     /// The output head.
     head: f64,
@@ -111,6 +111,11 @@ struct Work {
 }
 
 impl Work {
+    pub(crate) fn new(layers: Vec<Layer>, head: f64, cores: &Cores) -> Self {
+        let beside = (cores.experts_beside_reads / cores.experts, cores.dense_beside_reads / cores.dense);
+        Work { layers, head, beside }
+    }
+
     fn of(
         spec: &ModelSpec,
         extents: &[ExtentRecord],
@@ -148,11 +153,7 @@ impl Work {
                 streamed,
             }
         });
-        Work {
-            layers: layers.collect(),
-            head: bytes(ExtentKind::Head, None) / cores.dense + sections(1.0),
-            beside: (cores.experts_beside_reads / cores.experts, cores.dense_beside_reads / cores.dense),
-        }
+        Work::new(layers.collect(), bytes(ExtentKind::Head, None) / cores.dense + sections(1.0), cores)
     }
 
     /// Seconds of a token that finds everything in memory.
@@ -164,7 +165,7 @@ impl Work {
 
 /// Multiplications and additions of one query of every head with the keys and values of `context` tokens; 0 where they are not what takes
 /// the time.
-fn attention_operations(attention: &AttentionSpec, context: usize) -> f64 {
+pub(crate) fn attention_operations(attention: &AttentionSpec, context: usize) -> f64 {
     let (heads, width, positions) = match attention {
         // Absorbed: all heads meet the same latents.
         AttentionSpec::Mla(mla) => {
@@ -277,16 +278,29 @@ impl Numbers {
     }
 }
 
+/// Seconds of a step of so many rows at this hit rate: the mean of some steps.
+pub(crate) fn mean_seconds(work: &Work, hit_rate: f64, rows: f64, steps: usize) -> f64 {
+    // What one row misses more, another one misses less.
+    let misses = misses_of(work, hit_rate, BURSTS / rows.max(1.0).sqrt(), steps);
+    let mut numbers = Numbers(7);
+    simulate(work, &misses, &mut |missing| numbers.of(missing, NAMED_AHEAD)).0
+}
+
 /// Misses of [`TOKENS`] tokens, layer by layer, at this hit rate.
 fn random_misses(work: &Work, hit_rate: f64) -> Vec<usize> {
+    misses_of(work, hit_rate, BURSTS, TOKENS)
+}
+
+/// Misses of so many steps, layer by layer, at this hit rate.
+fn misses_of(work: &Work, hit_rate: f64, bursts: f64, steps: usize) -> Vec<usize> {
     let mut numbers = Numbers(1);
-    let mut misses = Vec::with_capacity(TOKENS * work.layers.len());
-    for _ in 0..TOKENS {
+    let mut misses = Vec::with_capacity(steps * work.layers.len());
+    for _ in 0..steps {
         // Twelve of them add up to nearly a normal distribution, with a standard deviation of 1.
         let normal = (0..12).map(|_| numbers.next()).sum::<f64>() - 6.0;
         // As far up as down, so that the mean stays.
         let (mean, most) = (1.0 - hit_rate, hit_rate.min(1.0 - hit_rate));
-        let chance = mean + (mean * BURSTS * normal).clamp(-most, most);
+        let chance = mean + (mean * bursts * normal).clamp(-most, most);
         misses.extend(work.layers.iter().map(|layer| numbers.of(layer.top_k, chance)));
     }
     misses

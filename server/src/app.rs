@@ -17,13 +17,14 @@ use tower_http::timeout::{RequestBodyDeadlineLayer, RequestBodyTimeoutLayer};
 use crate::api;
 use crate::api::openai::responses::store::ResponseStore;
 use crate::batches::Batches;
-use crate::error::{ApiError, Flavour, Kind};
+use crate::error::{ApiError, Cause, Flavour, Kind};
 use crate::guard::{self, Guard};
 use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::models::Models;
 use crate::options::ServerOptions;
 use crate::page;
+use crate::request_id;
 
 /// How long a client may pause while it sends a body.
 const BODY: Duration = Duration::from_secs(30);
@@ -35,6 +36,9 @@ const WHOLE_BODY: Duration = Duration::from_secs(600);
 pub const LOSSY: HeaderName = HeaderName::from_static("x-sluice-lossy");
 /// Says in which form prompts are read, if it is not the usual one.
 pub const PROMPT_ATTENTION: HeaderName = HeaderName::from_static("x-sluice-prompt-attention");
+
+/// The id of the request, which the log names too.
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Most requests that are prepared at the same time.
 const PREPARING: usize = 2;
@@ -128,7 +132,11 @@ async fn not_allowed(request: Request) -> Response<Body> {
 async fn record(State(app): State<Arc<App>>, request: Request, next: Next) -> Response<Body> {
     let began = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let mut response = next.run(request).await;
+    let id = request_id::new();
+    let mut response = request_id::with(Arc::clone(&id), next.run(request)).await;
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
     if let Some(Ok(lossy)) = app.models.lossy().map(HeaderValue::from_str) {
         response.headers_mut().insert(LOSSY, lossy);
     }
@@ -138,12 +146,14 @@ async fn record(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
     let status = response.status().as_u16();
     app.metrics.response(status);
     let milliseconds = began.elapsed().as_millis() as u64;
-    // Programs that watch the server ask every second.
-    match path.as_str() {
-        "/health" | "/metrics" | "/slots" | "/status" => {
-            tracing::debug!(%method, path, status, milliseconds, "response")
+    let (id, cause) = (&*id, response.extensions().get::<Cause>());
+    match (path.as_str(), cause) {
+        (_, Some(Cause(cause))) => tracing::error!(%method, path, status, milliseconds, id, cause, "response"),
+        // Programs that watch the server ask every second.
+        ("/health" | "/metrics" | "/slots" | "/status", None) => {
+            tracing::debug!(%method, path, status, milliseconds, id, "response")
         }
-        _ => tracing::info!(%method, path, status, milliseconds, "response"),
+        (_, None) => tracing::info!(%method, path, status, milliseconds, id, "response"),
     }
     response
 }

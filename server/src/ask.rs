@@ -106,6 +106,13 @@ impl Ask {
     }
 }
 
+impl Ask {
+    /// `Some(n)`: the tokens of the prompt are scored too, with the `n` likeliest tokens at the place of each.
+    pub fn scored(&self) -> Option<usize> {
+        self.settings.logprobs.filter(|_| self.echo)
+    }
+}
+
 impl Input {
     /// Whether a conversation is continued, rather than a text.
     pub fn is_chat(&self) -> bool {

@@ -11,7 +11,6 @@ use sluice_batch::{
     Answerer, Batch, BatchError, Ending, Event, Events, Failure, Identity, Job, Line, Ongoing, Progress, Summary,
     Token, number_of,
 };
-use sluice_checksum::xxh3_64;
 use sluice_dialect::Piece;
 use sluice_format::ModelFile;
 use sluice_generate::{GenerationError, Logprob, Priority, Report, Sampled, SchedulerOptions, Status};
@@ -30,22 +29,12 @@ use crate::models::Models;
 use crate::reply::Fold;
 use crate::run::side_by_side;
 use crate::served::{Hears, Repeatable, Served};
-
-/// Files of a model besides its weights that answers depend on: templates, and settings that its authors recommend.
-const TEXT_FILES: [&str; 6] = [
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/tool_use.jinja",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-];
+use crate::texts::{Texts, digest};
 
 /// What the answers of a model that is opened like this depend on besides the requests. `context` is the number of tokens that a sequence
 /// can have.
 pub fn identity(file: &ModelFile, engine: &EngineOptions, context: usize) -> Identity {
-    let texts = TEXT_FILES.map(|name| file.metadata().get(name).map_or(0, xxh3_64));
-    let texts = texts.into_iter().fold(0_u64, |all, one| all.rotate_left(7) ^ one);
+    let texts = digest(file);
     let kv_type = engine.kv_type;
     let exact = if engine.exact { ", --exact" } else { "" };
     let thrift = engine.thrift.in_model(file.spec());
@@ -66,6 +55,39 @@ pub fn identity(file: &ModelFile, engine: &EngineOptions, context: usize) -> Ide
         lossy,
         prompt_attention,
     }
+}
+
+/// A prompt of a request, and what may become of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expected {
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// Answers to it.
+    pub answers: usize,
+    /// Most tokens of each of them: as many as the request allows, and the context has room for.
+    pub most: usize,
+    /// Whether the request limits them.
+    pub limited: bool,
+}
+
+/// Checks a request, and says how much there is to do for it. This needs no model, only its text files.
+///
+/// # Errors
+/// What the result of the request would say.
+pub fn check(line: &Line, texts: &Arc<Texts>, now: i64) -> Result<Vec<Expected>, ApiError> {
+    let (asks, _) = prepare(line, "")?;
+    let expected = |ask: &Ask| {
+        let prompt = texts.prepare(ask, None, now, None)?.encoded.ids.len();
+        let room = (texts.context() + 1).saturating_sub(prompt);
+        let asked = ask.settings.max_tokens;
+        Ok(Expected {
+            prompt,
+            answers: ask.n.max(1),
+            most: asked.map_or(room, |most| most.min(room)),
+            limited: asked.is_some(),
+        })
+    };
+    asks.iter().map(expected).collect()
 }
 
 /// Sees the pieces of a request's answers as they come; the index of the answer comes first.
@@ -305,7 +327,7 @@ impl BatchRun {
             prompt_rows: usize::MAX,
             ..saving_options(self.saving)
         };
-        let served = Arc::new(Served::open(self.name, &self.file, &self.engine, scheduling)?);
+        let served = Arc::new(Served::open(self.name, &self.file, &self.engine, scheduling, None)?);
         let answerer = BatchAnswerer::new(Arc::clone(&served), runtime.handle().clone()).watched_by(self.pieces);
         // Some more than run, so that the next one is there when one ends.
         let at_a_time = self.at_a_time + self.at_a_time.div_ceil(4).min(16);

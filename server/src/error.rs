@@ -8,6 +8,8 @@ use sluice_generate::GenerationError;
 use sluice_model::ModelError;
 use sluice_model::engine::RuntimeError;
 
+use crate::request_id;
+
 /// Why a request is refused or ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -81,6 +83,10 @@ impl Kind {
     }
 }
 
+/// Why a response says that the server is at fault: for the log, which does not have the response itself.
+#[derive(Clone, Debug)]
+pub struct Cause(pub String);
+
 /// The code of an error that concerns only one request, although it is not the client's fault.
 pub const PANICKED: &str = "panicked";
 
@@ -140,7 +146,7 @@ impl ApiError {
             Flavour::Anthropic => json!({
                 "type": "error",
                 "error": {"type": self.kind.anthropic(), "message": message},
-                "request_id": format!("req_{}", uuid::Uuid::new_v4().simple()),
+                "request_id": &*request_id::current(),
             }),
             Flavour::Ollama => json!({"error": message}),
         }
@@ -172,6 +178,9 @@ impl ApiError {
         }
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, seconds.into());
+        }
+        if self.kind.status().is_server_error() {
+            response.extensions_mut().insert(Cause(self.message.clone()));
         }
         response
     }

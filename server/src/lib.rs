@@ -1,7 +1,7 @@
 //! HTTP over generations: the APIs of OpenAI, Anthropic and Ollama, and a page.
 //!
 //! A request takes this path: [`guard`] (access control), [`api`] (an API's JSON becomes an [`Ask`](ask::Ask)), [`models`] (which
-//! are loaded on demand), [`served`] (an `Ask` becomes generations), [`answer`] (events become pieces of thinking, text and calls),
+//! are loaded on demand), [`texts`] (an `Ask` becomes tokens, and is checked), [`served`] (it becomes generations), [`answer`] (events become pieces of thinking, text and calls),
 //! [`reply`] (pieces become an API's events, or one object).
 
 pub mod answer;
@@ -21,10 +21,12 @@ pub mod models;
 pub mod options;
 pub mod page;
 pub mod reply;
+pub mod request_id;
 pub mod run;
 pub mod serve;
 pub mod served;
 pub mod stalled;
+pub mod texts;
 pub mod transcripts;
 
 pub use guard::Guard;

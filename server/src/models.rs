@@ -1,7 +1,7 @@
 //! The models of a server. They share one budget: a model is loaded on its first request, and idle models make room for others.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use sluice_dialect::Dialect;
@@ -9,11 +9,13 @@ use sluice_format::{FormatError, ModelFile, VolumeName};
 use sluice_generate::{GenerationError, SchedulerOptions};
 use sluice_model::PromptAttention;
 use sluice_model::engine::{EngineOptions, RuntimeError};
+use sluice_model::memory::BudgetError;
 use sluice_text::ChatTemplate;
 
 use crate::error::{ApiError, Kind};
 use crate::options::ServerOptions;
 use crate::served::Served;
+use crate::texts::Texts;
 
 /// How often a request that waits for memory tries again.
 const RETRY: Duration = Duration::from_millis(100);
@@ -26,6 +28,8 @@ pub struct Entry {
     /// What its file says about it.
     pub facts: Facts,
     loaded: Mutex<Option<Loaded>>,
+    /// How it reads requests, while it is loaded or a request waits for it.
+    texts: Mutex<Weak<Texts>>,
 }
 
 /// What is known about a model before it is loaded.
@@ -60,6 +64,22 @@ struct Loaded {
     least: u64,
 }
 
+/// Why models cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelsError {
+    /// A file is not a model file.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The memory does not suffice for a model, even if it is the only one that is loaded.
+    #[error("{}: {source}", path.display())]
+    Memory {
+        /// The model file.
+        path: PathBuf,
+        /// What it needs.
+        source: BudgetError,
+    },
+}
+
 /// All models.
 pub struct Models {
     entries: Vec<Entry>,
@@ -70,14 +90,17 @@ pub struct Models {
 }
 
 impl Models {
-    /// Reads the headers of the files; loads nothing yet.
+    /// Reads the headers of the files, and checks that memory suffices for each of them; loads nothing yet.
     ///
     /// # Errors
-    /// The first file that is not a model file.
-    pub fn new(options: &ServerOptions, scheduling: SchedulerOptions) -> Result<Self, FormatError> {
+    /// The first file that is not a model file, or whose model does not fit into the memory.
+    pub fn new(options: &ServerOptions, scheduling: SchedulerOptions) -> Result<Self, ModelsError> {
         let mut entries: Vec<Entry> = Vec::new();
         for path in &options.files {
             let file = ModelFile::open(path)?;
+            let with_prediction = opened(&options.engine, &scheduling, Some(&file), file.spec().prediction.is_some());
+            let plan = with_prediction.check_memory(&file);
+            plan.map_err(|source| ModelsError::Memory { path: path.clone(), source })?;
             let name = name_of(path);
             let taken = |id: &str| entries.iter().any(|entry| entry.id == id);
             let more = (2..).map(|n| format!("{name}-{n}"));
@@ -87,6 +110,7 @@ impl Models {
                 path: path.clone(),
                 facts: Facts::of(&file, &options.engine),
                 loaded: Mutex::default(),
+                texts: Mutex::default(),
             });
         }
         Ok(Models { entries, engine: options.engine.clone(), scheduling, loading: tokio::sync::Mutex::new(()) })
@@ -169,13 +193,14 @@ impl Models {
     /// Loads a model into the part of the budget that is left beside `busy` bytes.
     fn load_beside(&self, id: &str, busy: u64) -> Result<Arc<Served>, GenerationError> {
         let entry = self.entries.iter().find(|entry| entry.id == id).expect("the name was found before");
-        let mut options = self.engine.clone();
-        options.budget = options.budget.map(|total| total.saturating_sub(busy));
+        let budget = self.engine.budget.map(|total| total.saturating_sub(busy));
+        let options = EngineOptions { budget, ..self.engine.clone() };
         // What is wrong with the file is said when it is opened.
-        let holds =
-            || entry.facts.predicts && ModelFile::open(&entry.path).is_ok_and(|file| options.holds_prediction(&file));
-        options.prediction = self.scheduling.drafts.opens_prediction(holds);
-        let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone())?;
+        let file = if entry.facts.predicts { ModelFile::open(&entry.path).ok() } else { None };
+        let options = opened(&options, &self.scheduling, file.as_ref(), entry.facts.predicts);
+        let texts = entry.known_texts().upgrade();
+        let served = Served::open(entry.id.clone(), &entry.path, &options, self.scheduling.clone(), texts)?;
+        *entry.known_texts() = Arc::downgrade(served.texts());
         if let Some(lossy) = &entry.facts.lossy {
             tracing::warn!(model = entry.id, lossy, "answers differ from the model's own");
         }
@@ -216,7 +241,38 @@ impl Models {
     }
 }
 
+/// How a model is opened: with its prediction layer if drafts come from it.
+fn opened(
+    engine: &EngineOptions,
+    scheduling: &SchedulerOptions,
+    file: Option<&ModelFile>,
+    predicts: bool,
+) -> EngineOptions {
+    let holds = || predicts && file.is_some_and(|file| engine.holds_prediction(file));
+    EngineOptions { prediction: scheduling.drafts.opens_prediction(holds), ..engine.clone() }
+}
+
 impl Entry {
+    /// How the model reads requests. If it is not loaded, its text files are read, which takes a while.
+    ///
+    /// # Errors
+    /// What is wrong with the file or its text files.
+    pub fn texts(&self, engine: &EngineOptions) -> Result<Arc<Texts>, ApiError> {
+        let mut known = self.known_texts();
+        if let Some(texts) = known.upgrade() {
+            return Ok(texts);
+        }
+        let failed = |error: GenerationError| ApiError::new(Kind::Internal, error.to_string());
+        let file = ModelFile::open(&self.path).map_err(|error| failed(RuntimeError::from(error).into()))?;
+        let texts = Texts::of(&file, engine.context_in(file.spec()), None).map(Arc::new).map_err(failed)?;
+        *known = Arc::downgrade(&texts);
+        Ok(texts)
+    }
+
+    fn known_texts(&self) -> MutexGuard<'_, Weak<Texts>> {
+        self.texts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The model, if it is loaded.
     pub fn served(&self) -> Option<Arc<Served>> {
         let mut loaded = self.lock();

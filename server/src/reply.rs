@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::answer::{KEEP_ALIVE, Step};
 use crate::error::{ApiError, Flavour, Kind};
+use crate::request_id;
 use crate::run::Run;
 
 /// How events are written to a stream.
@@ -130,6 +131,9 @@ impl<W: Writer> Streaming<W> {
                 return (!out.0.is_empty()).then(|| (Ok(Bytes::from(out.0)), None));
             };
             self.note_start(&mut out);
+            if let Step::Failed(error) = &step {
+                self.run.note(error);
+            }
             self.writer.step(index, step, &mut out);
         }
         Some((Ok(Bytes::from(out.0)), Some(self)))
@@ -144,7 +148,7 @@ impl<W: Writer> Streaming<W> {
 }
 
 /// A response that is one object. If it takes long, white space is sent before it, so that nothing in between closes an idle
-/// connection; the status is then 200, whatever follows.
+/// connection; the status is then 200, whatever follows: a request that is wrong has been refused by then ([`Run::begin`]).
 pub async fn whole(mut run: Run, fold: impl Fold, flavour: Flavour) -> Response<Body> {
     let queued = run.queue_position();
     let mut fold: Box<dyn Fold> = Box::new(fold);
@@ -166,7 +170,10 @@ fn kept_alive(run: Run, fold: Box<dyn Fold>, flavour: Flavour) -> Response<Body>
         let text = match timeout_at(deadline, collect(&mut run, &mut fold)).await {
             Err(_) => return Some((Ok::<_, Infallible>(Bytes::from_static(b" ")), Some((run, fold)))),
             Ok(Ok(())) => fold.finish().to_string(),
-            Ok(Err(error)) => error.body(flavour).to_string(),
+            Ok(Err(error)) => {
+                run.note(&error);
+                request_id::within(run.id(), || error.body(flavour)).to_string()
+            }
         };
         Some((Ok(Bytes::from(text)), None))
     };

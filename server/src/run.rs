@@ -1,4 +1,4 @@
-//! A request from its arrival to the end of its last answer: loads the model, waits, and runs all answers side by side.
+//! A request from its arrival to the end of its last answer: checks it, loads the model, waits, and runs all answers side by side.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -13,11 +13,18 @@ use crate::app::App;
 use crate::ask::Ask;
 use crate::error::{ApiError, Kind};
 use crate::hygiene;
+use crate::request_id;
 use crate::served::Served;
+use crate::texts::{Prepared, now};
 
-/// Time for checking a request before its response begins. Later errors cannot have a status of their own.
+/// Time for checking a request before its response begins, without its model. This computes, and waits for nothing but others that are checked.
+/// The response of what takes longer begins nevertheless, before clients give up.
+const CHECK: Duration = Duration::from_secs(30);
+/// Time for the model to take a request that is right. Later errors cannot have a status of their own.
 const SETTLE: Duration = Duration::from_secs(3);
 
+/// Requests that have been checked, each with what was prepared of it.
+type Checked = Vec<(Ask, Prepared)>;
 type Starting = Pin<Box<dyn Future<Output = Result<Vec<Answer>, ApiError>> + Send>>;
 /// Steps of several answers.
 pub type Going = SelectAll<Pin<Box<dyn Stream<Item = (usize, Step)> + Send>>>;
@@ -26,6 +33,8 @@ pub type Going = SelectAll<Pin<Box<dyn Stream<Item = (usize, Step)> + Send>>>;
 pub struct Run {
     state: State,
     told: Instant,
+    /// The id of the request.
+    id: Arc<str>,
     served: Option<Arc<Served>>,
     queued: usize,
     prompt: Option<usize>,
@@ -38,10 +47,11 @@ enum State {
 }
 
 impl Run {
-    /// Starts a request. Returns once its answers have been put into the queue, or after a while.
+    /// Starts a request. Returns once it has been checked and its answers are in the queue of the model, or when the model has been loaded
+    /// for a while.
     ///
     /// # Errors
-    /// If the request is invalid, as far as that is known by then.
+    /// If the request is invalid, or the model cannot take it, as far as that is known by then.
     pub async fn begin(app: &Arc<App>, ask: Ask) -> Result<Run, ApiError> {
         Self::begin_all(app, vec![ask]).await
     }
@@ -51,12 +61,32 @@ impl Run {
     /// # Errors
     /// Like [`Run::begin`]; if there is an error, none of them is served.
     pub async fn begin_all(app: &Arc<App>, asks: Vec<Ask>) -> Result<Run, ApiError> {
-        let starting = Box::pin(start(Arc::clone(app), asks));
-        let mut run =
-            Run { state: State::Starting(starting), told: Instant::now(), served: None, queued: 0, prompt: None };
-        match timeout(SETTLE, run.settle()).await {
-            Ok(settled) => settled.map(|()| run),
-            Err(_) => Ok(run),
+        let mut checking = Box::pin(check(Arc::clone(app), asks));
+        let checked = timeout(CHECK, &mut checking).await;
+        let is_checked = checked.is_ok();
+        let shared = Arc::clone(app);
+        let starting: Starting = match checked {
+            Ok(checked) => Box::pin(start(shared, checked?)),
+            Err(_) => Box::pin(async move { start(shared, checking.await?).await }),
+        };
+        let (told, id) = (Instant::now(), request_id::current());
+        let mut run = Run { state: State::Starting(starting), told, id, served: None, queued: 0, prompt: None };
+        if is_checked && let Ok(settled) = timeout(SETTLE, run.settle()).await {
+            settled?;
+        }
+        Ok(run)
+    }
+
+    /// The id of the request.
+    pub fn id(&self) -> &Arc<str> {
+        &self.id
+    }
+
+    /// Logs an error that comes after the response has begun, if the server is at fault.
+    pub fn note(&self, error: &ApiError) {
+        if error.kind.status().is_server_error() {
+            let (id, cause, status) = (&*self.id, error.to_string(), error.kind.status().as_u16());
+            tracing::error!(id, cause, status, "a response has ended with an error");
         }
     }
 
@@ -115,7 +145,8 @@ pub fn side_by_side(answers: Vec<Answer>) -> Going {
     answers.into_iter().enumerate().map(steps).collect()
 }
 
-async fn start(app: Arc<App>, mut asks: Vec<Ask>) -> Result<Vec<Answer>, ApiError> {
+/// Checks everything about requests that can be said before their model is loaded.
+async fn check(app: Arc<App>, mut asks: Vec<Ask>) -> Result<Checked, ApiError> {
     asks.iter_mut().for_each(|ask| hygiene::apply(&app.options, ask));
     let Some(first) = asks.first() else { return Ok(Vec::new()) };
     let (total, queue) = (asks.iter().map(|ask| ask.n.max(1)).sum::<usize>(), app.options.queue);
@@ -123,23 +154,47 @@ async fn start(app: Arc<App>, mut asks: Vec<Ask>) -> Result<Vec<Answer>, ApiErro
         let message = format!("{total} answers do not fit into a queue of {queue}: ask for fewer, or raise --queue");
         return Err(ApiError::field("n", message));
     }
-    let served = app.models.get(&first.model).await?;
+    app.models.find(&first.model)?;
     let _turn = app.preparing.acquire().await;
     let shared = Arc::clone(&app);
     // Templates, tokenizers and grammars compute for milliseconds, or for seconds if the text is long.
-    let start = move || {
+    aside(move || {
         let app = shared;
-        let mut answers = Vec::new();
-        for ask in &asks {
+        let mut checked = Vec::new();
+        for ask in asks {
             if app.options.log_prompts {
                 tracing::info!(api = ask.api, model = ask.model, input = ?ask.input, "request");
             }
-            let forced = app.options.force.as_ref().and_then(|force| force(ask));
-            answers.extend(served.start(ask, forced.as_ref(), &app.live)?);
+            let entry = app.models.find(&ask.model)?;
+            let forced = app.options.force.as_ref().and_then(|force| force(&ask));
+            let prepared = match entry.peek() {
+                Some(served) => served.prepare(&ask, forced.as_ref())?,
+                None => entry.texts(&app.options.engine)?.prepare(&ask, forced.as_ref(), now(), None)?,
+            };
+            checked.push((ask, prepared));
+        }
+        Ok(checked)
+    })
+    .await
+}
+
+/// Loads the model, and puts the answers into its queue.
+async fn start(app: Arc<App>, checked: Checked) -> Result<Vec<Answer>, ApiError> {
+    let Some((first, _)) = checked.first() else { return Ok(Vec::new()) };
+    let served = app.models.get(&first.model).await?;
+    aside(move || {
+        let mut answers = Vec::new();
+        for (ask, prepared) in checked {
+            let forced = app.options.force.as_ref().and_then(|force| force(&ask));
+            answers.extend(served.start(&ask, forced.as_ref(), prepared, &app.live)?);
         }
         Ok(answers)
-    };
-    let started = tokio::task::spawn_blocking(start).await;
-    started
-        .unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the request could not be prepared: the log says why")))
+    })
+    .await
+}
+
+/// Runs work that computes for a while away from the threads that serve all clients.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, ApiError> + Send + 'static) -> Result<T, ApiError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the request could not be prepared: the log says why")))
 }

@@ -12,7 +12,6 @@ use axum::Router;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use sluice_format::FormatError;
 use sluice_generate::SchedulerOptions;
 use sluice_sessions::{Store, StoreError, StoreOptions};
 use tokio::net::{TcpListener, TcpStream};
@@ -21,7 +20,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::app::{App, router};
 use crate::batches::{Batches, worker};
-use crate::models::Models;
+use crate::models::{Models, ModelsError};
 use crate::options::{BatchOptions, ServerOptions, SessionOptions};
 use crate::stalled::Unstalled;
 
@@ -39,9 +38,9 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Why a server cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// A file is not a model file.
+    /// A model cannot be served.
     #[error(transparent)]
-    Format(#[from] FormatError),
+    Models(#[from] ModelsError),
     /// The folder of sessions cannot be used.
     #[error(transparent)]
     Sessions(#[from] StoreError),
@@ -84,10 +83,10 @@ pub struct Server {
 }
 
 impl Server {
-    /// Reads the headers of the model files, and listens. Models are loaded on demand.
+    /// Reads the headers of the model files, checks that memory suffices for each of them, and listens. Models are loaded on demand.
     ///
     /// # Errors
-    /// If a file, the address, or the folder of sessions cannot be used.
+    /// If a file, the memory, the address, or the folder of sessions cannot be used.
     pub async fn bind(options: ServerOptions, insecure: bool) -> Result<Self, ServerError> {
         let address = options.address;
         if !address.ip().is_loopback() && options.guard.keys.is_empty() && !insecure {

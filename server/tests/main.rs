@@ -3,5 +3,6 @@
 mod common;
 
 mod anthropic;
+mod checks;
 mod ollama;
 mod responses;

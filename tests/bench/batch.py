@@ -2,14 +2,16 @@
 """What a batch gains: tokens per second of many answers at a time beside one at a time, and beside what the drive allows.
 
     tests/bench/batch.py SLUICE MODEL SCRATCH [--memory 4GiB] [--requests 64] [--alone 4] [--prompts 16,256] [--answers 32,128]
+    tests/bench/batch.py SLUICE MODEL SCRATCH --prompt-tokens 16,256 ...
 
 Prompts are token ids, so models of `sluice synth` will do. For each length of prompts and answers, `sluice batch` answers --requests
-requests all at a time, and --alone of them one at a time, in turns. With --memory, both run in a control group of that size, page cache
+requests all at a time, and --alone of them one at a time, in turns. With --prompt-tokens, the requests of one run have prompts of these lengths
+in turn, so that long prompts are read while short ones are answered. With --memory, both run in a control group of that size, page cache
 included (Linux, as root), and with a budget of 9/10 of it.
 
 The bound is computed from outside the program: bytes that the process has read (`/proc/PID/io`) ÷ what this script reads from the same file
 with direct I/O in 1 MiB pieces on 8 threads, before and after the run; it counts from the first progress event, when the model is open, to
-the end. `bound/time` is that time over the time that the run took; 1 is a drive that never waits. Where the plan (`--dry-run`) says that
+the end. Beside it is what `sluice batch --dry-run` expects of the whole run, opening included. `bound/time` is that time over the time that the run took; 1 is a drive that never waits. Where the plan (`--dry-run`) says that
 memory or arithmetic bounds a step instead, the figure is small and says nothing.
 """
 
@@ -64,20 +66,23 @@ def read_bytes(pid):
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
 
-def run(args, enter, prompt, answer, requests, at_a_time):
-    """Tokens, seconds and bytes read of a run, from when the model was open."""
-    choose = random.Random(prompt * 1000 + answer)
+def run(args, enter, prompts, answer, requests, at_a_time):
+    """Tokens, seconds and bytes read of a run, from when the model was open, and the seconds that the whole run was expected to take."""
+    choose = random.Random(prompts[0] * 1000 + answer)
     source, target = args.scratch / "in.jsonl", args.scratch / "out.jsonl"
     with source.open("w") as out:
         for number in range(requests):
-            ids = [choose.randrange(10, 500) for _ in range(prompt)]
+            ids = [choose.randrange(10, 500) for _ in range(prompts[number % len(prompts)])]
             request = {"custom_id": str(number), "prompt": ids, "max_tokens": answer, "temperature": 1.0}
             out.write(json.dumps(request) + "\n")
     for path in (target, pathlib.Path(f"{target}.journal")):
         path.unlink(missing_ok=True)
     command = [args.sluice, "batch", args.model, source, target, "--json", "--forget", "--sequences", str(at_a_time)]
-    command += ["--context", str(prompt + answer)]
+    command += ["--context", str(max(prompts) + answer)]
     command += ["--budget", str(args.memory * 9 // 10)] if args.memory else []
+    dry = [*map(str, command), "--dry-run"]
+    plan = subprocess.run(dry, check=True, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
+    expected = json.loads(plan.stdout)["expected_seconds"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, preexec_fn=enter)
     began = before = after = None
     generated = 0
@@ -91,19 +96,21 @@ def run(args, enter, prompt, answer, requests, at_a_time):
     seconds = time.monotonic() - began
     if process.wait() != 0:
         raise SystemExit("the batch failed")
-    return generated, seconds, after - before
+    return generated, seconds, after - before, expected
 
 
-def case(args, enter, prompt, answer):
+def case(args, enter, prompts, answer):
     """One line of the table."""
     rates = [drive_rate(args.model)]
-    alone = run(args, enter, prompt, answer, args.alone, 1)
-    together = run(args, enter, prompt, answer, args.requests, args.requests)
+    alone = run(args, enter, prompts, answer, args.alone, 1)
+    together = run(args, enter, prompts, answer, args.requests, args.requests)
     rates.append(drive_rate(args.model))
     single, many = alone[0] / alone[1], together[0] / together[1]
     bound = together[2] / statistics.mean(rates) / together[1]
-    print(f"prompt {prompt:5}, answer {answer:4}: {single:8.2f} tokens/s alone, {many:8.2f} with {args.requests} ({many / single:.1f} times); "
-          f"drive {statistics.mean(rates) / 1e9:.2f} GB/s, {together[2] / together[0] / 1e6:.1f} MB per token, bound/time {bound:.2f}",
+    prompt = "/".join(map(str, prompts))
+    print(f"prompt {prompt:>5}, answer {answer:4}: {single:8.2f} tokens/s alone, {many:8.2f} with {args.requests} ({many / single:.1f} times); "
+          f"drive {statistics.mean(rates) / 1e9:.2f} GB/s, {together[2] / together[0] / 1e6:.1f} MB per token, bound/time {bound:.2f}; "
+          f"took {alone[1]:.1f} and {together[1]:.1f} s, expected {alone[3]:.1f} and {together[3]:.1f}",
           flush=True)
 
 
@@ -116,12 +123,16 @@ def main():
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--alone", type=int, default=4)
     parser.add_argument("--prompts", default="16,256")
+    parser.add_argument("--prompt-tokens", help="lengths of prompts that one run mixes, in place of --prompts")
     parser.add_argument("--answers", default="32,128")
     args = parser.parse_args()
     with limited(args.memory) as enter:
-        for prompt in map(int, args.prompts.split(",")):
+        lengths = [[length] for length in args.prompts.split(",")]
+        if args.prompt_tokens:
+            lengths = [args.prompt_tokens.split(",")]
+        for prompts in lengths:
             for answer in map(int, args.answers.split(",")):
-                case(args, enter, prompt, answer)
+                case(args, enter, [int(length) for length in prompts], answer)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ use sluice_converter::synth::{Geometry, Layout, WeightTypes};
 use sluice_format::ModelFile;
 use sluice_format::WeightType;
 use sluice_lab::batch::{Load, Rates, Width, saved_bytes};
+use sluice_lab::course::{Course, Item, Place};
 use sluice_lab::estimate::{Bound, CURVES, Machine, Needs, Speed, StepWork};
 use sluice_lab::schedule::{Cores, Forecast};
 use sluice_lab::trace::{Phase, Replay, Trace};
@@ -169,4 +170,55 @@ fn sequences_are_saved_where_that_takes_less_than_reading_again() {
     assert_eq!(worth(1e12, operations * 1000.0), None);
     // Where 64 tokens take a quarter of a second, 256 take one.
     assert_eq!(worth(1e12, operations * 3.9), Some(256));
+}
+
+/// A batch of the demo model, simulated on machines on which one thing takes all the time.
+#[test]
+fn the_course_of_a_batch_takes_what_its_steps_take() {
+    let model = Converted::new("demo-model", Some(WeightType::Q8));
+    let file = ModelFile::open(&model.path).unwrap();
+    let (answers, tokens) = (16, 40.0);
+    let course = |drive: f64, arithmetic: f64, sequences: usize, items: &[Item]| {
+        let rates = Rates { drive, memory: 1e15, arithmetic };
+        let cores = Cores::of_rate(1e15);
+        let place = Place { file: &file, budget: None, kv_type: KvType::F32, rates, cores, fresh: 1e15, more: 0.0 };
+        let sum = |part: &dyn Fn(&Item) -> f64| items.iter().map(part).sum();
+        let load = Load {
+            answers: items.iter().map(|item| item.answers).sum(),
+            prompt_tokens: sum(&|item| item.prompt),
+            answer_tokens: sum(&|item| item.answers as f64 * item.tokens),
+            unlimited: 0,
+            context: 256,
+        };
+        Course::of(&place, &load, sequences, items).unwrap()
+    };
+    let items = vec![Item { prompt: 10.0, answers: 1, tokens }; answers];
+    // All weights fit, so the drive reads them once, and not each expert is used.
+    let slow_drive = course(1e6, 1e15, 4, &items);
+    let bytes = file.extents().iter().map(|extent| extent.stored_len).sum::<u64>() as f64;
+    assert!(slow_drive.seconds < 1.05 * bytes / 1e6 + 0.1, "{slow_drive:?}, {bytes}");
+    assert!(slow_drive.seconds > 0.5 * bytes / 1e6, "{slow_drive:?}, {bytes}");
+    assert_eq!(slow_drive.tokens, answers as f64 * tokens);
+    // Arithmetic is the same, however many are answered at a time: of each token read or generated, but the last of each answer.
+    let operations = StepWork::of(&file, 1, 0.0, 0.0, KvType::F32).operations;
+    let rows = answers as f64 * (10.0 + tokens - 1.0);
+    for sequences in [1, 4, 16] {
+        let slow_cores = course(1e15, 1e9, sequences, &items);
+        let want = rows * operations / 1e9;
+        // The output head is not computed for tokens of prompts.
+        assert!(
+            slow_cores.seconds < 1.05 * want && slow_cores.seconds > 0.9 * want,
+            "{sequences}: {slow_cores:?}, {want}"
+        );
+    }
+    // An answer that goes on alone, and prompts that are read while it does.
+    let mut uneven = items.clone();
+    uneven[0].tokens = 400.0;
+    let (even, uneven) = (course(1e15, 1e9, 4, &items), course(1e15, 1e9, 4, &uneven));
+    let more = 360.0 * operations / 1e9;
+    assert!((uneven.seconds - even.seconds) / more > 0.9 && (uneven.seconds - even.seconds) / more < 1.1);
+    assert!(uneven.reading > 0.0 && uneven.generating > even.generating);
+    // Several answers to one prompt read it once.
+    let shared = [Item { prompt: 10.0, answers, tokens }];
+    assert!(course(1e15, 1e9, 16, &shared).reading < course(1e15, 1e9, 16, &items).reading);
 }

@@ -345,6 +345,31 @@ fn what_others_and_crashes_have_left_harms_nothing() {
 }
 
 #[test]
+fn a_file_that_was_whole_when_its_writer_was_killed_gets_its_name() {
+    let mut house = House::new("qwen3_next");
+    let (store, tokens) = (house.store(), house.tokens.clone());
+    house.keep(&store, &tokens[..100]);
+    house.keep(&store, &tokens[..150]);
+    let (first, second) = (house.file_of(&of_tokens(&store, 100)), house.file_of(&of_tokens(&store, 150)));
+    drop(store);
+    let unfinished = |path: &Path, suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
+    let sound = fs::read(&second).unwrap();
+    // One that a crash has cut off, one whose name says another text, one of a text that is there, and two of one that is not.
+    fs::write(unfinished(&second, ".77-0"), &sound[..sound.len() - 1]).unwrap();
+    let strange = house.path().join(format!("{}.session.77-1", "a".repeat(32)));
+    fs::copy(&second, &strange).unwrap();
+    fs::copy(&first, unfinished(&first, ".77-2")).unwrap();
+    fs::rename(&second, unfinished(&second, ".77-3")).unwrap();
+    fs::write(unfinished(&second, ".77-4"), &sound).unwrap();
+    let store = house.store();
+    assert_eq!((store.usage().files, store.usage().unusable), (2, 0));
+    assert_eq!(house.restored(&store, &tokens), 150);
+    assert_eq!(fs::read(&second).unwrap(), sound);
+    assert!(!strange.exists());
+    assert_eq!(house.files().len(), 2, "{:?}", house.files());
+}
+
+#[test]
 fn a_file_that_is_cut_off_anywhere_is_not_used() {
     let mut house = House::new("mixtral_swa");
     let (store, tokens) = (house.store(), house.tokens.clone());

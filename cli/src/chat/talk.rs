@@ -206,7 +206,8 @@ impl Talk {
                 while timeout(Duration::ZERO, interrupts.recv()).await.is_ok_and(|came| came.is_some()) {}
             }
             let before = served.model().stats();
-            let answer = served.start(ask, None, live).map_err(Failure::Api)?.into_iter().next();
+            let answers = served.prepare(ask, None).and_then(|prepared| served.start(ask, None, prepared, live));
+            let answer = answers.map_err(Failure::Api)?.into_iter().next();
             let answer = answer.ok_or_else(|| CliError::Failure("the model has not answered".into()))?;
             let showing = Showing::new(answer, before, shown, screen);
             let outcome = showing.run(interrupts.as_mut()).await;

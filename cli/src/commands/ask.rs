@@ -12,17 +12,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
-use sluice_batch::{Batch, Options, Progress, Sync, SystemFiles};
+use sluice_batch::{Batch, BatchError, Options, Progress, Sync, SystemFiles};
 use sluice_format::{ModelFile, replace_file};
 use sluice_generate::Status;
 use sluice_lab::batch::Load;
-use sluice_model::EngineOptions;
+use sluice_model::{EngineOptions, RuntimeError};
 use sluice_server::Piece;
-use sluice_server::batch::{BatchRun, Pieces, identity};
+use sluice_server::batch::{BatchRun, Pieces, RunError, identity};
 use sluice_server::models::name_of;
-use sluice_server::served::template_of;
+use sluice_server::texts::template_of;
 
 use super::batch::now;
+use crate::batch_load::{Length, Rest, Scale};
 use crate::batch_plan;
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
@@ -140,7 +141,7 @@ impl Answer {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    check_template(args)?;
+    check_model(args)?;
     let asked = if args.resume { None } else { Some(question(args)?) };
     let overnight = args.overnight || args.resume;
     let scratch;
@@ -194,10 +195,16 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Refuses a model that takes no questions, before anything is made.
-fn check_template(args: &Args) -> Result<(), CliError> {
+/// How the model is opened.
+fn engine(args: &Args, context: usize) -> EngineOptions {
+    EngineOptions { sequences: Some(1), ..args.engine.options(context) }
+}
+
+/// Refuses a model that takes no questions, or that memory does not suffice for, before anything is made.
+fn check_model(args: &Args) -> Result<(), CliError> {
     let file = ModelFile::open(&args.file)?;
     if template_of(&file)?.is_some() {
+        engine(args, args.context.get()).check_memory(&file).map_err(RuntimeError::from)?;
         return Ok(());
     }
     let name = args.file.display();
@@ -272,7 +279,10 @@ fn question(args: &Args) -> Result<String, CliError> {
 fn answer(args: &Args, options: Options, overnight: bool) -> Result<(), CliError> {
     let file = ModelFile::open(&args.file)?;
     let index = options.index(&SystemFiles)?;
-    let load = batch_plan::load(&file, &options.input, &index, Some(args.context.get()))?;
+    let scale = Scale::of(&file, &options.input, &index)?;
+    let context = scale.context(&file, &index, Some(args.context.get()));
+    let rest = Rest::estimate(&scale, &index, context, None);
+    let load = rest.load(Length::Allowed);
     if overnight {
         args.engine.refuse_preference("ask --overnight")?;
     }
@@ -300,7 +310,7 @@ fn answer(args: &Args, options: Options, overnight: bool) -> Result<(), CliError
     let run = BatchRun {
         file: args.file.clone(),
         name: name_of(&args.file),
-        engine: EngineOptions { sequences: Some(1), ..args.engine.options(load.context) },
+        engine: engine(args, load.context),
         at_a_time: 1,
         pieces: Some(pieces(&so_far)),
         saving: saved.as_ref().map(Saved::saving),
@@ -312,7 +322,11 @@ fn answer(args: &Args, options: Options, overnight: bool) -> Result<(), CliError
     if let Some(saved) = saved {
         saved.end(batch.is_finished());
     }
-    let summary = outcome?;
+    let summary = outcome.map_err(|error| match error {
+        // There is only one request.
+        RunError::Batch(BatchError::Broken { message, .. }) => BatchError::Broken { request: None, message }.into(),
+        other => other,
+    })?;
     if let Some(error) = show.failed {
         return Err(error);
     }

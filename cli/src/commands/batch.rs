@@ -6,14 +6,15 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
-use sluice_batch::{Batch, Index, Options, Summary, Sync, SystemFiles};
+use sluice_batch::{Access, Batch, Earlier, Files as _, Index, Named, Options, Summary, Sync, SystemFiles};
 use sluice_format::ModelFile;
-use sluice_model::EngineOptions;
+use sluice_model::{EngineOptions, RuntimeError};
 use sluice_server::api::openai::line::known_fields;
 use sluice_server::batch::{BatchRun, identity};
 use sluice_server::models::name_of;
 
-use crate::batch_plan::{self, Plan};
+use crate::batch_load::{Rest, Scale};
+use crate::batch_plan::Plan;
 use crate::batch_progress::Reporter;
 use crate::chat::nearest;
 use crate::engine_args::EngineArgs;
@@ -54,7 +55,7 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) yes: bool,
 
-    /// Say how long it will take on this machine, and do nothing
+    /// Check the requests, say how long what is left of them will take on this machine, and do nothing
     #[arg(long)]
     dry_run: bool,
 
@@ -88,6 +89,8 @@ pub(crate) struct Args {
 const LINE_FIELDS: [&str; 4] = ["custom_id", "method", "url", "body"];
 /// Most fields that a remark is made on.
 const MOST_IGNORED: usize = 8;
+/// Most failed requests that are named.
+const MOST_NAMED: usize = 8;
 
 /// When files are made durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -111,47 +114,76 @@ impl SyncChoice {
 }
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
-    for written in [args.output.clone(), Options { output: args.output.clone(), ..Options::default() }.journal()] {
+    let options = Options { input: args.input.clone(), output: args.output.clone(), ..Options::default() };
+    for written in [args.output.clone(), options.journal()] {
         CliError::refuse_output(&written, &[&args.file, &args.input])?;
     }
     let file = ModelFile::open(&args.file)?;
-    let options = Options { input: args.input.clone(), output: args.output.clone(), ..Options::default() };
     let index = options.index(&SystemFiles)?;
-    let load = batch_plan::load(&file, &args.input, &index, args.context.map(NonZeroUsize::get))?;
-    if args.dry_run {
-        let plan = Plan::choose(&args.engine, &file, load, args.sequences)?.measured(&args.engine, &file)?;
-        say_what_is_ignored(&index);
-        return if args.json { print_json_line(&plan.to_json()) } else { print(&plan.describe()) };
-    }
-    args.engine.refuse_preference("batch")?;
-    let identity = identity(&file, &args.engine.options(load.context), load.context);
-    let longest_answer = u32::try_from(load.context).ok();
+    let scale = Scale::of(&file, &args.input, &index)?;
+    let context = scale.context(&file, &index, args.context.map(NonZeroUsize::get));
+    let identity = identity(&file, &args.engine.options(context), context);
+    let longest_answer = u32::try_from(context).ok();
     let options = Options { sync: args.sync.policy(), identity, now: now(), longest_answer, ..options };
-    let mut batch = Batch::open(&SystemFiles, options)?;
-    if batch.is_finished() {
+    if !args.dry_run {
+        args.engine.refuse_preference("batch")?;
+    }
+    let earlier = Earlier::look(&SystemFiles, &options, &index)?;
+    let rest = Rest::estimate(&scale, &index, context, earlier);
+    if args.dry_run {
+        return dry_run(args, &file, &index, rest);
+    }
+    if rest.is_finished() {
+        let batch = Batch::open(&SystemFiles, options)?;
         Saved::remove(&args.output);
-        return settle(&batch.summary(), &args.output, args.json);
+        return settle(&batch, &args.output, args.json);
     }
-    let plan = Plan::choose(&args.engine, &file, load, args.sequences)?;
-    let worth = plan.worth_saving(&args.engine, &file);
-    let sizes = (plan.sequences, plan.load.context);
-    let saved = Saved::open(&args.output, args.save_sequences, worth, (&file, args.engine.kv_type), sizes);
-    drop(file);
+    let plan = Plan::choose(&args.engine, &file, &rest, args.sequences)?.expected(&args.engine, &file, &rest, false)?;
+    let engine = EngineOptions { sequences: Some(plan.planned), ..args.engine.options(context) };
+    // What is refused here leaves nothing behind that would bind the next run to its settings.
+    engine.check_memory(&file).map_err(RuntimeError::from)?;
     args.engine.say_what_is_lossy();
-    say_what_is_ignored(&index);
-    let mut reporter = Reporter::new(args.json);
+    say_what_is_ignored(&args.input, &index)?;
     match args.json {
-        true => print_json_line(&json!({"event": "begin", "plan": plan.to_json(), "state": state(&batch.summary())}))?,
-        false => note(&plan.describe().trim_end()),
+        true => {
+            print_json_line(&json!({"event": "begin", "plan": plan.to_json(&rest), "state": state(&rest, &index)}))?
+        }
+        false => note(&plan.describe(&rest).trim_end()),
     }
+    // The run has an index of its own.
+    drop((index, rest));
+    let batch = Batch::open(&SystemFiles, options)?;
+    answer(args, &file, (&plan, engine), batch)
+}
+
+/// Says what a run would do, and how long it would take.
+fn dry_run(args: &Args, file: &ModelFile, index: &Index, rest: Rest) -> Result<(), CliError> {
+    let rest = rest.checked(file, &args.input, index)?;
+    let plan = Plan::choose(&args.engine, file, &rest, args.sequences)?.measured(&args.engine, file)?;
+    let plan = plan.expected(&args.engine, file, &rest, true)?;
+    say_what_is_ignored(&args.input, index)?;
+    if args.json { print_json_line(&plan.to_json(&rest)) } else { print(&plan.describe(&rest)) }
+}
+
+/// Answers the requests.
+fn answer(
+    args: &Args,
+    file: &ModelFile,
+    (plan, engine): (&Plan, EngineOptions),
+    mut batch: Batch,
+) -> Result<(), CliError> {
+    let worth = plan.worth_saving(&args.engine, file);
+    let sizes = (plan.sequences, plan.context);
+    let saved = Saved::open(&args.output, args.save_sequences, worth, (file, args.engine.kv_type), sizes);
     let run = BatchRun {
         file: args.file.clone(),
         name: name_of(&args.file),
-        engine: EngineOptions { sequences: Some(plan.planned), ..args.engine.options(plan.load.context) },
+        engine,
         at_a_time: plan.sequences,
         pieces: None,
         saving: saved.as_ref().map(Saved::saving),
     };
+    let mut reporter = Reporter::new(args.json);
     let mut failed = None;
     let outcome =
         run.until_told(&mut batch, &mut |progress, status, report| match reporter.report(progress, status, report) {
@@ -162,23 +194,31 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             }
         });
     reporter.finish();
-    if let Some(saved) = saved {
-        saved.end(batch.is_finished());
+    match saved {
+        Some(saved) => saved.end(batch.is_finished()),
+        // Those of an earlier run.
+        None if batch.is_finished() => Saved::remove(&args.output),
+        None => {}
     }
-    let summary = outcome?;
-    match failed {
-        Some(error) => Err(error),
-        None => settle(&summary, &args.output, args.json),
+    let ended = match (outcome, failed) {
+        (Err(error), _) => Err(error.into()),
+        (Ok(_), Some(error)) => Err(error),
+        (Ok(_), None) => settle(&batch, &args.output, args.json),
+    };
+    if !batch.is_finished() {
+        batch.give_up(&SystemFiles);
     }
+    ended
 }
 
 /// How far a batch is when a run begins. Whether it is interrupted shows in the end.
-fn state(Summary { requests, finished, failed, .. }: &Summary) -> Value {
-    json!({"requests": requests, "finished": finished, "failed": failed})
+fn state(rest: &Rest, index: &Index) -> Value {
+    let (finished, failed) = rest.earlier.as_ref().map_or((0, 0), |earlier| (earlier.finished, earlier.failed));
+    json!({"requests": index.entries.len(), "finished": finished, "failed": failed})
 }
 
 /// A remark for each field that requests have and that means nothing: it may be a slip of the pen.
-fn say_what_is_ignored(index: &Index) {
+fn say_what_is_ignored(input: &Path, index: &Index) -> Result<(), CliError> {
     let ignored = index.fields.iter().filter_map(|((url, field), line)| {
         let known = match url.as_str() {
             "" => LINE_FIELDS.map(str::to_owned).to_vec(),
@@ -188,30 +228,55 @@ fn say_what_is_ignored(index: &Index) {
         // A body alone may have them.
         let is_known = known.contains(field) || LINE_FIELDS.contains(&field.as_str());
         let names: Vec<&str> = known.iter().map(String::as_str).collect();
-        (!is_known).then(|| (line, field, nearest(field, &names).map(str::to_owned)))
+        (!is_known).then(|| (*line, field, nearest(field, &names).map(str::to_owned)))
     });
     let mut ignored: Vec<_> = ignored.collect();
     ignored.sort_unstable();
     let more = ignored.len().saturating_sub(MOST_IGNORED);
     for (line, field, near) in ignored.into_iter().take(MOST_IGNORED) {
-        let near = near.map_or_else(String::new, |near| format!("; did you mean {near:?}?"));
+        let near = near.map_or_else(String::new, |near| format!(" Did you mean {near:?}?"));
+        let first = named(input, index, line)?;
         note(&format_args!(
-            "note: the field {field:?} is not known and is ignored (line {line} is the first that has it){near}"
+            "note: the field {field:?} is not known and is ignored. {first} is the first that has it.{near}"
         ));
     }
     if more > 0 {
         note(&format_args!("note: {} more are not known", counted(more, "field")));
     }
+    Ok(())
+}
+
+/// The request on a line of the input.
+fn named(input: &Path, index: &Index, line: u32) -> Result<String, CliError> {
+    let Ok(at) = index.entries.binary_search_by_key(&line, |entry| entry.line) else {
+        return Ok(format!("line {line}"));
+    };
+    let file = SystemFiles.open(input, Access::Read).map_err(CliError::file(input, "read the requests"))?;
+    let custom_id = match Index::line(input, &*file, &index.entries[at])? {
+        Ok(line) => line.custom_id,
+        Err(error) => error.custom_id,
+    };
+    Ok(Named { line, custom_id }.to_string())
 }
 
 /// Says how a run has ended.
-fn settle(summary: &Summary, output: &Path, json: bool) -> Result<(), CliError> {
+fn settle(batch: &Batch, output: &Path, json: bool) -> Result<(), CliError> {
+    let (summary, failures) = (batch.summary(), batch.failures());
     if json {
-        print_json_line(&json!({"event": "end", "state": summary}))?;
+        print_json_line(&json!({"event": "end", "state": summary, "failures": failures}))?;
     }
-    let Summary { requests, finished, failed, interrupted } = *summary;
+    for failure in failures.iter().take(MOST_NAMED) {
+        note(&format_args!("failed: {failure}"));
+    }
+    let Summary { requests, finished, failed, interrupted } = summary;
+    if failures.len() > MOST_NAMED {
+        note(&"failed: and others");
+    }
     let output = output.display();
     match (interrupted, failed) {
+        (true, _) if batch.is_untouched() => Err(CliError::Interrupted(
+            "interrupted before anything was generated, so nothing is kept. The same command goes on from the beginning".to_owned(),
+        )),
         (true, _) => Err(CliError::Interrupted(format!(
             "interrupted: {finished} of {} have a result in {output}, and what was generated for others is kept. The same command goes \
              on where it was",

@@ -6,14 +6,16 @@ use std::time::Instant;
 use serde::Serialize;
 use sluice_converter::synth::token_stream;
 use sluice_format::{ExtentKind, ModelFile};
-use sluice_kernels::{Kernels, ThreadPool};
+use sluice_kernels::{Kernels, ThreadPool, WeightType};
 use sluice_lab::estimate::StepWork;
+use sluice_lab::schedule::Cores;
 use sluice_model::memory::Bytes;
 use sluice_model::{Control, Engine, EngineOptions, RuntimeError, Sequence, Span};
 use sluice_storage::io::bench::median;
 
 use super::bench_decode::{Args, Drive, bytes_read};
 use super::bench_kernels::{Bench, TAME};
+use super::bench_machine::threads_beside_reads;
 use crate::error::CliError;
 use crate::profile::lossy;
 use crate::progress::step_bar;
@@ -198,11 +200,46 @@ pub(crate) fn machine(file: &ModelFile, threads: usize) -> Result<(f64, f64), Cl
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
     let data = vec![TAME; MEMORY_BYTES];
     let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
-    let largest = |kind| file.tensors().iter().filter(move |t| t.kind == kind).max_by_key(|t| t.len);
-    let tensor = largest(ExtentKind::Expert).or_else(|| largest(ExtentKind::Head));
-    let ty = tensor.map_or(sluice_kernels::WeightType::Bf16, |t| t.weight_type);
+    let ty = largest_type(file, &[ExtentKind::Expert]).or_else(|| largest_type(file, &[ExtentKind::Head]));
+    let ty = ty.unwrap_or(WeightType::Bf16);
     let rates: Vec<_> = (0..3).map(|_| bench.gemm(ty, GEMM_ROWS)).collect();
     Ok((bench.read_rate(), 1e9 * median(&rates)))
+}
+
+/// The type of the largest tensor of these kinds.
+pub(crate) fn largest_type(file: &ModelFile, kinds: &[ExtentKind]) -> Option<WeightType> {
+    let largest = file.tensors().iter().filter(|t| kinds.contains(&t.kind)).max_by_key(|t| t.len);
+    largest.map(|tensor| tensor.weight_type)
+}
+
+/// Bytes of memory that can be written for the first time in a second.
+pub(crate) fn fresh_memory() -> f64 {
+    let started = Instant::now();
+    let data = vec![TAME; MEMORY_BYTES];
+    std::hint::black_box(&data);
+    MEMORY_BYTES as f64 / started.elapsed().as_secs_f64().max(1e-9)
+}
+
+/// What so many threads do with the weights of a model, where memory gives so many bytes per second.
+pub(crate) fn cores(file: &ModelFile, threads: usize, memory: f64) -> Result<Cores, CliError> {
+    let kernels = Kernels::detect().map_err(RuntimeError::from)?;
+    let data = vec![TAME; MEMORY_BYTES];
+    let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
+    let dense = largest_type(file, &[ExtentKind::Attention, ExtentKind::Head]).unwrap_or(WeightType::Bf16);
+    let experts = largest_type(file, &[ExtentKind::Expert]).unwrap_or(dense);
+    let rate = bench.product_rate(experts);
+    let dense_rate = if dense == experts { rate } else { bench.product_rate(dense) };
+    let threads = bench.pool.threads();
+    let beside = threads_beside_reads(threads) as f64 / threads as f64;
+    Ok(Cores {
+        experts: rate,
+        experts_beside_reads: beside * rate,
+        dense: dense_rate,
+        dense_beside_reads: beside * dense_rate,
+        keys: memory,
+        operations: Some(1e9 * bench.gemm(WeightType::F32, GEMM_ROWS)),
+        section_seconds: bench.section(),
+    })
 }
 
 fn describe(o: &Outcome) -> String {

@@ -73,7 +73,7 @@ const TYPES: [WeightType; 9] = [
 const ATTENTION_ROWS: usize = 64;
 
 /// Of so many threads, those that compute while the drive is read: as the engine does it, one fewer if they take all cores.
-fn threads_beside_reads(threads: usize) -> usize {
+pub(super) fn threads_beside_reads(threads: usize) -> usize {
     let cores = available_parallelism().map_or(1, NonZeroUsize::get);
     if threads < cores { threads } else { threads.saturating_sub(1).max(1) }
 }

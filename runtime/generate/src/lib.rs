@@ -67,7 +67,7 @@ mod worth;
 pub use draft::{Draft, PromptLookup};
 pub use event::{Event, Finish, GenerationError, Usage};
 pub use generation::{EventSink, Generation};
-pub use model::{Completion, Drain, Model};
+pub use model::{Completion, Drain, Model, recommended};
 pub use proposing::Drafts;
 pub use report::{Pages, Report, Window};
 pub use request::{Constraint, Penalties, Priority, Request, Sampled, Shape, WhenFull};

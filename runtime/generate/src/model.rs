@@ -12,7 +12,9 @@ use crate::sampler::SamplerConfig;
 use sluice_model::control::Progress;
 use sluice_model::engine::{Engine, EngineOptions, Stats};
 use sluice_model::session::Binding;
-use sluice_text::{ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, Tokenizer, encode_chat};
+use sluice_text::{
+    ChatTemplate, GenerationDefaults, Message, RenderOptions, StopCondition, TextFiles, Tokenizer, encode_chat,
+};
 
 use super::{
     Event, Finish, GenerationError, Handle, Report, Request, Scheduler, SchedulerOptions, Status, Submitter, Usage,
@@ -105,14 +107,23 @@ impl Model {
     ///
     /// # Errors
     /// If the model's text files are invalid, or the system refuses to start a thread.
-    pub fn new(mut engine: Engine, options: SchedulerOptions, learn: bool) -> Result<Self, GenerationError> {
-        let tokenizer = Tokenizer::of(engine.file().metadata())?;
-        let template = ChatTemplate::find(|name| engine.file().metadata().get(name))?;
-        let defaults = GenerationDefaults::of(engine.file().metadata())?;
+    pub fn new(engine: Engine, options: SchedulerOptions, learn: bool) -> Result<Self, GenerationError> {
+        let texts = TextFiles::of(engine.file().metadata())?;
+        Self::with_texts(engine, texts, options, learn)
+    }
+
+    /// The same with the engine's text files, which somebody has read already.
+    ///
+    /// # Errors
+    /// If the system refuses to start a thread.
+    pub fn with_texts(
+        mut engine: Engine,
+        texts: TextFiles,
+        options: SchedulerOptions,
+        learn: bool,
+    ) -> Result<Self, GenerationError> {
+        let TextFiles { tokenizer, template, defaults, stop } = texts;
         let sampling = recommended(&defaults);
-        // Fine-tuned models often name a new end token only in the tokenizer's files.
-        let own_end = tokenizer.as_ref().and_then(Tokenizer::end_token);
-        let stop = StopCondition::new(defaults.eos.into_iter().chain(own_end), Vec::new())?;
         let (rest_after, least_budget) = (options.rest_after, engine.memory().least());
         let about = About::new(&engine);
         let (end, ended) = channel();
@@ -337,7 +348,7 @@ impl fmt::Debug for Model {
 }
 
 /// The sampling settings of the model's authors; neutral values for those that they do not give.
-fn recommended(own: &GenerationDefaults) -> SamplerConfig {
+pub fn recommended(own: &GenerationDefaults) -> SamplerConfig {
     let neutral = SamplerConfig::default();
     SamplerConfig {
         temperature: own.effective_temperature(),

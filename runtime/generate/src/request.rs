@@ -158,8 +158,11 @@ impl Request {
         }
     }
 
-    /// Checks the whole request.
-    pub(super) fn check(&self, shape: &Shape) -> Result<(), GenerationError> {
+    /// Checks the whole request, for a model of this shape.
+    ///
+    /// # Errors
+    /// If there is no prompt or one that is too long, a token that the model does not have, or an impossible setting.
+    pub fn check(&self, shape: &Shape) -> Result<(), GenerationError> {
         self.sampling.validate()?;
         if self.prompt.is_empty() {
             return Err(GenerationError::EmptyPrompt);

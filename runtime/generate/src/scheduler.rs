@@ -628,18 +628,20 @@ impl Scheduler {
 
     /// Delivers the events to the owners, and removes the generations that have ended.
     fn deliver(&mut self) {
+        let over: Vec<Running> = self.running.extract_if(.., |r| r.is_over()).collect();
+        let ended = over.iter().map(|r| r.id).collect::<Vec<_>>();
+        // What is to be remembered is being written before anybody hears of the end: who hears of it may kill the program.
+        let mut owners: Vec<_> = over.into_iter().map(|running| self.retire(running)).collect();
+        for (_, owner, events) in &mut owners {
+            // It has ended, whatever the owner says.
+            let _ = events.drain(..).try_for_each(|event| tell(owner, event));
+        }
         let mut gone = Vec::new();
-        for running in &mut self.running {
-            let over = running.is_over();
-            let Running { events, owner, .. } = running;
-            let flow = events.drain(..).try_for_each(|event| tell(owner, event));
-            if flow.is_break() && !over {
-                gone.push(running.id);
+        for Running { id, events, owner, .. } in &mut self.running {
+            if events.drain(..).try_for_each(|event| tell(owner, event)).is_break() {
+                gone.push(*id);
             }
         }
-        let mut over: Vec<Running> = self.running.extract_if(.., |r| r.is_over()).collect();
-        let ended = over.iter().map(|r| r.id).collect::<Vec<_>>();
-        let owners: Vec<_> = over.drain(..).map(|running| self.retire(running)).collect();
         let mut state = self.shared.lock();
         state.cancelled.extend(gone);
         for id in &ended {
@@ -660,12 +662,12 @@ impl Scheduler {
         owners.into_iter().for_each(discard);
     }
 
-    /// A generation has ended: its sequence is kept, and the rest is returned to be dropped.
-    fn retire(&mut self, running: Running) -> (Generation, Owner) {
-        let Running { mut generation, sequence, owner, .. } = running;
+    /// A generation has ended: its sequence is kept, and the rest is returned, with the events that its owner has not got yet.
+    fn retire(&mut self, running: Running) -> (Generation, Owner, Vec<Event>) {
+        let Running { mut generation, sequence, owner, events, .. } = running;
         let saved = self.options.save_ended;
         self.keep(&mut generation, sequence, saved);
-        (generation, owner)
+        (generation, owner, events)
     }
 }
 

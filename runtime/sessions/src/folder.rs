@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use sluice_format::{open_no_link, replace_private_file_with};
+use sluice_format::{Syncer, open_no_link, replace_private_file_with};
 use sluice_model::Sequence;
 use sluice_model::session::{SESSION_MAGIC, SessionError, peek_file};
 
@@ -130,26 +130,52 @@ impl Folder {
         self.path.join(id.file_name())
     }
 
-    /// Looks at all files, and removes the leftovers of killed writers.
+    /// Looks at all files, and removes the leftovers of killed writers. One that is whole, because its writer was killed while it waited for the
+    /// drive, gets its name instead.
     ///
     /// # Errors
     /// [`StoreError::Folder`] if the folder cannot be read. A faulty file is no error.
     pub(crate) fn scan(&self) -> Result<Scan, StoreError> {
         let failed = |source| StoreError::Folder { folder: self.path.clone(), source };
         let mut scan = Scan::default();
-        for entry in fs::read_dir(&self.path).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
+        // All at once: a file that gets another name meanwhile might come twice.
+        let entries: Vec<fs::DirEntry> = fs::read_dir(&self.path).and_then(Iterator::collect).map_err(failed)?;
+        for entry in entries {
             let (name, path) = (entry.file_name(), entry.path());
             // Links are foreign files as well.
             let Some(found) = fs::symlink_metadata(&path).ok().filter(Metadata::is_file) else { continue };
             match FileName::of(&name.to_string_lossy()) {
                 FileName::Segment(id) => self.look_at(id, &path, &found, &mut scan),
-                FileName::Unfinished if begins_like_ours(&path) => drop(fs::remove_file(&path)),
-                FileName::Unfinished | FileName::Foreign => {}
+                FileName::Unfinished(Some(id)) if self.finish(id, &path) => {
+                    let path = self.file(id);
+                    if let Ok(found) = fs::symlink_metadata(&path) {
+                        self.look_at(id, &path, &found, &mut scan);
+                    }
+                }
+                FileName::Unfinished(_) if begins_like_ours(&path) => drop(fs::remove_file(&path)),
+                FileName::Unfinished(_) | FileName::Foreign => {}
             }
         }
         scan.segments.sort_by_key(|(segment, _)| (segment.info.start, segment.id));
         Ok(scan)
+    }
+
+    /// Finishes what a killed writer has written as a whole: syncs it, and gives it its name, which nothing has yet. The parts that are not
+    /// looked at have checksums, which are compared when they are restored. False if it is to be removed.
+    fn finish(&self, id: SegmentId, path: &Path) -> bool {
+        let name = self.file(id);
+        let Ok(mut file) = open_no_link(path) else { return false };
+        let is_whole = peek_file(&mut file, path).is_ok_and(|info| Segment::new(info, 0).id == id);
+        let syncer = Syncer::default();
+        let finished = is_whole
+            && fs::symlink_metadata(&name).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+            && syncer.all(&file).is_ok()
+            && fs::rename(path, &name).is_ok();
+        if finished {
+            // The name is used now; if a crash takes it, the text is computed again.
+            let _ = syncer.folder(&self.path);
+        }
+        finished
     }
 
     fn look_at(&self, id: SegmentId, path: &Path, found: &Metadata, scan: &mut Scan) {

@@ -52,8 +52,8 @@ impl fmt::Display for SegmentId {
 pub(crate) enum FileName {
     /// A segment.
     Segment(SegmentId),
-    /// The unfinished file of a writer: a segment, or the list of uses.
-    Unfinished,
+    /// The unfinished file of a writer: of this segment, or of the list of uses.
+    Unfinished(Option<SegmentId>),
     /// Not a file of this program.
     Foreign,
 }
@@ -69,8 +69,8 @@ impl FileName {
         let behind = name.get(DIGITS..).and_then(|rest| rest.strip_prefix(SUFFIX));
         match (segment, behind) {
             (Some(id), Some("")) => FileName::Segment(id),
-            (Some(_), Some(rest)) if is_unfinished(rest) => FileName::Unfinished,
-            _ if name.strip_prefix(USES).is_some_and(is_unfinished) => FileName::Unfinished,
+            (Some(id), Some(rest)) if is_unfinished(rest) => FileName::Unfinished(Some(id)),
+            _ if name.strip_prefix(USES).is_some_and(is_unfinished) => FileName::Unfinished(None),
             _ => FileName::Foreign,
         }
     }
@@ -93,8 +93,8 @@ mod tests {
         assert_ne!(id, SegmentId::new(Binding::default(), 0, PrefixHash::of(&[1, 2, 3])));
         let name = id.file_name();
         assert_eq!((FileName::of(&name), SegmentId::parse(&id.to_string())), (FileName::Segment(id), Some(id)));
-        for unfinished in [format!("{name}.12-0"), "sessions.json.1-99".to_owned()] {
-            assert_eq!(FileName::of(&unfinished), FileName::Unfinished);
+        for (unfinished, of) in [(format!("{name}.12-0"), Some(id)), ("sessions.json.1-99".to_owned(), None)] {
+            assert_eq!(FileName::of(&unfinished), FileName::Unfinished(of));
         }
         for foreign in
             ["lock", "sessions.json", "notes", "", "ä", &name[1..], &format!("{name}.1-"), &format!("{name}x")]

@@ -4,7 +4,7 @@
 //! * [`Detokenizer`] does the second half token by token, for streaming,
 //! * [`StopCondition`] decides where a generation ends,
 //! * [`ChatTemplate`] and [`encode_chat`] turn conversations into token ids,
-//! * [`GenerationDefaults`] reads what the model's authors recommend.
+//! * [`GenerationDefaults`] reads what the model's authors recommend, and [`TextFiles`] all text files of a model.
 //!
 //! Nothing here knows a model, a file or a pool; all inputs are slices. All of them may come from files of strangers,
 //! so every function fails with a [`TextError`] and never panics.
@@ -22,6 +22,7 @@ mod limits;
 mod pipeline;
 mod stop;
 mod stream;
+mod text_files;
 mod tiktoken;
 mod tokenizer;
 mod untrusted;
@@ -32,4 +33,5 @@ pub use generation_config::{GenerationDefaults, Remark};
 pub use limits::MAX_TEXT_BYTES;
 pub use stop::{Emit, StopCondition, StopMatcher};
 pub use stream::{Detokenizer, Special};
+pub use text_files::TextFiles;
 pub use tokenizer::{MAX_TOKEN_ID, MAX_TOKENIZER_BYTES, Tokenizer};

@@ -41,7 +41,7 @@ pub struct Reply {
 }
 
 /// The model file, `demo.sluice`, made once for all tests of a program.
-fn model() -> &'static Path {
+pub fn model() -> &'static Path {
     static MODEL: OnceLock<(TempDir, std::path::PathBuf)> = OnceLock::new();
     let make = || {
         let folder = tempfile::tempdir().unwrap();
@@ -63,8 +63,13 @@ fn model() -> &'static Path {
 
 /// Starts a server with the small model.
 pub async fn start(options: ServerOptions) -> Running {
+    start_with(model(), options).await
+}
+
+/// Starts a server with a model.
+pub async fn start_with(file: &Path, options: ServerOptions) -> Running {
     let engine = EngineOptions { threads: Some(1), sequences: Some(2), ..options.engine.clone() };
-    let options = ServerOptions { files: vec![model().to_owned()], engine, ..options };
+    let options = ServerOptions { files: vec![file.to_owned()], engine, ..options };
     let models = Models::new(&options, SchedulerOptions::default()).unwrap();
     let app = App::new(options, models, None, None);
     Running { router: router(&app), app }

@@ -1,8 +1,8 @@
 //! What an engine is to hold in memory.
 
-use sluice_format::ModelFile;
 #[cfg(feature = "sim")]
 use sluice_format::{Codec, ExtentKind};
+use sluice_format::{ModelFile, ModelSpec};
 
 use super::{EngineOptions, thread_count};
 use crate::PromptAttention;
@@ -11,9 +11,22 @@ use crate::memory::available_memory;
 use crate::memory::{BudgetError, Demand, MemoryPlan};
 
 impl EngineOptions {
+    /// Tokens that a sequence of this model can have.
+    pub fn context_in(&self, spec: &ModelSpec) -> usize {
+        self.context.unwrap_or(4096).clamp(1, spec.max_positions.max(1))
+    }
+
+    /// Plans the memory as it is planned when the model is opened, and opens nothing: to refuse early what would be refused then.
+    ///
+    /// # Errors
+    /// If the budget, or the memory that is available now, does not suffice.
+    pub fn check_memory(&self, file: &ModelFile) -> Result<MemoryPlan, BudgetError> {
+        plan_memory(file, self, self.demand(file))
+    }
+
     /// What the memory has to hold of sequences of a model.
     pub(super) fn demand(&self, file: &ModelFile) -> Demand {
-        let context = self.context.unwrap_or(4096).clamp(1, file.spec().max_positions.max(1));
+        let context = self.context_in(file.spec());
         let EngineOptions { kv_type, marks, prediction, .. } = *self;
         let prompt_attention = self.prompt_attention.in_model(file.spec());
         let expanding = if prompt_attention == PromptAttention::Expanded { thread_count(self.threads) } else { 0 };

@@ -11,16 +11,16 @@ use super::identify;
 use super::reply::{MessageFold, MessageWriter};
 use super::request::MessagesRequest;
 use crate::api::body::Json;
-use crate::api::openai::new_id;
 use crate::app::App;
 use crate::error::{ApiError, Flavour, Kind};
 use crate::hygiene;
 use crate::reply::{Framing, json_response, streamed, whole};
+use crate::request_id;
 use crate::run::Run;
 
 /// Makes an answer.
 pub async fn create(State(app): State<Arc<App>>, Json(request): Json<MessagesRequest>) -> Response<Body> {
-    let request_id = new_id("req_");
+    let request_id = request_id::current().to_string();
     let streams = request.stream == Some(true);
     let shows_thinking = request.shows_thinking();
     let response = match begin(&app, request).await {
@@ -47,7 +47,7 @@ pub async fn count_tokens(State(app): State<Arc<App>>, Json(request): Json<Messa
         Ok(count) => json_response(&count),
         Err(error) => error.response(Flavour::Anthropic),
     };
-    identify(response, &new_id("req_"))
+    identify(response, &request_id::current())
 }
 
 async fn count(app: &Arc<App>, mut request: MessagesRequest) -> Result<Value, ApiError> {

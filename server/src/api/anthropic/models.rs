@@ -8,12 +8,12 @@ use axum::http::{HeaderMap, Response};
 use serde_json::{Value, json};
 
 use super::identify;
-use crate::api::openai::new_id;
 use crate::app::App;
 use crate::clock::rfc3339;
 use crate::error::{ApiError, Flavour, Kind};
 use crate::models::Entry;
 use crate::reply::json_response;
+use crate::request_id;
 
 /// Whether a client uses Anthropic's API. Both APIs have this path; only Anthropic's clients send this header.
 pub fn is_asked(headers: &HeaderMap) -> bool {
@@ -29,7 +29,7 @@ pub fn list(app: &Arc<App>) -> Response<Body> {
         "first_id": entries.first().map(|entry| &entry.id),
         "last_id": entries.last().map(|entry| &entry.id),
     });
-    identify(json_response(&list), &new_id("req_"))
+    identify(json_response(&list), &request_id::current())
 }
 
 /// One model.
@@ -38,7 +38,7 @@ pub fn one(app: &Arc<App>, id: &str) -> Response<Body> {
         Some(entry) => json_response(&object(entry)),
         None => ApiError::new(Kind::NotFound, format!("there is no model {id:?}")).response(Flavour::Anthropic),
     };
-    identify(response, &new_id("req_"))
+    identify(response, &request_id::current())
 }
 
 fn object(entry: &Entry) -> Value {
