@@ -33,11 +33,16 @@ const LOOKS: usize = 50;
 /// Conversations that a list shows.
 const LISTED: usize = 20;
 
+/// Least characters of a name that is taken for another one if a single slip, such as two letters in the wrong order, makes it so. Of two
+/// letters, one slip leaves nothing.
+const SLIP: usize = 3;
+
 /// The known name that is most similar to an unknown one, if any is similar.
 pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+    let is_slip = |other: &str| name.chars().count() >= SLIP && strsim::osa_distance(name, other) == 1;
     let likeness = |other: &&'a str| (strsim::jaro_winkler(name, other), *other);
-    let best = known.iter().map(likeness).max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 >= LIKE).then_some(best.1)
+    let alike = known.iter().map(likeness).filter(|(likeness, other)| *likeness >= LIKE || is_slip(other));
+    alike.max_by(|a, b| a.0.total_cmp(&b.0)).map(|best| best.1)
 }
 
 /// A running chat.
@@ -458,6 +463,9 @@ mod tests {
     fn only_a_name_that_is_like_it_is_proposed() {
         assert_eq!(nearest("tempratur", &["temperature", "top_p"]), Some("temperature"));
         assert_eq!(nearest("zzz", &["temperature", "top_p"]), None);
+        // Short names have little in common after a slip.
+        assert_eq!(nearest("rnu", &["rm", "run"]), Some("run"));
+        assert_eq!(nearest("rx", &["rm", "run"]), None);
         assert_eq!(nearest("a", &[]), None);
     }
 
