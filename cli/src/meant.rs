@@ -96,9 +96,8 @@ fn elsewhere(word: &str) -> Option<String> {
         let name = if name.is_empty() || name.contains(' ') { "model".into() } else { name };
         return Some(format!("a command comes first: 'sluice convert {word} {name}.sluice'"));
     }
-    (is_path || word.starts_with("hf:")).then(|| {
-        format!("a command comes first: 'sluice run {word} --prompt \"…\"', or 'sluice chat {word}'")
-    })
+    (is_path || word.starts_with("hf:"))
+        .then(|| format!("a command comes first: 'sluice run {word} --prompt \"…\"', or 'sluice chat {word}'"))
 }
 
 #[cfg(test)]

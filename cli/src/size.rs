@@ -32,7 +32,10 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     }
     // Nobody has thousands of GiB, and whoever says MiB writes thousands of them.
     let unit = if bytes < 1024 { "GiB" } else { "MiB" };
-    Err(format!("`{number}` without a unit would be {}: write {number}{unit}, or the unit that you mean", counted(bytes, "byte")))
+    Err(format!(
+        "`{number}` without a unit would be {}: write {number}{unit}, or the unit that you mean",
+        counted(bytes, "byte")
+    ))
 }
 
 /// Parses `4GiB`, `512MiB`, `3GB`, `1.5GiB`, `4G` (the same as `4GiB`) or a plain number of bytes.
@@ -132,10 +135,14 @@ mod tests {
 
     #[test]
     fn a_forgotten_unit_is_asked_for() {
-        for (text, bytes) in [("0", 0), ("64b", 64), ("64GiB", 64 << 30), ("1048576", 1 << 20), ("68719476736", 64 << 30)] {
+        for (text, bytes) in
+            [("0", 0), ("64b", 64), ("64GiB", 64 << 30), ("1048576", 1 << 20), ("68719476736", 64 << 30)]
+        {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
-        for (text, meant) in [("64", "write 64GiB"), (" 1 ", "write 1GiB"), ("0.5", "write 0.5GiB"), ("8192", "write 8192MiB")] {
+        for (text, meant) in
+            [("64", "write 64GiB"), (" 1 ", "write 1GiB"), ("0.5", "write 0.5GiB"), ("8192", "write 8192MiB")]
+        {
             assert!(parse_size(text).is_err_and(|said| said.contains(meant)), "{text}");
         }
     }

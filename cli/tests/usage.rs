@@ -184,12 +184,12 @@ fn the_demo_keeps_what_it_finds() {
     std::fs::create_dir(path("checkpoint")).unwrap();
     for name in ["demo.sluice", "checkpoint/config.json"] {
         std::fs::write(path(name), "mine").unwrap();
-        assert_fails(&sluice(&["demo", "--keep", keep]), 1, &[name, "not the demo's"]);
+        assert_fails(&sluice(&["demo", "--keep", keep]), 2, &[name, "not the demo's"]);
         assert_eq!(std::fs::read(path(name)).unwrap(), b"mine");
         std::fs::remove_file(path(name)).unwrap();
     }
     std::os::unix::fs::symlink("elsewhere", path("checkpoint/config.json")).unwrap();
-    assert_fails(&sluice(&["demo", "--keep", keep]), 1, &["checkpoint/config.json"]);
+    assert_fails(&sluice(&["demo", "--keep", keep]), 2, &["checkpoint/config.json"]);
     assert!(!path("checkpoint/elsewhere").exists());
     std::fs::remove_file(path("checkpoint/config.json")).unwrap();
     // Its own files do not prevent it.

@@ -15,11 +15,14 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use sluice_model::Stats;
+use sluice_model::memory::Bytes;
 use sluice_server::ask::{Ask, Chat, Input as Asked};
 use sluice_server::error::Kind;
 use sluice_sessions::Store;
 
 use crate::error::CliError;
+use crate::terminal::counted;
 use command::{COMMANDS, Command, Entry, KEYS};
 use conversation::{Conversation, Folder, Kept, Listed, Said, Turn};
 use input::{Input, Typed};
@@ -381,6 +384,7 @@ impl Session {
                 "memory   room for {} of {} experts; {}, {} threads\ndrive    {}\n",
                 memory.slots, memory.experts, report.isa, report.threads, report.read_path
             );
+            text += &warmed(&report.total);
         }
         text += &match &self.took {
             Some(took) => took.describe(),
@@ -455,6 +459,18 @@ fn described(list: &[Listed]) -> String {
     lines.join("\n")
 }
 
+/// What was read while nothing was asked, as a line; nothing where nothing was.
+fn warmed(total: &Stats) -> String {
+    match total.warmed {
+        0 => String::new(),
+        n => format!(
+            "         {} ({}) read while there was nothing to do\n",
+            counted(n, "expert"),
+            Bytes(total.warmed_bytes)
+        ),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -467,6 +483,13 @@ mod tests {
         assert_eq!(nearest("rnu", &["rm", "run"]), Some("run"));
         assert_eq!(nearest("rx", &["rm", "run"]), None);
         assert_eq!(nearest("a", &[]), None);
+    }
+
+    #[test]
+    fn what_was_read_meanwhile_is_said() {
+        assert_eq!(warmed(&Stats::default()), "");
+        let said = warmed(&Stats { warmed: 1, warmed_bytes: 3 << 20, ..Stats::default() });
+        assert!(said.contains("1 expert (3.0 MiB) read"), "{said}");
     }
 
     #[test]
