@@ -8,7 +8,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use sluice_format::ModelFile;
 use sluice_model::memory::Bytes;
 use sluice_model::{
-    Engine, EngineOptions, KvType, Preference, Prefetch, PromptAttention, ReadEngineKind, Thrift, Yields,
+    Engine, EngineOptions, KvType, Preference, Prefetch, PromptAttention, ReadEngineKind, RuntimeError, Thrift, Yields,
 };
 use sluice_storage::pool::PolicyKind;
 use sluice_text::{TextError, Tokenizer};
@@ -59,7 +59,7 @@ pub(crate) struct EngineArgs {
     #[arg(long, hide_short_help = true)]
     pub(crate) no_prefetch: bool,
 
-    /// Do not fill the expert cache with the most used experts while there is nothing to do
+    /// Do not fill the expert cache with the most used experts while there is nothing to do, as `chat` and `serve` do between requests
     #[arg(long, hide_short_help = true)]
     pub(crate) no_warm: bool,
 
@@ -141,9 +141,27 @@ impl EngineArgs {
         self.open_with(path, &options)
     }
 
+    /// As [`open_as`](Self::open_as), of a file that is open already: one of a large model has tables and a tokenizer of many megabytes, which
+    /// are read and checked once.
+    pub(crate) fn open_file(&self, file: ModelFile, options: &EngineOptions) -> Result<Engine, CliError> {
+        let path = file.path().to_owned();
+        let engine = self.opened(&path, options, || Engine::of(file, options))?;
+        self.say_what_is_lossy_with(engine.thrift(), engine.prompt_attention());
+        Ok(engine)
+    }
+
     fn open_with(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
+        self.opened(path, options, || Engine::open(path, options))
+    }
+
+    fn opened(
+        &self,
+        path: &Path,
+        options: &EngineOptions,
+        open: impl FnOnce() -> Result<Engine, RuntimeError>,
+    ) -> Result<Engine, CliError> {
         let spinner = spinner("opening the model");
-        let engine = Engine::open(path, options);
+        let engine = open();
         spinner.finish_and_clear();
         let engine = engine?;
         if engine.thrift() != options.thrift {

@@ -139,11 +139,19 @@ impl CliError {
         }
     }
 
-    /// 2 if the command line must change; 3 and 130 for batches; otherwise 1.
+    /// 2 if the command line must change, which includes what is in the place of a file that would be written; 3 and 130 for batches;
+    /// otherwise 1.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             CliError::Usage(_)
-            | CliError::Convert(ConvertError::Options(_))
+            | CliError::Convert(
+                ConvertError::Options(_)
+                | ConvertError::Exists { .. }
+                | ConvertError::Namesake { .. }
+                | ConvertError::NotReplaced { .. }
+                | ConvertError::OtherModel { .. }
+                | ConvertError::InTheWay { .. },
+            )
             | CliError::Bench(BenchError::ScratchSize { .. })
             | CliError::Sampler(SamplerError::Config { .. })
             | CliError::Batch(
@@ -173,12 +181,27 @@ impl CliError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sluice_hub::HubError;
 
     #[test]
     fn exit_codes() {
         assert_eq!(CliError::Usage(String::new()).exit_code(), 2);
         assert_eq!(CliError::Text(TextError::EmptyStopString { index: 0 }).exit_code(), 2);
         assert_eq!(CliError::Failure(String::new()).exit_code(), 1);
+        // Whatever command finds something where it would write.
+        let path = PathBuf::from("m.sluice");
+        for there in [
+            ConvertError::Exists { path: path.clone() },
+            ConvertError::Namesake { path: path.clone(), volume: path.clone() },
+            ConvertError::NotReplaced { path: path.clone(), problem: "it is a folder" },
+            ConvertError::OtherModel { path: path.clone(), first: path.clone() },
+            ConvertError::InTheWay { path: path.clone(), problem: "it is a folder" },
+        ] {
+            assert_eq!(CliError::from(there).exit_code(), 2);
+        }
+        let there = BatchError::OutputExists { path: path.clone(), journal: path.clone() };
+        assert_eq!(CliError::from(there).exit_code(), 2);
+        assert_eq!(CliError::from(HubError::InTheWay { path, problem: String::new() }).exit_code(), 2);
         let pipe = CliError::Output(io::ErrorKind::BrokenPipe.into());
         assert!(pipe.is_broken_pipe() && pipe.exit_code() == 1);
     }

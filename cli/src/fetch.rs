@@ -26,7 +26,7 @@ const QUANTISED_PER_CORE: [(&str, f64, f64); 3] = [("q2", 5e5, 8e5), ("q3", 3.1e
 impl From<HubError> for CliError {
     fn from(error: HubError) -> Self {
         match error {
-            HubError::Name { .. } => CliError::Usage(error.to_string()),
+            HubError::Name { .. } | HubError::InTheWay { .. } => CliError::Usage(error.to_string()),
             other => CliError::Failure(other.to_string()),
         }
     }

@@ -17,6 +17,7 @@ mod generate;
 mod ids;
 mod input;
 mod machine;
+mod meant;
 mod nearest;
 mod npy;
 mod plot;
@@ -37,7 +38,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::CliError;
@@ -229,24 +230,10 @@ fn refuse(refused: &clap::Error) -> ExitCode {
         terminal::report(text.trim_end());
         return ExitCode::from(2);
     }
-    let text = with_near_command(refused, text.strip_prefix("error: ").unwrap_or(&text));
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    let text = meant::with_meant(&Cli::command(), refused, &arguments, text.strip_prefix("error: ").unwrap_or(&text));
     terminal::error(&text.trim_end());
     ExitCode::from(2)
-}
-
-/// A refusal with the command that may have been meant, where clap does not say it: behind `help`.
-fn with_near_command(refused: &clap::Error, text: &str) -> String {
-    let (Some(ContextValue::String(name)), None) =
-        (refused.get(ContextKind::InvalidSubcommand), refused.get(ContextKind::SuggestedSubcommand))
-    else {
-        return text.to_owned();
-    };
-    let commands = Cli::command();
-    let names: Vec<&str> = commands.get_subcommands().map(clap::Command::get_name).collect();
-    match (chat::nearest(name, &names), text.split_once('\n')) {
-        (Some(near), Some((first, rest))) => format!("{first}\n\n  tip: a similar subcommand exists: '{near}'\n{rest}"),
-        _ => text.to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -217,6 +217,11 @@ impl ReadTuning {
     }
 }
 
+/// A part of the memory, in words; nothing for none.
+fn part(before: &str, bytes: u64, behind: &str) -> String {
+    if bytes == 0 { String::new() } else { format!("{before}{}{behind}", Bytes(bytes)) }
+}
+
 /// How experts are chosen otherwise than by the model's routers, in words, if they are.
 pub(crate) fn lossy(engine: &Engine) -> Option<String> {
     let thrift = engine.thrift();
@@ -273,15 +278,24 @@ impl Profile {
         };
         let _ = writeln!(
             out,
-            "memory    requested {requested}, effective {}, used {}: dense {}, key-value cache {} ({}),\n          \
-             scratch {}{experts}",
+            "memory    requested {requested}, effective {}, used {}: dense {}{}, key-value cache {} ({}),\n          \
+             scratch {}{}{experts}",
             Bytes(memory.effective),
             Bytes(memory.used()),
             Bytes(memory.dense),
+            part(" and a ring of ", memory.dense_ring, " for the rest"),
             Bytes(memory.kv_cache),
             memory.kv_type,
             Bytes(memory.scratch),
+            part(", compressed experts ", memory.staging, ""),
         );
+        if memory.dense_streamed > 0 {
+            let (streamed, read) = (Bytes(memory.dense_streamed), Bytes(self.dense_bytes_read));
+            let _ = writeln!(
+                out,
+                "          {streamed} of dense parts are read again for every step: {read} of dense parts and embedding in all"
+            );
+        }
         if self.drafts.proposed > 0 {
             let DraftCounts { proposed, accepted } = self.drafts;
             let _ = writeln!(out, "drafts    {proposed} tokens were proposed, {accepted} of them came true");

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use sluice_storage::io::sim::DriveSpeed;
 
+use crate::terminal::counted;
+
 /// Parses a count that must be at least one.
 pub(crate) fn parse_count(text: &str) -> Result<NonZeroUsize, String> {
     text.parse().map_err(|_| "write a whole number, 1 or more".to_owned())
@@ -15,8 +17,29 @@ pub(crate) fn parse_experts(text: &str) -> Result<NonZeroU16, String> {
     text.parse().map_err(|_| "a token uses at least one expert in a layer: write a whole number from 1 on".to_owned())
 }
 
-/// Parses `4GiB`, `512MiB`, `3GB`, `1.5GiB`, `4G` (the same as `4GiB`) or a plain number of bytes.
+/// A number of bytes without a unit, below which the unit was forgotten: nothing large that an option could mean is so small.
+const FORGOTTEN: u64 = 1 << 20;
+
+/// Parses the size of something large, such as a budget: as [`parse_bytes`], but a small number without a unit is refused, since `64`
+/// means 64GiB more likely than 64 bytes.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let bytes = parse_bytes(text)?;
+    let number = text.trim();
+    // Nothing is nothing in every unit.
+    let is_clear = number.ends_with(|c: char| c.is_ascii_alphabetic()) || number.parse() == Ok(0.0);
+    if is_clear || bytes >= FORGOTTEN {
+        return Ok(bytes);
+    }
+    // Nobody has thousands of GiB, and whoever says MiB writes thousands of them.
+    let unit = if bytes < 1024 { "GiB" } else { "MiB" };
+    Err(format!(
+        "`{number}` without a unit would be {}: write {number}{unit}, or the unit that you mean",
+        counted(bytes, "byte")
+    ))
+}
+
+/// Parses `4GiB`, `512MiB`, `3GB`, `1.5GiB`, `4G` (the same as `4GiB`) or a plain number of bytes.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
@@ -38,7 +61,7 @@ pub(crate) fn parse_speed(text: &str) -> Result<u64, String> {
     let size = text.trim().strip_suffix("/s").unwrap_or(text);
     // A speed of three bytes per second is never meant by `3`.
     let has_unit = size.trim().ends_with(|c: char| c.is_ascii_alphabetic());
-    match parse_size(size).and_then(|speed| if has_unit { Ok(speed) } else { Err(String::new()) }) {
+    match parse_bytes(size).and_then(|speed| if has_unit { Ok(speed) } else { Err(String::new()) }) {
         Ok(0) => Err("nothing could ever be read at that speed".into()),
         Ok(speed) => Ok(speed),
         Err(_) => Err(format!("`{text}` is not a speed: write a number and a unit, such as 3GB/s or 800MB/s")),
@@ -106,14 +129,28 @@ mod tests {
             ("0.5k", 512),
             ("2TiB", 2 << 40),
         ] {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_forgotten_unit_is_asked_for() {
+        for (text, bytes) in
+            [("0", 0), ("64b", 64), ("64GiB", 64 << 30), ("1048576", 1 << 20), ("68719476736", 64 << 30)]
+        {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for (text, meant) in
+            [("64", "write 64GiB"), (" 1 ", "write 1GiB"), ("0.5", "write 0.5GiB"), ("8192", "write 8192MiB")]
+        {
+            assert!(parse_size(text).is_err_and(|said| said.contains(meant)), "{text}");
         }
     }
 
     #[test]
     fn not_sizes() {
         for text in ["", "GiB", "-1GiB", "4 GiB extra", "4XB", "1.2.3k", ".", "1e9", "99999999999TiB", "9e99.9TiB"] {
-            assert!(parse_size(text).is_err(), "{text}");
+            assert!(parse_bytes(text).is_err() && parse_size(text).is_err(), "{text}");
         }
     }
 

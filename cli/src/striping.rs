@@ -4,12 +4,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use sluice_converter::{ConvertError, Striping};
+use sluice_format::limits::MAX_STRIPES;
 use sluice_format::{MAX_SHARE, Shares};
 use sluice_storage::io::CalibrationStore;
+use sluice_storage::io::calibration::DeviceId;
 
-use crate::commands::bench_machine::calibrated;
+use crate::commands::bench_machine::{calibrated, device};
 use crate::error::CliError;
-use crate::terminal::note;
+use crate::terminal::{counted, note};
 
 /// Options for striping.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -18,7 +20,8 @@ pub(crate) struct StripingArgs {
     #[arg(long, value_name = "DIRS", value_delimiter = ',')]
     volumes: Vec<PathBuf>,
 
-    /// The share of each drive, such as 2,1 [default: by what `sluice bench disk` has measured of them, or else equal]
+    /// The share of each drive, one number for each folder, such as 2,1 [default: by what `sluice bench disk` has measured of them, or else
+    /// equal]
     #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "volumes", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SHARE)))]
     shares: Vec<u32>,
 }
@@ -30,11 +33,47 @@ impl StripingArgs {
             return Ok(None);
         }
         let refuse = |problem: String| CliError::Usage(format!("--volumes: {problem}"));
+        let (folders, shares) = (self.volumes.len(), self.shares.len());
+        if folders == 1 {
+            return Err(refuse(format!(
+                "one folder is not several drives: name 2 to {MAX_STRIPES}, such as DIR1,DIR2"
+            )));
+        }
+        if ![0, folders].contains(&shares) {
+            return Err(CliError::Usage(format!(
+                "--shares: {} for {folders} folders: give each of them a number, such as --shares {}",
+                counted(shares, "share"),
+                vec!["1"; folders].join(",")
+            )));
+        }
         if let Some(folder) = self.volumes.iter().find(|folder| !folder.is_dir()) {
             return Err(ConvertError::NoFolder { path: folder.clone() }.into());
         }
         let shares = if self.shares.is_empty() { self.measured() } else { Shares::new(&self.shares) };
-        Ok(Some(Striping::new(self.volumes.clone(), shares.map_err(refuse)?)?))
+        let striping = Striping::new(self.volumes.clone(), shares.map_err(refuse)?)?;
+        self.one_drive_notes().iter().for_each(|said| note(said));
+        Ok(Some(striping))
+    }
+
+    /// Remarks about folders that are on one drive, which is then read no faster. What cannot be told is not said.
+    fn one_drive_notes(&self) -> Vec<String> {
+        let mut drives: Vec<(DeviceId, Vec<String>)> = Vec::new();
+        for folder in &self.volumes {
+            let Ok(device) = device(folder) else { continue };
+            let name = folder.display().to_string();
+            match drives.iter_mut().find(|(other, _)| other.is_same(&device)) {
+                Some((_, folders)) => folders.push(name),
+                None => drives.push((device, vec![name])),
+            }
+        }
+        let shared = drives.into_iter().filter(|(_, folders)| folders.len() > 1);
+        let said = |(_, folders): (_, Vec<String>)| {
+            format!(
+                "note: {} are on one drive, so reading is no faster than from one folder of it",
+                folders.join(" and ")
+            )
+        };
+        shared.map(said).collect()
     }
 
     /// Shares by the speeds of the drives, as far as they are known.

@@ -232,6 +232,11 @@ pub(crate) fn counted(count: impl TryInto<u64>, what: &str) -> String {
     }
 }
 
+/// The size of each of several things, in words: the smallest and the largest.
+pub(crate) fn each(smallest: String, largest: String) -> String {
+    if smallest == largest { format!("{largest} each") } else { format!("{smallest} to {largest} each") }
+}
+
 /// Seconds with a precision that suits their size.
 pub(crate) fn seconds(seconds: f64) -> String {
     match seconds {

@@ -261,7 +261,8 @@ fn run_uses_a_calibration_and_survives_a_broken_one() {
 fn a_machine_is_measured_once_and_planned_for_elsewhere() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("there.json").to_str().unwrap().to_owned();
-    let measured = json(&sluice(&["bench", "machine", "--bytes", "1MiB", "--no-save", "--out", &file, "--json"]));
+    let measured =
+        json(&sluice(&["bench", "machine", "--bytes", "1MiB", "--no-save", "--save-anyway", "--out", &file, "--json"]));
     let products = measured["product_bytes_per_second"].as_object().unwrap();
     assert!(products.len() > 5 && products.values().all(|rate| rate.as_f64().unwrap() > 1.0), "{measured}");
     assert_eq!(measured, serde_json::from_str::<Value>(&fs::read_to_string(&file).unwrap()).unwrap());

@@ -389,7 +389,8 @@ fn bench_kernels_prints_every_type() {
             names.len() > 40
                 && ["q4", "q4_k", "iq2_xxs", "nvfp4", "u4-g128-f16-zero"].iter().all(|n| names.contains(n))
         );
-        assert!(side["types"][0]["gemv_gb_per_s"].as_f64().unwrap() > 0.0);
+        let rates = ["gemv_gb_per_s", "read_gb_per_s", "share_of_reading"];
+        assert!(rates.iter().all(|rate| side["types"][0][rate].as_f64().unwrap() > 0.0));
     }
     let args = [&args[..], &["--types", "q4_k,q8"]].concat();
     assert!(["plain reading", "q4_k ", "q8 "].iter().all(|word| stdout(&sluice(&args)).contains(word)));

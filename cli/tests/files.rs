@@ -25,7 +25,7 @@ fn convert_says_what_it_did() {
     assert_eq!(done["types"]["expert.gate_up"], serde_json::json!(["q8"]));
     assert!(done["errors"]["expert.gate_up"].as_f64().unwrap() < 0.01);
 
-    assert_fails(&sluice(&["convert", source, path]), 1, &["exists", "--overwrite"]);
+    assert_fails(&sluice(&["convert", source, path]), 2, &["exists", "--overwrite"]);
     let again = sluice(&["convert", source, path, "--overwrite", "--type", "keep", "--page-size", "16384"]);
     assert!(stdout(&again).contains("bf16"));
     let said = stderr(&again);
@@ -87,6 +87,26 @@ fn inspect_describes() {
     assert_eq!(bytes, by_kind);
     assert!(extents.iter().any(|e| e["name"] == "layer 5 expert 31"));
     assert_eq!(report["has_tokenizer"], true);
+}
+
+#[test]
+fn experts_of_several_sizes_have_a_range() {
+    let folder = tempfile::tempdir().unwrap();
+    let (recipe, path) = (folder.path().join("r.recipe"), folder.path().join("m.sluice"));
+    fs::write(&recipe, "layers.{3-5}.expert.* bf16\n").unwrap();
+    let (source, path) = (demo_checkpoint(), path.to_str().unwrap());
+    let types = ["--type", "f32", "--dense-type", "f32", "--recipe", recipe.to_str().unwrap()];
+    stdout(&sluice(&[&["convert", source.to_str().unwrap(), path], &types[..]].concat()));
+    let report = json(&sluice(&["inspect", path, "--json"]));
+    let [least, most] = ["smallest_expert_bytes", "expert_bytes"].map(|name| report[name].as_u64().unwrap());
+    assert!(least < most && least * 20 < report["token_cycle_bytes"].as_u64().unwrap(), "{report}");
+    for (args, is_range) in
+        [(&["inspect", path][..], true), (&["plan", path, "--ram", "1GiB"], true), (&["inspect", demo_model()], false)]
+    {
+        let text = stdout(&sluice(args));
+        let line = text.lines().find(|line| line.starts_with("experts  ") || line.contains("token cycle: ")).unwrap();
+        assert!(line.contains(" to ") == is_range && line.ends_with(" each"), "{line}");
+    }
 }
 
 #[test]
@@ -232,7 +252,7 @@ fn what_is_read_is_never_written_to() {
         let before = fs::read(&target).ok();
         assert_fails(
             &sluice(&["convert", &checkpoint, &target, "--overwrite"]),
-            1,
+            2,
             &["only model files are overwritten", &target],
         );
         assert_eq!(fs::read(&target).ok(), before);
@@ -260,8 +280,8 @@ fn only_model_files_are_replaced_and_only_by_model_files() {
     let source = source.to_str().unwrap();
     fs::write(&own, "mine").unwrap();
     fs::copy(demo_model(), &model).unwrap();
-    assert_fails(&sluice(&["convert", source, &own, "--overwrite"]), 1, &["own", "no model file"]);
-    assert_fails(&sluice(&["convert", source, &at(""), "--overwrite"]), 1, &["it is a folder"]);
+    assert_fails(&sluice(&["convert", source, &own, "--overwrite"]), 2, &["own", "no model file"]);
+    assert_fails(&sluice(&["convert", source, &at(""), "--overwrite"]), 2, &["it is a folder"]);
     assert_fails(&sluice(&["convert", source, &at("nowhere/x")]), 1, &["nowhere does not exist"]);
     // A dry run reports it too.
     for (target, word) in [(&own, "exists"), (&at("nowhere/x"), "nowhere does not exist")] {
@@ -272,7 +292,7 @@ fn only_model_files_are_replaced_and_only_by_model_files() {
     // A journal that no conversion has written.
     let journal = at("q.partial.journal");
     fs::write(&journal, "mine").unwrap();
-    assert_fails(&sluice(&["convert", source, &at("q")]), 1, &["q.partial.journal", "in the way"]);
+    assert_fails(&sluice(&["convert", source, &at("q")]), 2, &["q.partial.journal", "in the way"]);
     assert_eq!((fs::read(&own).unwrap(), fs::read(&journal).unwrap()), (b"mine".to_vec(), b"mine".to_vec()));
 
     let text = at("t.txt");

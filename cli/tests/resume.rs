@@ -68,22 +68,22 @@ fn links_beside_the_destination_are_not_followed() {
     for (command, name) in [(0, ".partial"), (0, ".partial.journal"), (1, ".partial")] {
         let place = target.clone() + name;
         symlink(&precious, &place).unwrap();
-        assert_fails(&sluice(&commands[command]), 1, &[&place, "link", "Remove it"]);
+        assert_fails(&sluice(&commands[command]), 2, &[&place, "link", "Remove it"]);
         fs::remove_file(&place).unwrap();
         fs::hard_link(&precious, &place).unwrap();
-        assert_fails(&sluice(&commands[command]), 1, &[&place, "hard link", "Remove it"]);
+        assert_fails(&sluice(&commands[command]), 2, &[&place, "hard link", "Remove it"]);
         fs::remove_file(&place).unwrap();
         fs::create_dir(&place).unwrap();
-        assert_fails(&sluice(&commands[command]), 1, &[&place, "folder", "Remove it"]);
+        assert_fails(&sluice(&commands[command]), 2, &[&place, "folder", "Remove it"]);
         fs::remove_dir(&place).unwrap();
         assert!(Command::new("mkfifo").arg(&place).status().unwrap().success());
-        assert_fails(&sluice(&commands[command]), 1, &[&place, "pipe", "Remove it"]);
+        assert_fails(&sluice(&commands[command]), 2, &[&place, "pipe", "Remove it"]);
         fs::remove_file(&place).unwrap();
     }
     // A file that happens to have the name belongs to somebody else.
     fs::write(target.clone() + ".partial", "a novel").unwrap();
     for command in &commands {
-        assert_fails(&sluice(command), 1, &[".partial", "not what a conversion leaves"]);
+        assert_fails(&sluice(command), 2, &[".partial", "not what a conversion leaves"]);
     }
     assert_eq!(fs::read_to_string(target.clone() + ".partial").unwrap(), "a novel");
     assert_eq!(fs::read_to_string(&precious).unwrap(), "precious");

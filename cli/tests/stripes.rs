@@ -41,6 +41,8 @@ fn there_and_back() {
     let restriped = sluice(&["restripe", &whole, "--volumes", &drives.list(), "--shares", "2,1"]);
     assert!(stdout(&restriped).contains("m-00001-of-00002.sluice"));
     assert!(!stderr(&restriped).contains("equal shares"));
+    let on_one = format!("{} and {} are on one drive", drives.at("a"), drives.at("b"));
+    assert_eq!(stderr(&restriped).matches(&on_one).count(), 1, "{}", stderr(&restriped));
     let (first, second) = (drives.at("a/m-00001-of-00002.sluice"), drives.at("b/m-00002-of-00002.sluice"));
     assert_eq!(ids(&first), want);
     let again = stdout(&sluice(&["restripe", &first, "--volumes", &drives.list(), "--shares", "2,1"]));
@@ -56,12 +58,17 @@ fn there_and_back() {
     assert!(said.contains("each read uses all volumes") && said.contains("  in volume 2"), "{said}");
     assert_eq!(json(&sluice(&["verify", &first, "--json"]))["intact"], true);
     stdout(&sluice(&["plan", &first]));
-    stdout(&sluice(&["doctor", &first]));
+    let examined = sluice(&["doctor", &first, "--json"]);
+    let findings = serde_json::from_slice::<serde_json::Value>(&examined.stdout).unwrap()["findings"].clone();
+    for volume in [&first, &second] {
+        let of_volume = |finding: &&serde_json::Value| finding["volume"] == **volume && finding["of"] == "direct reads";
+        assert_eq!(findings.as_array().unwrap().iter().filter(of_volume).count(), 1, "{volume}: {findings}");
+    }
 
     let joined = drives.at("joined.sluice");
     stdout(&sluice(&["restripe", &first, "--into", &joined]));
     assert!(fs::read(&joined).unwrap() == fs::read(&whole).unwrap());
-    assert_fails(&sluice(&["restripe", &first]), 2, &["--into"]);
+    assert_fails(&sluice(&["restripe", &first]), 2, &["--into", "--volumes <DIR1,DIR2…>"]);
     assert_fails(&sluice(&["restripe", &first, "--into", "x", "--volumes", "a,b"]), 2, &["--into"]);
 }
 
@@ -85,15 +92,20 @@ fn converted_so_and_named_without_numbers() {
         serde_json::json!([drives.at("a/m-00001-of-00002.sluice"), drives.at("b/m-00002-of-00002.sluice")])
     );
     assert_eq!(ids(&drives.at("a/m.sluice")), ids(demo_model()));
-    assert_fails(&convert("m.sluice", &["--volumes", &list]), 1, &["exists already"]);
+    assert_fails(&convert("m.sluice", &["--volumes", &list]), 2, &["exists already"]);
     // What makes no sense.
     assert_fails(&convert(&drives.at("m.sluice"), &["--volumes", &list]), 2, &["without a folder"]);
     let nowhere = format!("{},{}", drives.at("a"), drives.at("nowhere"));
     assert_fails(&convert("n.sluice", &["--volumes", &nowhere]), 1, &["nowhere"]);
-    assert_fails(&convert("n.sluice", &["--volumes", &drives.at("a")]), 2, &["2 to 16 volumes"]);
+    assert_fails(&convert("n.sluice", &["--volumes", &drives.at("a")]), 2, &["one folder", "2 to 16"]);
     let twice = format!("{0},{0}", drives.at("a"));
     assert_fails(&convert("n.sluice", &["--volumes", &twice, "--shares", "1,1"]), 2, &["named twice"]);
-    assert_fails(&convert("n.sluice", &["--volumes", &list, "--shares", "1,2,3"]), 2, &["3 shares"]);
+    assert_fails(
+        &convert("n.sluice", &["--volumes", &list, "--shares", "1,2,3"]),
+        2,
+        &["3 shares for 2 folders", "--shares 1,1"],
+    );
+    assert_fails(&convert("n.sluice", &["--volumes", &list, "--shares", "1"]), 2, &["1 share for 2 folders"]);
     assert_fails(&convert("n.sluice", &["--volumes", &list, "--shares", "0,1"]), 2, &["--shares"]);
     assert_fails(&convert("n.sluice", &["--shares", "1,1"]), 2, &["--volumes"]);
     assert_fails(&convert("n.sluice", &["--volumes", &list, "--split-size", "1GB"]), 2, &["--split-size"]);
@@ -119,6 +131,16 @@ fn a_volume_that_is_missing_moved_foreign_or_damaged_is_named() {
     let folders = format!("{}:{}", drives.at("nowhere"), drives.at("c"));
     command.args(["run", &first]).args(RUN).env("SLUICE_VOLUMES", folders).stdin(Stdio::null());
     assert_eq!(stdout(&command.output().unwrap()), want);
+    // So are both, and the first is named as it was, with its number or without.
+    fs::rename(drives.at("a"), drives.at("d")).unwrap();
+    for named in [&first, &drives.at("a/m.sluice"), &drives.at("m.sluice")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+        let folders = format!("{}:{}", drives.at("c"), drives.at("d"));
+        command.args(["run", named]).args(RUN).env("SLUICE_VOLUMES", folders).stdin(Stdio::null());
+        assert_eq!(stdout(&command.output().unwrap()), want, "{named}");
+    }
+    assert_fails(&sluice(&["inspect", &first]), 1, &[&first]);
+    fs::rename(drives.at("d"), drives.at("a")).unwrap();
     fs::rename(drives.at("c"), drives.at("b")).unwrap();
     // Damaged: volume and offset.
     let file = json(&sluice(&["inspect", &first, "--extents", "--json"]));
@@ -162,6 +184,15 @@ fn listed_and_removed_with_all_volumes() {
     assert!(bytes > of_first * 3 / 2, "{bytes} of {of_first}");
     let second = drives.at("b/m-00002-of-00002.sluice");
     assert!(Path::new(&second).exists());
+    // Another model of that name: which one is meant has to be said.
+    let whole = models.join("m.sluice");
+    fs::copy(demo_model(), &whole).unwrap();
+    let listed = stdout(&run(&["list"]));
+    assert!([&first, &whole].iter().all(|path| listed.contains(path.to_str().unwrap())), "{listed}");
+    assert_fails(&run(&["rm", "m", "--yes"]), 2, &["several models", first.to_str().unwrap(), whole.to_str().unwrap()]);
+    assert!(first.exists() && Path::new(&second).exists() && whole.exists());
+    stdout(&run(&["rm", whole.to_str().unwrap(), "--yes"]));
+    assert!(!whole.exists() && !stdout(&run(&["list"])).contains(first.to_str().unwrap()));
     stdout(&run(&["rm", "m", "--yes"]));
     assert!(!first.exists() && !Path::new(&second).exists());
 }

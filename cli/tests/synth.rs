@@ -24,7 +24,7 @@ fn synth_writes_a_file_that_runs() {
     let run = json(&sluice(&["run", path, "--prompt-ids", "1,2,3", "-n", "4", "--json"]));
     assert_eq!(run["ids"].as_array().unwrap().len(), 4);
 
-    assert_fails(&sluice(&args), 1, &["exists", "--overwrite"]);
+    assert_fails(&sluice(&args), 2, &["exists", "--overwrite"]);
     let again = json(&sluice(&[&args[..], &["--overwrite", "--json"]].concat()));
     assert_eq!(again["model_id"], inspected["model_id"]);
     assert_eq!(again["file_bytes"], fs::metadata(path).unwrap().len());
@@ -249,12 +249,12 @@ fn synth_replaces_only_model_files() {
     assert_eq!(std::fs::read(path("config.json")).unwrap(), config);
     for name in ["letter.txt", "new.sluice.partial"] {
         std::fs::write(path(name), "mine").unwrap();
-        assert_fails(&synth(name.trim_end_matches(".partial")), 1, &[name]);
+        assert_fails(&synth(name.trim_end_matches(".partial")), 2, &[name]);
         assert_eq!(std::fs::read(path(name)).unwrap(), b"mine");
     }
     std::fs::remove_file(path("new.sluice.partial")).unwrap();
     std::os::unix::fs::symlink("letter.txt", path("new.sluice.partial")).unwrap();
-    assert_fails(&synth("new.sluice"), 1, &["new.sluice.partial"]);
+    assert_fails(&synth("new.sluice"), 2, &["new.sluice.partial"]);
     assert_eq!(std::fs::read(path("letter.txt")).unwrap(), b"mine");
     std::fs::remove_file(path("new.sluice.partial")).unwrap();
     for _ in 0..2 {

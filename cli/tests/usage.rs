@@ -39,6 +39,12 @@ fn help() {
 fn what_may_have_been_meant_is_said() {
     assert_fails(&sluice(&["help", "bathc"]), 2, &["'bathc'", "'batch'"]);
     assert_fails(&sluice(&["bathc"]), 2, &["'bathc'", "'batch'"]);
+    assert_fails(&sluice(&["rnu", "m.sluice"]), 2, &["'rnu'", "tip:", "'run'", "Usage: sluice"]);
+    assert_fails(&sluice(&["bench", "dics"]), 2, &["'dics'", "'disk'"]);
+    assert_fails(&sluice(&["models"]), 2, &["'models'", "tip:", "'sluice list'"]);
+    assert_fails(&sluice(&["version"]), 2, &["'version'", "'sluice --version'"]);
+    assert!(!stderr(&sluice(&["version"])).contains("'verify'"));
+    assert_fails(&sluice(&["m.sluice", "Hello"]), 2, &["'m.sluice'", "'sluice run m.sluice --prompt"]);
     assert_fails(&sluice(&["plan", "deepseek-r2"]), 2, &["did you mean deepseek-r1?", "kimi-k2"]);
     let model = demo_model();
     assert_fails(&sluice(&["run", model, "--prompt", "A", "--top-k-experts", "0"]), 2, &["at least one expert"]);
@@ -48,10 +54,12 @@ fn what_may_have_been_meant_is_said() {
 #[test]
 fn wrong_usage_is_2() {
     let model = demo_model();
-    let cases: [(&[&str], &[&str]); 13] = [
+    let cases: [(&[&str], &[&str]); 15] = [
         (&["no-such-command"], &["no-such-command"]),
         (&["run"], &["<FILE>"]),
         (&["run", model, "--budget", "4XB", "--prompt", "x"], &["4XB", "4GiB"]),
+        (&["run", model, "--budget", "4", "--prompt", "x"], &["4 bytes", "write 4GiB"]),
+        (&["plan", "deepseek-r1", "--ram", "64"], &["64 bytes", "write 64GiB"]),
         (&["run", model, "--prompt-ids", "1,x"], &["`x`", "1,2,3"]),
         (&["run", model, "--prompt-ids", "1,99999"], &["99999", "vocabulary"]),
         (&["run", model, "--prompt", "a", "--prompt-ids", "1"], &["cannot be used with"]),
@@ -176,12 +184,12 @@ fn the_demo_keeps_what_it_finds() {
     std::fs::create_dir(path("checkpoint")).unwrap();
     for name in ["demo.sluice", "checkpoint/config.json"] {
         std::fs::write(path(name), "mine").unwrap();
-        assert_fails(&sluice(&["demo", "--keep", keep]), 1, &[name, "not the demo's"]);
+        assert_fails(&sluice(&["demo", "--keep", keep]), 2, &[name, "not the demo's"]);
         assert_eq!(std::fs::read(path(name)).unwrap(), b"mine");
         std::fs::remove_file(path(name)).unwrap();
     }
     std::os::unix::fs::symlink("elsewhere", path("checkpoint/config.json")).unwrap();
-    assert_fails(&sluice(&["demo", "--keep", keep]), 1, &["checkpoint/config.json"]);
+    assert_fails(&sluice(&["demo", "--keep", keep]), 2, &["checkpoint/config.json"]);
     assert!(!path("checkpoint/elsewhere").exists());
     std::fs::remove_file(path("checkpoint/config.json")).unwrap();
     // Its own files do not prevent it.

@@ -327,6 +327,17 @@ pub enum ConvertError {
         /// The first of the volumes.
         volume: PathBuf,
     },
+    /// A volume of another model has the name of a volume to be written.
+    #[error(
+        "{path} is a volume of another model than the one that {} is of, which alone would be overwritten. Move it, remove it, or choose \
+         another name or folder", first.display()
+    )]
+    OtherModel {
+        /// The volume.
+        path: PathBuf,
+        /// The first of the volumes to be written.
+        first: PathBuf,
+    },
     /// The destination exists and must not be replaced, whatever the options.
     #[error("{path}: {problem}, and only model files are overwritten. Choose another name for the model file")]
     NotReplaced {

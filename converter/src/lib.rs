@@ -58,6 +58,7 @@ use sluice_format::Written;
 
 pub use error::ConvertError;
 pub use options::{Options, TypeChoice};
+pub use own::left_elsewhere;
 pub use plan::{KindSize, LeftOut, Plan, plan, plan_source};
 pub use recipe::Recipe;
 pub use report::Summary;
@@ -175,7 +176,8 @@ pub fn convert_measured(
     let written: Vec<Written> = outcomes.iter().map(|o| o.written).collect();
     let metadata = plan.metadata(provenance::blob(plan, &outcomes, &parts), &parts);
     let published = partial.finish(plan, &written, &metadata).map_err(is_full)?;
-    let partial::Published { model_id, file_bytes, files } = published;
+    let partial::Published { model_id, file_bytes, files, orphans } = published;
+    orphans.iter().for_each(|orphan| progress.note(orphan));
     let found = report::empty(plan, &parts).into_iter().chain(report::vanished(plan, &outcomes));
     found.for_each(|note| progress.note(&note));
     Ok(Summary {

@@ -2,6 +2,7 @@
 //! single name that begin as such files do; whatever else lies in their places is somebody's, stays as it is, and is said to be in the
 //! way where its place is needed.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt, OpenOptionsExt as _};
@@ -11,6 +12,7 @@ use nix::fcntl::OFlag;
 use sluice_format::MAGIC;
 
 use crate::error::ConvertError;
+use crate::upgrade::is_same;
 use crate::{journal, states};
 
 /// What a file is, by how it begins.
@@ -184,10 +186,50 @@ pub(crate) fn clear_idle(destination: &Path, volumes: usize) -> Result<(), Conve
     idle(destination, volumes).into_iter().try_for_each(|(path, own)| clear(&path, own))
 }
 
+/// Partial files of a striped model that an interrupted conversion to `destination` has left in other folders, as far as its journal says
+/// where.
+pub fn left_elsewhere(destination: &Path) -> Vec<PathBuf> {
+    let folders = journal::folders_at(&journal_path(destination));
+    let partial = |(folder, volume): (&PathBuf, usize)| {
+        folder.join(partial_path(destination, volume).file_name().unwrap_or_default())
+    };
+    folders.iter().zip(1..).map(partial).filter(|path| matches!(check(path, Own::Model), Ok(true))).collect()
+}
+
+/// Removes them, except for those that are `used` further on; returns which were there.
+pub(crate) fn clear_elsewhere(destination: &Path, used: &[PathBuf]) -> Vec<PathBuf> {
+    let mut left = left_elsewhere(destination);
+    left.retain(|path| !used.iter().any(|used| is_same(used, path)));
+    // What cannot be removed is in nobody's way.
+    left.retain(|path| clear(path, Own::Model).is_ok() && path.symlink_metadata().is_err());
+    left
+}
+
+/// Partial files in the folders of a striped model that are of another conversion by the same name: one to other folders, or to these in
+/// another order. `used`: those of this conversion, of which the first is beside `destination`.
+pub(crate) fn of_others(destination: &Path, used: &[PathBuf]) -> Vec<PathBuf> {
+    let name = destination.file_name().unwrap_or_default();
+    let is_partial = |found: &OsStr| {
+        let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
+        let number = rest.and_then(|rest| rest.strip_prefix(VOLUME.as_bytes()));
+        rest == Some(b".partial".as_slice()) || number.is_some_and(|n| n.len() == 5 && n.iter().all(u8::is_ascii_digit))
+    };
+    let mut found = Vec::new();
+    for folder in used.iter().map(|path| folder_of(path)) {
+        let names = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        let paths = names.filter(|name| is_partial(name)).map(|name| folder.join(name));
+        let is_used = |path: &Path| used.iter().any(|used| is_same(used, path));
+        found.extend(paths.filter(|path| !is_used(path) && matches!(check(path, Own::Model), Ok(true))));
+    }
+    found.sort();
+    found
+}
+
 /// Removes everything that conversions to `destination` have left beside its first partial file; the journal last, since it says whose
 /// the others are.
-pub(crate) fn clear_all(destination: &Path) -> Result<(), ConvertError> {
-    clear_idle(destination, 0)?;
+pub(crate) fn clear_all(destination: &Path, is_striped: bool) -> Result<(), ConvertError> {
+    // In the folder of the first volume of a striped model, partial files of further ones are of a conversion whose first folder is another.
+    clear_idle(destination, if is_striped { usize::MAX } else { 0 })?;
     clear(&states_path(destination), Own::States)?;
     clear(&journal_path(destination), Own::Journal)
 }

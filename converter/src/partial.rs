@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use sluice_checksum::Xxh3;
-use sluice_format::{FileWriter, MAGIC, Metadata, ModelId, Stripe, Volume, Written};
+use sluice_format::{FileWriter, MAGIC, Metadata, ModelFile, ModelId, Stripe, Volume, Written};
 
 use crate::error::ConvertError;
 use crate::journal::{Found, Identity, Journal, is_journal};
@@ -17,6 +17,7 @@ use crate::own::{
 };
 use crate::plan::Plan;
 use crate::striping::Destination;
+use crate::upgrade::is_same;
 
 /// Unit of `st_blocks`, whatever the filesystem's blocks are.
 const STAT_BLOCK: u64 = 512;
@@ -36,12 +37,40 @@ pub(crate) struct Partial {
     locks: Vec<(PathBuf, File)>,
 }
 
+/// A drive on which partial files lie.
+struct Drive<'a> {
+    /// Its device number.
+    number: u64,
+    /// The first of the files on it, and its folder.
+    file: &'a Path,
+    folder: &'a Path,
+    /// Bytes that are still needed on it.
+    needed: u64,
+    /// Bytes that the files on it take already.
+    occupied: u64,
+}
+
+impl Drive<'_> {
+    fn has(&self, file: &File) -> bool {
+        file.metadata().is_ok_and(|found| found.dev() == self.number)
+    }
+}
+
+/// What the file of each volume takes in the end, before compression: extents, tables and, of the first, metadata.
+fn lens(plan: &Plan) -> impl Iterator<Item = u64> {
+    let tables = plan.layout.table_bytes(plan.records.len());
+    let first = plan.tail_bytes() - tables;
+    plan.layout.ends().iter().enumerate().map(move |(volume, end)| end + tables + if volume == 0 { first } else { 0 })
+}
+
 /// What a conversion has ended in.
 pub(crate) struct Published {
     pub(crate) model_id: ModelId,
     /// Of all files together.
     pub(crate) file_bytes: u64,
     pub(crate) files: Vec<PathBuf>,
+    /// Remarks about volumes of what was overwritten.
+    pub(crate) orphans: Vec<String>,
 }
 
 /// What opening found.
@@ -68,6 +97,7 @@ pub(crate) fn refuse_all_existing(destination: Destination<'_>, plan: &Plan) -> 
         for (_, target) in others {
             refuse_existing(target, plan.options.overwrite, source_of(plan))?;
         }
+        destination.refuse_foreign(&targets, &early)?;
     }
     Ok(())
 }
@@ -126,7 +156,7 @@ pub(crate) fn clear_remains(path: &Path, plan: &Plan) {
     let most = plan.layout.ends().len();
     let is_complete = || (1..=most).any(|count| destination.targets(count).first().is_some_and(|first| first.exists()));
     if !destination.partial(0).exists() && is_journal(&journal_path(path)) && is_complete() {
-        let _ = clear_all(path);
+        let _ = clear_all(path, destination.striping.is_some());
     }
 }
 
@@ -179,13 +209,35 @@ pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) ->
         writer.set_folders(striping.recorded()?);
     }
     let (destination, layer_path) = (destination.to_owned(), layer_path(destination));
+    let used: Vec<PathBuf> = locks.iter().map(|(path, _)| path.clone()).collect();
     let partial = Partial { destination, journal_path, states_path, layer_path, writer, locks };
     clear_idle(&partial.destination, volumes)?;
+    // While the journal is there that says where they are.
+    notes.extend(notes_of_others(&partial.destination, &used));
     if !matches!(found, Found::Same { .. }) {
         partial.clear()?;
     }
     partial.reserve(plan, scratch, &mut notes)?;
     Ok(Opened { partial, identity, found, notes })
+}
+
+/// Removes what the interrupted conversion to the same place has left in folders that are not `used` any more, and says so; what it finds of
+/// others there stays, and is named.
+pub(crate) fn notes_of_others(destination: &Path, used: &[PathBuf]) -> Vec<String> {
+    let removed = own::clear_elsewhere(destination, used).into_iter().map(|path| {
+        format!("{}: an interrupted conversion to other folders had left it; it has been removed", path.display())
+    });
+    let mut notes: Vec<String> = removed.collect();
+    if used.iter().any(|path| folder_of(path) != folder_of(destination)) {
+        notes.extend(own::of_others(destination, used).into_iter().map(|path| {
+            format!(
+                "{}: it is of an interrupted conversion to other folders, or to these in another order: remove it if you will not go on \
+                 with that one",
+                path.display()
+            )
+        }));
+    }
+    notes
 }
 
 /// Whether a finished file may take the place of what is at `destination`, if anything is: of a model file, or of what an
@@ -283,93 +335,66 @@ impl Partial {
         self.locks.iter().try_for_each(|(path, file)| file.set_len(0).map_err(ConvertError::io(path, "empty it")))
     }
 
-    /// Checks that the drive has room, for `scratch` bytes besides too, and takes that of the files. How much a compressed model takes is
+    /// Checks that the drives have room, for `scratch` bytes besides too, and takes that of the files. How much a compressed model takes is
     /// known when it is there: of that, nothing is taken beforehand.
     fn reserve(&self, plan: &Plan, scratch: u64, notes: &mut Vec<String>) -> Result<(), ConvertError> {
         if plan.options.compress && scratch == 0 {
             return Ok(());
         }
-        if plan.options.striping.is_some() {
-            return self.reserve_on_drives(plan, scratch, notes);
-        }
-        let mut occupied = 0;
-        for (path, file) in &self.locks {
-            occupied += file.metadata().map_err(ConvertError::io(path, "read its state"))?.blocks() * STAT_BLOCK;
-        }
-        let available = free_space(self.path(), notes)?.unwrap_or(u64::MAX);
-        let file_bytes = if plan.options.compress { 0 } else { plan.file_bytes().saturating_sub(occupied) };
         // What an earlier run has kept is replaced.
         let kept = self.states_path.metadata().map_or(0, |found| found.blocks() * STAT_BLOCK);
         let scratch = scratch.saturating_sub(kept);
-        let needed = file_bytes.saturating_add(scratch);
-        let no_space = || ConvertError::NoSpace { path: self.destination.clone(), needed, scratch, available };
-        let result = if needed > available {
-            Err(no_space())
-        } else if plan.options.compress {
-            Ok(())
-        } else {
-            // Of one file, also its tables and metadata.
-            let spare = if self.locks.len() == 1 { plan.file_bytes() - plan.layout.ends()[0] } else { 0 };
-            let lens = plan.layout.ends().iter().map(|end| end + spare);
-            let mut files = self.locks.iter().zip(lens);
-            files.try_for_each(|((path, file), len)| match allocate(file, len) {
-                Err(e) if e.raw_os_error() == Some(Errno::ENOSPC as i32) => Err(no_space()),
-                other => other.map_err(ConvertError::io(path, "allocate its space")),
-            })
+        let drives = self.drives(plan, scratch)?;
+        let no_space = |drive: &Drive<'_>, available| {
+            let path = if drives.len() == 1 { self.destination.as_path() } else { drive.folder };
+            Err(ConvertError::NoSpace { path: path.to_owned(), needed: drive.needed, scratch, available })
         };
-        if result.is_err() && occupied == 0 {
+        let reserve = |notes: &mut Vec<String>| {
+            for drive in &drives {
+                let available = free_space(drive.file, notes)?.unwrap_or(u64::MAX);
+                if drive.needed > available {
+                    return no_space(drive, available);
+                }
+            }
+            let files: &[(PathBuf, File)] = if plan.options.compress { &[] } else { &self.locks };
+            for ((path, file), len) in files.iter().zip(lens(plan)) {
+                let Err(e) = allocate(file, len) else { continue };
+                match drives.iter().find(|drive| drive.has(file)) {
+                    Some(drive) if e.raw_os_error() == Some(Errno::ENOSPC as i32) => {
+                        return no_space(drive, free_space(path, &mut Vec::new())?.unwrap_or(0));
+                    }
+                    _ => return Err(ConvertError::io(path, "allocate its space")(e)),
+                }
+            }
+            Ok(())
+        };
+        let result = reserve(notes);
+        if result.is_err() && drives.iter().all(|drive| drive.occupied == 0) {
             // Nothing is lost, and empty files would only puzzle.
             self.locks.iter().for_each(|(path, _)| drop(fs::remove_file(path)));
         }
         result
     }
 
-    /// The same for a striped model, whose files lie on several drives.
-    fn reserve_on_drives(&self, plan: &Plan, scratch: u64, notes: &mut Vec<String>) -> Result<(), ConvertError> {
-        let tables = plan.layout.table_bytes(plan.records.len());
-        let metadata = plan.tail_bytes() - tables;
-        // By drive: a folder on it, and bytes.
-        let mut drives: Vec<(u64, &Path, u64)> = Vec::new();
-        let mut occupied_at_all = false;
-        for (volume, ((path, file), end)) in self.locks.iter().zip(plan.layout.ends()).enumerate() {
+    /// The drives on which the files lie. `scratch` bytes go to that of the first file.
+    fn drives(&self, plan: &Plan, scratch: u64) -> Result<Vec<Drive<'_>>, ConvertError> {
+        let mut drives: Vec<Drive<'_>> = Vec::new();
+        for ((path, file), len) in self.locks.iter().zip(lens(plan)) {
             let found = file.metadata().map_err(ConvertError::io(path, "read its state"))?;
-            let occupied = found.blocks() * STAT_BLOCK;
-            occupied_at_all |= occupied > 0;
-            let len = end + tables + if volume == 0 { metadata } else { 0 };
-            let of_file = if plan.options.compress { 0 } else { len.saturating_sub(occupied) };
-            let needed = of_file + if volume == 0 { scratch } else { 0 };
-            match drives.iter_mut().find(|(drive, ..)| *drive == found.dev()) {
-                Some((.., sum)) => *sum += needed,
-                None => drives.push((found.dev(), folder_of(path), needed)),
+            let (number, occupied) = (found.dev(), found.blocks() * STAT_BLOCK);
+            match drives.iter_mut().find(|drive| drive.number == number) {
+                Some(drive) => {
+                    drive.needed += len;
+                    drive.occupied += occupied;
+                }
+                None => drives.push(Drive { number, file: path, folder: folder_of(path), needed: len, occupied }),
             }
         }
-        let no_space = |path: &Path, needed, available| {
-            Err(ConvertError::NoSpace { path: path.to_owned(), needed, scratch, available })
-        };
-        let mut reserve = || {
-            for &(_, folder, needed) in &drives {
-                let available = free_space(&folder.join("any"), notes)?.unwrap_or(u64::MAX);
-                if needed > available {
-                    return no_space(folder, needed, available);
-                }
-            }
-            let files: &[(PathBuf, File)] = if plan.options.compress { &[] } else { &self.locks };
-            for ((path, file), &end) in files.iter().zip(plan.layout.ends()) {
-                match allocate(file, end) {
-                    Err(e) if e.raw_os_error() == Some(Errno::ENOSPC as i32) => {
-                        return no_space(folder_of(path), end, free_space(path, &mut Vec::new())?.unwrap_or(0));
-                    }
-                    other => other.map_err(ConvertError::io(path, "allocate its space"))?,
-                }
-            }
-            Ok(())
-        };
-        let result = reserve();
-        if result.is_err() && !occupied_at_all {
-            // Nothing is lost, and empty files would only puzzle.
-            self.locks.iter().for_each(|(path, _)| drop(fs::remove_file(path)));
+        for (i, drive) in drives.iter_mut().enumerate() {
+            let of_files = if plan.options.compress { 0 } else { drive.needed.saturating_sub(drive.occupied) };
+            drive.needed = of_files.saturating_add(if i == 0 { scratch } else { 0 });
         }
-        result
+        Ok(drives)
     }
 
     /// Whether the bytes of an extent that an earlier run has written to these stripes are still those of its checksum. What cannot be
@@ -414,13 +439,8 @@ impl Partial {
         for target in &files {
             refuse_existing(target, plan.options.overwrite, source_of(plan))?;
         }
-        if let ([first, _, ..], true) = (&files[..], plan.options.overwrite) {
-            // The first of the old volumes would not fit the new ones.
-            match fs::remove_file(first) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(ConvertError::io(first, "replace it")(e)),
-                _ => {}
-            }
-        }
+        places.refuse_foreign(&files, &[])?;
+        let orphans = if plan.options.overwrite { make_way(&files)? } else { Vec::new() };
         for ((path, lock), target) in locks.iter().zip(&files).rev() {
             publish(lock, path, target)?;
         }
@@ -431,9 +451,30 @@ impl Partial {
         for folder in places.folders() {
             syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
         }
-        clear_all(&destination)?;
-        Ok(Published { model_id, file_bytes: lens.iter().sum(), files })
+        clear_all(&destination, places.striping.is_some())?;
+        Ok(Published { model_id, file_bytes: lens.iter().sum(), files, orphans })
     }
+}
+
+/// Removes the volumes that new ones replace, which would not fit these; the first one last, as it says which the others are. Returns
+/// remarks about volumes of the same model in other folders, which stay.
+pub(crate) fn make_way(files: &[PathBuf]) -> Result<Vec<String>, ConvertError> {
+    let [first, _, ..] = files else { return Ok(Vec::new()) };
+    let old = ModelFile::open(first)
+        .map_or(Vec::new(), |old| old.volumes().iter().map(|volume| volume.path().to_owned()).collect());
+    let is_replaced = |path: &Path| files.iter().any(|file| is_same(file, path));
+    let orphans = old.iter().filter(|path| !is_replaced(path)).map(|path| {
+        format!(
+            "{}: a volume of the model that was overwritten, which nothing needs any more: remove it",
+            path.display()
+        )
+    });
+    let orphans = orphans.collect();
+    files.iter().rev().try_for_each(|path| match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(ConvertError::io(path, "replace it")(e)),
+        _ => Ok(()),
+    })?;
+    Ok(orphans)
 }
 
 /// Gives a finished file its name. `file` is the one that was written to as `path`.

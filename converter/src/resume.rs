@@ -23,6 +23,7 @@ use crate::pack::{ErrorSums, Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
 use crate::steps;
+use crate::striping::Striping;
 
 /// Extents whose source is read again although no file has changed: images of filesystems that were built to be reproducible
 /// can give the same identity to files of two checkpoints.
@@ -47,10 +48,14 @@ pub(crate) fn start<'a>(
 ) -> Result<Start<'a>, ConvertError> {
     let stamps = plan.checkpoint.stamps();
     let syncer = partial.writer.syncer();
-    let create = |content: &Content| Journal::create(&partial.journal_path, identity, content, syncer);
+    let folders = plan.options.striping.as_ref().map(Striping::other_places).unwrap_or_default();
+    let create = |content: Content| {
+        let content = Content { folders: folders.clone(), ..content };
+        Journal::create(&partial.journal_path, identity, &content, syncer)
+    };
     let Found::Same { journal, mut content } = found else {
         let contents = Contents::new(&plan.checkpoint, &[]);
-        let journal = create(&Content { stamps, ..Content::default() })?;
+        let journal = create(Content { stamps, ..Content::default() })?;
         return Ok(Start { journal, contents, done: Vec::new() });
     };
     let all = content.outcomes.len();
@@ -66,11 +71,11 @@ pub(crate) fn start<'a>(
     let same = stamps == content.stamps;
     if same && (plan.checkpoint.source().is_content_addressed() || samples_match(plan, &done, &content.parts)) {
         let contents = Contents::new(&plan.checkpoint, &content.parts);
-        let journal = if damaged == 0 {
+        let journal = if damaged == 0 && content.folders == folders {
             journal
         } else {
             // Records of extents that are made again must go: a number may come only once.
-            create(&Content { stamps, outcomes: done.clone(), parts: content.parts })?
+            create(Content { stamps, outcomes: done.clone(), parts: content.parts, ..Content::default() })?
         };
         return Ok(Start { journal, contents, done });
     }
@@ -95,7 +100,7 @@ pub(crate) fn start<'a>(
     }
     done = keep_of_same_inputs(plan, done, note);
     let parts = contents.take_news();
-    let journal = create(&Content { stamps, outcomes: done.clone(), parts })?;
+    let journal = create(Content { stamps, outcomes: done.clone(), parts, ..Content::default() })?;
     Ok(Start { journal, contents, done })
 }
 
@@ -142,7 +147,7 @@ fn keep_of_same_files<'a>(
     plan: &'a Plan,
     done: Vec<Outcome>,
     content: Content,
-    create: impl Fn(&Content) -> Result<Journal, ConvertError>,
+    create: impl Fn(Content) -> Result<Journal, ConvertError>,
     note: &dyn Fn(String),
 ) -> Result<Start<'a>, ConvertError> {
     let stamps = plan.checkpoint.stamps();
@@ -159,7 +164,7 @@ fn keep_of_same_files<'a>(
     let mut parts = content.parts;
     parts.retain(|&(part, _)| is_same(plan.checkpoint.parts[part].file));
     let contents = Contents::new(&plan.checkpoint, &parts);
-    let journal = create(&Content { stamps, outcomes: done.clone(), parts })?;
+    let journal = create(Content { stamps, outcomes: done.clone(), parts, ..Content::default() })?;
     Ok(Start { journal, contents, done })
 }
 

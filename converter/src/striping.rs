@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-use sluice_format::{Shares, VolumeName};
+use sluice_format::{ModelFile, Shares, Volume, VolumeName};
 
 use crate::error::ConvertError;
 use crate::own::{folder_of, partial_path};
@@ -61,6 +61,11 @@ impl Striping {
         self.folders[0].join(whole.file_name().unwrap_or_default())
     }
 
+    /// Where the folders of the volumes behind the first are, whatever the current folder is.
+    pub(crate) fn other_places(&self) -> Vec<PathBuf> {
+        self.folders[1..].iter().map(|folder| fs::canonicalize(folder).unwrap_or_else(|_| folder.clone())).collect()
+    }
+
     /// How the first volume names the folders of the others: as they were given if that is absolute, or else relative to its own, so that
     /// the folders can be moved together.
     pub(crate) fn recorded(&self) -> Result<Vec<PathBuf>, ConvertError> {
@@ -108,6 +113,30 @@ impl<'a> Destination<'a> {
             return Ok(());
         }
         Err(ConvertError::Namesake { path, volume: targets[0].clone() })
+    }
+
+    /// Whether a file that would be overwritten belongs to another model than the one whose first volume would be, as volumes in other
+    /// folders can. `targets`: the finished files; `early`: those of them that are there and known to be of this conversion.
+    pub(crate) fn refuse_foreign(self, targets: &[PathBuf], early: &[usize]) -> Result<(), ConvertError> {
+        let Some(first) = targets.first() else { return Ok(()) };
+        let others = (1..targets.len()).filter(|volume| !early.contains(volume));
+        let there: Vec<Volume> = others.filter_map(|volume| Volume::open(&targets[volume]).ok()).collect();
+        if there.is_empty() {
+            return Ok(());
+        }
+        let own = ModelFile::open(first).ok();
+        // Of a model that is not whole, or whose volumes were being given their names, the tables say what belongs to it.
+        let tables = |volume: &Volume| [volume.superblock().extents, volume.superblock().tensors].map(|t| t.checksum);
+        let similar: Vec<_> =
+            [first, &self.partial(0)].into_iter().filter_map(|path| Volume::open(path).ok()).collect();
+        let is_own = |volume: &Volume| match &own {
+            Some(own) => own.volumes().iter().any(|known| is_same(known.path(), volume.path())),
+            None => similar.iter().any(|known| tables(known) == tables(volume)),
+        };
+        match there.iter().find(|volume| !is_own(volume)) {
+            Some(foreign) => Err(ConvertError::OtherModel { path: foreign.path().to_owned(), first: first.clone() }),
+            None => Ok(()),
+        }
     }
 
     /// The paths of the finished files, of which there are `count`.

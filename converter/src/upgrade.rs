@@ -15,7 +15,7 @@ use sluice_format::{
 use crate::Progress;
 use crate::error::ConvertError;
 use crate::own::{self, Own, clear_all, clear_idle, journal_path, make_room};
-use crate::partial::{check_space, claim, publish, refuse_existing, sync_note};
+use crate::partial::{check_space, claim, make_way, notes_of_others, publish, refuse_existing, sync_note};
 use crate::striping::{Destination, Striping};
 
 /// What the caller may choose.
@@ -141,12 +141,17 @@ fn rewrite(
     }
     destination.refuse_namesake(targets.len(), Some(model.path()))?;
     targets.iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
+    destination.refuse_foreign(&targets, &[])?;
     let (partials, locks) = claim_all(destination, layout.ends().len(), progress)?;
     let written = write(model, destination, layout, options, &locks, progress);
     // Nothing in them is worth keeping: they can be made again at any time.
     let written = written.inspect_err(|_| partials.iter().for_each(|path| drop(fs::remove_file(path))))?;
     let files = destination.targets(written.lens.len());
     files.iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
+    destination.refuse_foreign(&files, &[])?;
+    if overwrite {
+        make_way(&files)?.iter().for_each(|orphan| progress.note(orphan));
+    }
     for ((path, lock), target) in partials.iter().zip(&locks).zip(&files).rev() {
         publish(&lock.1, path, target)?;
     }
@@ -156,7 +161,7 @@ fn rewrite(
     for folder in destination.folders() {
         written.syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
     }
-    clear_all(dst)?;
+    clear_all(dst, destination.striping.is_some())?;
     Ok(UpgradeSummary {
         written: true,
         files,
@@ -260,6 +265,7 @@ fn claim_all(
         locks.push((path.clone(), lock));
     }
     clear_idle(dst, count)?;
+    notes.extend(notes_of_others(dst, &partials));
     // It would vouch for what is now empty.
     make_room(&journal, Own::Journal)?;
     notes.iter().for_each(|note| progress.note(note));

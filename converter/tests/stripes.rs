@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::common::killed::{self, KillAt};
 use crate::common::{Noise, Synthetic, options};
-use sluice_converter::{ConvertError, Options, Progress, Striping, UpgradeOptions, convert, restripe, upgrade};
+use sluice_converter::{
+    ConvertError, Options, Progress, Striping, UpgradeOptions, convert, left_elsewhere, restripe, upgrade,
+};
 use sluice_format::{ModelFile, Shares};
 
 fn source(dir: &Path) -> PathBuf {
@@ -202,4 +204,91 @@ fn other_folders_or_shares_are_another_conversion() {
     assert!(matches!(refused, ConvertError::Options(_)), "{refused}");
     let hash = |options: &Options| sluice_converter::plan(&src, options).unwrap().file_bytes();
     assert!(hash(&striped(false, &over)) > hash(&options("bf16", "bf16")), "tables of each volume");
+}
+
+/// A partial file in a folder that is not used any more is found through the journal, whatever the conversion is now.
+#[test]
+fn other_folders_leave_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let (src, over) = (source(dir.path()), striping(dir.path(), "a", &[2, 1]));
+    let whole = convert(&src, &over.destination(Path::new("want")), &striped(false, &over), &()).unwrap();
+    whole.files.iter().for_each(|file| fs::remove_file(file).unwrap());
+    let dst = over.destination(Path::new("m.sluice"));
+    let interrupt = || {
+        let folders: Vec<String> = over.folders().iter().map(|folder| folder.display().to_string()).collect();
+        let at = KillAt { bytes: whole.bytes_written / 2, journaled: true };
+        killed::spawn("stripes::child_of_stripes", &src, &dst, at, &format!("false,{}", folders.join(",")))
+            .wait()
+            .unwrap();
+        assert!(over.folders()[1].join("m.sluice.partial-00002").exists());
+        assert_eq!(
+            left_elsewhere(&dst),
+            [fs::canonicalize(&over.folders()[1]).unwrap().join("m.sluice.partial-00002")]
+        );
+    };
+    let other = striping(dir.path(), "b", &[2, 1]);
+    let moved = [over.folders()[0].clone(), other.folders()[1].clone()];
+    let moved = Striping::new(moved.to_vec(), Shares::new(&[2, 1]).unwrap()).unwrap();
+    for now in [striped(false, &moved), options("bf16", "bf16")] {
+        interrupt();
+        // What is not of this program stays.
+        let strange = over.folders()[1].join("m.sluice.partial-00003");
+        fs::write(&strange, "a novel").unwrap();
+        let summary = convert(&src, &dst, &now, &()).unwrap();
+        assert!(summary.notes.iter().any(|note| note.contains("partial-00002") && note.contains("has been removed")));
+        let left: Vec<_> = fs::read_dir(&over.folders()[1]).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["m.sluice.partial-00003"]);
+        fs::remove_file(strange).unwrap();
+        summary.files.iter().for_each(|file| fs::remove_file(file).unwrap());
+    }
+    // In another order it is another conversion, which leaves this one alone and names what it finds.
+    interrupt();
+    let turned: Vec<PathBuf> = over.folders().iter().rev().cloned().collect();
+    let turned = Striping::new(turned, Shares::new(&[1, 1]).unwrap()).unwrap();
+    let summary = convert(&src, &turned.destination(Path::new("m.sluice")), &striped(false, &turned), &()).unwrap();
+    for left in [dst.with_extension("sluice.partial"), over.folders()[1].join("m.sluice.partial-00002")] {
+        assert!(summary.notes.iter().any(|note| note.starts_with(left.to_str().unwrap())), "{:?}", summary.notes);
+        assert!(left.exists());
+    }
+}
+
+#[test]
+fn volumes_of_another_model_are_not_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let (src, theirs) = (source(dir.path()), striping(dir.path(), "a", &[1, 1]));
+    let other = convert(&src, &theirs.destination(Path::new("m.sluice")), &striped(false, &theirs), &()).unwrap();
+    // The second volume of both models would be the same file.
+    let folders = vec![striping(dir.path(), "b", &[1, 1]).folders()[0].clone(), theirs.folders()[1].clone()];
+    let ours = Striping::new(folders, Shares::new(&[1, 1]).unwrap()).unwrap();
+    let dst = ours.destination(Path::new("m.sluice"));
+    let before = read_all(&other.files);
+    let overwriting = |striping: &Striping| Options { overwrite: true, ..striped(false, striping) };
+    let is_refused = |refused: Result<(), ConvertError>| {
+        assert!(
+            matches!(&refused, Err(ConvertError::OtherModel { path, .. }) if *path == other.files[1]),
+            "{refused:?}"
+        );
+        assert!(read_all(&other.files) == before);
+    };
+    is_refused(convert(&src, &dst, &overwriting(&ours), &()).map(drop));
+    assert_eq!(fs::read_dir(&ours.folders()[0]).unwrap().count(), 0, "nothing was begun");
+    let whole = dir.path().join("m.sluice");
+    convert(&src, &whole, &options("bf16", "bf16"), &()).unwrap();
+    is_refused(restripe(&whole, None, &ours, true, &()).map(drop));
+    // Not even beside a first volume of another model.
+    let elsewhere = striping(dir.path(), "c", &[2, 1]);
+    let third = convert(&src, &elsewhere.destination(Path::new("m.sluice")), &striped(false, &elsewhere), &()).unwrap();
+    let first = ours.folders()[0].join("m-00001-of-00002.sluice");
+    fs::copy(&third.files[0], &first).unwrap();
+    is_refused(convert(&src, &dst, &overwriting(&ours), &()).map(drop));
+    fs::remove_file(first).unwrap();
+    // Its own are, and what is left in a folder that is not used any more is named.
+    let again = convert(&src, &other.files[0].with_file_name("m.sluice"), &overwriting(&theirs), &()).unwrap();
+    assert!(read_all(&again.files) == before);
+    assert!(!again.notes.iter().any(|note| note.contains("overwritten")), "{:?}", again.notes);
+    let folders = vec![theirs.folders()[0].clone(), elsewhere.folders()[0].clone()];
+    let moved = Striping::new(folders, Shares::new(&[1, 1]).unwrap()).unwrap();
+    let moved = convert(&src, &other.files[0].with_file_name("m.sluice"), &overwriting(&moved), &()).unwrap();
+    let orphan = fs::canonicalize(&other.files[1]).unwrap();
+    assert!(moved.notes.iter().any(|note| note.starts_with(orphan.to_str().unwrap())), "{:?}", moved.notes);
 }

@@ -68,11 +68,7 @@ impl VolumeName {
     fn places_of(&self, volume: u16, recorded: Option<&Path>) -> Places {
         let beside = self.path_of(volume);
         let name = beside.file_name().unwrap_or_default();
-        let variable = env::var_os(FOLDERS_VARIABLE).unwrap_or_default();
-        let mut all: Vec<PathBuf> = env::split_paths(&variable)
-            .filter(|folder| !folder.as_os_str().is_empty())
-            .map(|folder| folder.join(name))
-            .collect();
+        let mut all: Vec<PathBuf> = named_folders().map(|folder| folder.join(name)).collect();
         // A relative name is relative to the folder of the first volume, and an empty one is that folder.
         let expected = recorded.map_or_else(|| beside.clone(), |folder| self.folder.join(folder).join(name));
         all.push(expected.clone());
@@ -98,15 +94,37 @@ struct Places {
     expected: PathBuf,
 }
 
+/// The folders that the variable names.
+fn named_folders() -> impl Iterator<Item = PathBuf> {
+    let variable = env::var_os(FOLDERS_VARIABLE).unwrap_or_default();
+    let folders: Vec<PathBuf> = env::split_paths(&variable).collect();
+    folders.into_iter().filter(|folder| !folder.as_os_str().is_empty())
+}
+
 /// The file to open for a model that is called `path`: that file, or if it does not exist but volumes of a model of that name do, the first
-/// of these.
+/// of these. Where there is neither, volumes of that name are looked for in the folders that `SLUICE_VOLUMES` names.
 ///
 /// # Errors
 /// [`FormatError::Ambiguous`] for volumes of several models.
 pub fn model_path(path: &Path) -> Result<PathBuf, FormatError> {
-    if path.symlink_metadata().is_ok() || VolumeName::parse(path).is_some() {
+    if path.symlink_metadata().is_ok() {
         return Ok(path.to_owned());
     }
+    let elsewhere = named_folders().map(|folder| folder.join(path.file_name().unwrap_or_default()));
+    let is_volume = VolumeName::parse(path).is_some();
+    // Where only other volumes are, the error says which is missing.
+    let mut missing = None;
+    for place in std::iter::once(path.to_owned()).chain(elsewhere) {
+        match if is_volume { Some(place) } else { first_volume(&place)? } {
+            Some(found) if found.is_file() => return Ok(found),
+            found => missing = missing.or(found),
+        }
+    }
+    Ok(missing.unwrap_or_else(|| path.to_owned()))
+}
+
+/// The first volume of the model that would be called `path` if it were one file, whether that volume is there or only others are.
+fn first_volume(path: &Path) -> Result<Option<PathBuf>, FormatError> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let names = folder.read_dir().into_iter().flatten().flatten().filter_map(|entry| {
         let name = VolumeName::parse(&path.with_file_name(entry.file_name()))?;
@@ -115,9 +133,8 @@ pub fn model_path(path: &Path) -> Result<PathBuf, FormatError> {
     let firsts: BTreeSet<PathBuf> = names.collect();
     let mut firsts = firsts.into_iter();
     match (firsts.next(), firsts.next()) {
-        (None, _) => Ok(path.to_owned()),
-        (Some(first), None) => Ok(first),
         (Some(first), Some(second)) => Err(FormatError::Ambiguous { path: path.to_owned(), found: [first, second] }),
+        (first, _) => Ok(first),
     }
 }
 

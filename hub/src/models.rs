@@ -140,9 +140,21 @@ impl Models {
         entries
     }
 
-    /// The entries to which a name refers: a name on the hub as [`Models::list`] gives it, with or without `hf:`, or the name
-    /// of the file.
+    /// The entries to which a name refers: a path or the name of a file as it stands, or else a name on the hub as [`Models::list`] gives
+    /// it, with or without `hf:`, or the name of the file without the number of its volume or its extension. Several models can have one
+    /// name: in one file, and in so many volumes.
     pub fn named(&self, name: &str) -> Vec<Entry> {
+        let all = self.list();
+        let is_file = |entry: &&Entry| {
+            let (path, named) = (&entry.path, Path::new(name));
+            path.file_name().is_some_and(|file| file == name)
+                || path == named
+                || fs::canonicalize(path).is_ok_and(|path| fs::canonicalize(named).is_ok_and(|named| named == path))
+        };
+        let exact: Vec<Entry> = all.iter().filter(is_file).cloned().collect();
+        if !exact.is_empty() {
+            return exact;
+        }
         let bare = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name).to_owned();
         let is_meant = |entry: &Entry| {
             let file = entry.path.file_name().map(|f| f.to_string_lossy().into_owned()).unwrap_or_default();
@@ -150,7 +162,7 @@ impl Models {
             bare(&entry.name) == bare(name)
                 || [&file, &whole].iter().any(|f| *f == name || **f == format!("{name}{EXTENSION}"))
         };
-        self.list().into_iter().filter(is_meant).collect()
+        all.into_iter().filter(is_meant).collect()
     }
 
     /// Removes a model, or what an interrupted conversion has left of one; returns the bytes that this frees.
@@ -197,12 +209,15 @@ impl Models {
                 Err(_) => (1..name.count()).map(|volume| name.path_of(volume)).collect(),
             };
         }
+        let elsewhere = sluice_converter::left_elsewhere(&first.with_extension(""));
         let first = first.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let is_other = |name: &String| {
             let digits = name.strip_prefix(&first).and_then(|rest| rest.strip_prefix('-'));
             first.ends_with(".partial") && digits.is_some_and(|rest| rest.bytes().all(|b| b.is_ascii_digit()))
         };
-        self.names().into_iter().filter(is_other).map(|name| self.folder.join(name)).collect()
+        let beside = self.names().into_iter().filter(is_other).map(|name| self.folder.join(name));
+        let elsewhere = elsewhere.into_iter().filter(|_| first.ends_with(".partial"));
+        beside.chain(elsewhere).collect()
     }
 
     /// Names of the files in the folder, sorted.
@@ -330,6 +345,18 @@ mod tests {
         assert!(matches!(models.remove(left), Err(HubError::Locked { .. })));
         drop(running);
         models.remove(left).unwrap();
+        // Several models of one name are told apart by their files.
+        for other in ["mine-00001-of-00002.sluice", "mine-00002-of-00002.sluice"] {
+            fs::write(folder.path().join(other), "x").unwrap();
+        }
+        assert_eq!(models.named("mine").len(), 2);
+        for one in ["mine.sluice", "mine-00001-of-00002.sluice"] {
+            let path = folder.path().join(one);
+            for name in [one, path.to_str().unwrap()] {
+                let named = models.named(name);
+                assert!(matches!(&named[..], [entry] if entry.path == path), "{name}: {named:?}");
+            }
+        }
         // A conversion that was interrupted when only its downloads remained.
         fs::write(folder.path().join("a--d.sluice"), "x").unwrap();
         fs::create_dir(folder.path().join("a--d.sluice.partial.source")).unwrap();

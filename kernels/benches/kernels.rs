@@ -135,7 +135,7 @@ const ATTENTION: [AttentionCase; 5] = [
     AttentionCase { name: "decode/group", positions: 4096, key: 128, value: 128, queries: 8, sharing: 8 },
     AttentionCase { name: "decode/latent", positions: 4096, key: 576, value: 512, queries: 16, sharing: 16 },
     AttentionCase { name: "prompt/group", positions: 2048, key: 128, value: 128, queries: 64, sharing: 8 },
-    AttentionCase { name: "prompt/latent", positions: 2048, key: 576, value: 512, queries: 32, sharing: 1 },
+    AttentionCase { name: "prompt/latent", positions: 2048, key: 576, value: 512, queries: 48, sharing: 1 },
 ];
 
 fn attention(c: &mut Criterion) {

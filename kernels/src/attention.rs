@@ -6,6 +6,8 @@ use std::ops::Range;
 use crate::isa::Isa;
 use crate::isa::Kernels;
 use crate::kv::KvRows;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::panels::Panels;
 use crate::scalar::{self, Running};
 
 /// Keys of a block. It is a part of the definition of attention: another number gives other bits.
@@ -39,7 +41,7 @@ impl<'a> KeyBlock<'a> {
     }
 
     /// Rows that have a key.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub(crate) fn len(&self) -> usize {
         self.positions.len()
     }
@@ -70,7 +72,7 @@ impl Part {
     }
 
     /// The rows from the first to the last that either query sees.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     #[inline(always)]
     pub(crate) fn or(self, other: Part) -> Part {
         match (self.is_empty(), other.is_empty()) {
@@ -105,6 +107,9 @@ pub struct QueryTile {
     pub(crate) parts: Vec<Part>,
     pub(crate) scores: Vec<Scores>,
     pub(crate) factors: Vec<[f32; 2]>,
+    /// What takes the place of `scores` if there are many queries.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub(crate) panels: Panels,
     /// Positions before this one have been met.
     met: usize,
 }
@@ -119,6 +124,8 @@ impl QueryTile {
         self.has_seen.clear();
         self.running.clear();
         self.out.clear();
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        self.panels.forget();
     }
 
     /// Adds a query that sees the keys at `positions`, and returns its numbers, zeros to be filled in. A `sink` is an additional
@@ -130,6 +137,8 @@ impl QueryTile {
         self.sees.push((positions, sink));
         self.has_seen.push(false);
         self.running.push(Running::NONE);
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        self.panels.forget();
         &mut self.queries[at..]
     }
 

@@ -14,14 +14,15 @@
 //! and that can change nothing but the sign of a zero in `o`, which the last addition removes; what is not finite among their values is
 //! left out.
 
+use crate::chains::Rows;
 use crate::isa::Kernels;
 use crate::math::exp;
 use crate::scalar::or_zero;
-use crate::update::{Stripes, TALL, Target, WIDE};
+use crate::update::{Stripes, WIDE};
 
-/// Keys of a block: whole stripes of either width. A part of the definition: another number gives other bits.
+/// Keys of a block: whole tiles of each instruction set. A part of the definition: another number gives other bits.
 pub const EXPANDED_BLOCK: usize = 96;
-/// Queries of a tile: the most for which a tile and a block stay in the second-level cache together; whole stripes of either width.
+/// Queries of a tile: the most for which a tile and a block stay in the second-level cache together; whole stripes and tiles.
 pub const EXPANDED_TILE: usize = 96;
 
 /// Numbers of a latent that a product takes at once, so that its operands stay in the nearest cache.
@@ -35,12 +36,16 @@ fn pieces(rank: usize) -> impl Iterator<Item = (usize, usize)> {
 /// Bytes that an [`Expander`], `blocks` blocks and a tile take, for latents of `rank` numbers with `rotated` more, keys of which `plain`
 /// numbers are not rotated, and values of `value` numbers.
 pub fn expansion_bytes(rank: usize, rotated: usize, plain: usize, value: usize, blocks: usize) -> u64 {
-    let key = plain + rotated;
     let (wide_plain, wide_value) = (plain.next_multiple_of(WIDE), value.next_multiple_of(WIDE));
-    let expander = rank * (wide_plain + wide_value) + EXPANDED_BLOCK * (rank + rotated + rank + key + value);
-    let each = EXPANDED_BLOCK * (key + wide_value);
-    let tile = EXPANDED_TILE * (2 * key + 2 * EXPANDED_BLOCK + 4);
+    let expander = rank * (wide_plain + wide_value) + EXPANDED_BLOCK * (rank + rotated);
+    let each = EXPANDED_BLOCK * (key_stride(plain, rotated) + wide_value);
+    let tile = EXPANDED_TILE * (2 * (plain + rotated) + EXPANDED_BLOCK + 4);
     4 * (expander + blocks * each + tile) as u64
+}
+
+/// Distance between keys: what is not rotated is written in whole stripes.
+fn key_stride(plain: usize, rotated: usize) -> usize {
+    (plain + rotated).max(plain.next_multiple_of(WIDE))
 }
 
 /// Expands latents to the keys and values of one head. All buffers are reused.
@@ -53,12 +58,8 @@ pub struct Expander {
     /// What keys are made with, `[rank, plain]`, and values, `[rank, value]`: in pieces of the rank.
     key_weights: Vec<Stripes<WIDE>>,
     value_weights: Vec<Stripes<WIDE>>,
-    /// Latents of a block with their rotated parts, `[keys, rank + rotated]`, and in pieces without those.
-    rows: Vec<f32>,
-    latents: Vec<Stripes<TALL>>,
-    /// Of a block, `[keys, plain + rotated]` and `[keys, value]`.
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    /// Latents of a block with their rotated parts, `[keys, rank + rotated]`.
+    latents: Vec<f32>,
 }
 
 impl Expander {
@@ -103,33 +104,42 @@ impl Expander {
         block: &mut ExpandedKeys,
     ) {
         assert!(start.is_multiple_of(EXPANDED_BLOCK) && len <= EXPANDED_BLOCK, "{len} positions from {start} on");
-        let Expander { rank, plain, value, key_weights, value_weights, rows, latents, keys, values } = self;
+        let Expander { rank, plain, value, key_weights, value_weights, latents } = self;
         let (rank, plain, value) = (*rank, *plain, *value);
-        let (width, key) = (rank + rotated, plain + rotated);
-        rows.resize(len * width, 0.0);
-        rows.chunks_exact_mut(width).enumerate().for_each(|(i, row)| read(i, row));
-        latents.resize_with(pieces(rank).count(), Stripes::default);
-        for (stripes, (first, depth)) in latents.iter_mut().zip(pieces(rank)) {
-            stripes.set_transposed(depth, len, |i| &rows[i * width + first..][..depth]);
-        }
-        let product = |weights: &[Stripes<WIDE>], out: &mut Vec<f32>, stride: usize, columns: usize| {
-            out.clear();
+        let width = rank + rotated;
+        latents.resize(len * width, 0.0);
+        latents.chunks_exact_mut(width).enumerate().for_each(|(i, latent)| read(i, latent));
+        let product = |weights: &[Stripes<WIDE>], out: &mut Vec<f32>, stride: usize| {
             out.resize(len * stride, 0.0);
-            for (latents, weights) in latents.iter().zip(weights) {
-                let mut to = Target { values: &mut out[..], stride, columns: 0..columns };
-                kernels.update(latents, 0..latents.count(), weights, &mut to, false);
+            for (weights, (first, _)) in weights.iter().zip(pieces(rank)) {
+                let latents = Rows { numbers: &latents[first.min(latents.len())..], stride: width, count: len };
+                kernels.row_products(latents, weights, (&mut out[..], stride), first > 0);
             }
         };
-        product(key_weights, keys, key, plain);
-        product(value_weights, values, value, value);
-        for (key, row) in keys.chunks_exact_mut(key).zip(rows.chunks_exact(width)) {
-            key[plain..].copy_from_slice(&row[rank..]);
+        let ExpandedKeys { keys, values, .. } = block;
+        let (key, wide) = (key_stride(plain, rotated), value.next_multiple_of(WIDE));
+        product(key_weights, keys, key);
+        product(value_weights, values, wide);
+        for (key, latent) in keys.chunks_exact_mut(key).zip(latents.chunks_exact(width)) {
+            key[plain..][..rotated].copy_from_slice(&latent[rank..]);
         }
+        // What is not finite times zero is NaN, and so is every sum with it.
+        let zero = kernels.compiled(|| sum_of_zeros(values));
         (block.start, block.len, block.value) = (start, len, value);
-        block.finite = values.iter().all(|value| value.is_finite());
-        block.keys.set_transposed(key, len, |i| &keys[i * key..][..key]);
-        block.values.set(len, value, |j| &values[j * value..][..value]);
+        (block.key, block.finite) = (plain + rotated, zero == 0.0);
     }
+}
+
+/// The sum of all numbers times zero.
+#[inline(always)]
+fn sum_of_zeros(numbers: &[f32]) -> f32 {
+    let mut sums = [0.0; WIDE];
+    for numbers in numbers.as_chunks::<WIDE>().0 {
+        for i in 0..WIDE {
+            sums[i] += numbers[i] * 0.0;
+        }
+    }
+    sums.iter().sum()
 }
 
 /// Keys and values of one head at the positions of one block.
@@ -137,17 +147,26 @@ impl Expander {
 pub struct ExpandedKeys {
     start: usize,
     len: usize,
+    /// Numbers of a key, and of a value.
+    key: usize,
     value: usize,
     /// Whether all values are finite.
     finite: bool,
-    keys: Stripes<TALL>,
-    values: Stripes<WIDE>,
+    /// `[len, key]` and `[len, value]`, with space behind each row that makes it whole stripes.
+    keys: Vec<f32>,
+    values: Vec<f32>,
 }
 
 impl ExpandedKeys {
     /// The first position.
     pub fn start(&self) -> usize {
         self.start
+    }
+
+    /// The first `count` keys, and their values.
+    fn rows(&self, count: usize) -> [Rows<'_>; 2] {
+        let stride = |numbers: &[f32]| numbers.len() / self.len.max(1);
+        [&self.keys, &self.values].map(|numbers| Rows { numbers, stride: stride(numbers), count })
     }
 }
 
@@ -160,9 +179,8 @@ pub struct ExpandedTile {
     /// `[n, key]`, and the same in stripes.
     numbers: Vec<f32>,
     queries: Stripes<WIDE>,
-    /// Scores and then weights of a block, `[keys, n]`, and the weights in stripes.
+    /// Scores and then weights of a block, `[keys, n]`, in whole stripes of queries.
     scores: Vec<f32>,
-    weights: Stripes<TALL>,
     /// Of the current block, how many keys each query sees.
     seen: Vec<u32>,
     /// What each query multiplies by which it has gathered before.
@@ -218,68 +236,94 @@ impl Kernels {
     /// # Panics
     /// If `gathered` does not fit the tile and the values.
     pub fn attend_expanded(&self, tile: &mut ExpandedTile, block: &ExpandedKeys, gathered: Gathered<'_>) {
-        let ExpandedTile { scale, sees, queries, scores, weights, seen, alpha, .. } = tile;
-        let (n, len, value) = (sees.len(), block.len, block.value);
+        let ExpandedTile { scale, sees, queries, scores, seen, alpha, .. } = tile;
+        let (n, value) = (sees.len(), block.value);
         let Gathered { max, sum, out } = gathered;
         assert!(max.len() == n && sum.len() == n && out.len() == n * value, "one place for each of {n} queries");
         seen.clear();
-        seen.extend(sees.iter().map(|sees| sees.saturating_sub(block.start).min(len) as u32));
-        if seen.iter().all(|&seen| seen == 0) {
+        seen.extend(sees.iter().map(|sees| sees.saturating_sub(block.start).min(block.len) as u32));
+        // Keys that nobody sees change nothing.
+        let len = seen.iter().max().map_or(0, |&seen| seen as usize);
+        if len == 0 {
             return;
         }
-        scores.clear();
-        scores.resize(len * n, 0.0);
-        let mut to = Target { values: &mut scores[..], stride: n, columns: 0..n };
-        self.update(&block.keys, 0..block.keys.count(), queries, &mut to, false);
+        let ([keys, values], stride) = (block.rows(len), n.next_multiple_of(WIDE));
+        scores.resize((len * stride).max(scores.len()), 0.0);
+        let scores = &mut scores[..len * stride];
+        self.row_products(keys, queries, (&mut *scores, stride), false);
         alpha.resize(n, 0.0);
-        self.compiled(|| {
-            weigh(*scale, seen, scores, (&mut *max, &mut *sum, &mut alpha[..]));
-            for (out, alpha) in out.chunks_exact_mut(value).zip(&*alpha) {
-                out.iter_mut().for_each(|o| *o *= alpha);
-            }
-        });
+        self.compiled(|| weigh(*scale, seen, (&mut *scores, stride), (&mut *max, &mut *sum, &mut alpha[..])));
+        let weights = Rows { numbers: scores, stride, count: len };
         if block.finite || seen.iter().all(|&seen| seen as usize == len) {
-            weights.set(len, n, |j| &scores[j * n..][..n]);
-            let mut to = Target { values: out, stride: value, columns: 0..value };
-            self.update(weights, 0..weights.count(), &block.values, &mut to, false);
+            self.add_weighted_rows(weights, values, alpha, (out, value));
             return;
         }
         // Zero times infinity would not be zero.
         for (i, (out, &seen)) in out.chunks_exact_mut(value).zip(&*seen).enumerate() {
+            out.iter_mut().for_each(|o| *o *= alpha[i]);
             for j in 0..seen as usize {
-                let weight = scores[j * n + i];
-                let values = out.iter_mut().enumerate();
-                values.for_each(|(column, o)| *o = weight.mul_add(block.values.at(j, column), *o));
+                let weight = weights.part(j, i, 1)[0];
+                out.iter_mut().zip(values.part(j, 0, value)).for_each(|(o, &value)| *o = weight.mul_add(value, *o));
             }
         }
     }
 }
 
-/// Turns products `[keys, n]` into weights, and takes maxima and sums in; `alpha` gets what each query has to multiply by which it has
-/// gathered before.
+/// Turns products `[keys, n]`, which are `stride` apart and in whole stripes, into weights, and takes maxima and sums in; `alpha` gets what
+/// each query has to multiply by which it has gathered before.
 #[inline(always)]
-fn weigh(scale: f32, seen: &[u32], scores: &mut [f32], (max, sum, alpha): (&mut [f32], &mut [f32], &mut [f32])) {
-    let n = seen.len();
-    let (max, sum, alpha) = (&mut max[..n], &mut sum[..n], &mut alpha[..n]);
-    alpha.copy_from_slice(max);
-    for (j, scores) in scores.chunks_exact_mut(n).enumerate() {
-        let j = j as u32;
-        for i in 0..n {
+fn weigh(
+    scale: f32,
+    seen: &[u32],
+    (scores, stride): (&mut [f32], usize),
+    (max, sum, alpha): (&mut [f32], &mut [f32], &mut [f32]),
+) {
+    for first in (0..seen.len()).step_by(WIDE) {
+        let queries = first..(first + WIDE).min(seen.len());
+        // Queries that are not there see nothing.
+        let (mut sees, mut m, mut l) = ([0; WIDE], [f32::NEG_INFINITY; WIDE], [0.0; WIDE]);
+        sees[..queries.len()].copy_from_slice(&seen[queries.clone()]);
+        m[..queries.len()].copy_from_slice(&max[queries.clone()]);
+        l[..queries.len()].copy_from_slice(&sum[queries.clone()]);
+        let factors = weigh_stripe(scale, &sees, (&mut scores[first..], stride), &mut m, &mut l);
+        alpha[queries.clone()].copy_from_slice(&factors[..queries.len()]);
+        max[queries.clone()].copy_from_slice(&m[..queries.len()]);
+        sum[queries.clone()].copy_from_slice(&l[..queries.len()]);
+    }
+}
+
+/// [`weigh`] for the queries of one stripe; returns their `alpha`.
+#[inline(always)]
+fn weigh_stripe(
+    scale: f32,
+    sees: &[u32; WIDE],
+    (scores, stride): (&mut [f32], usize),
+    max: &mut [f32; WIDE],
+    sum: &mut [f32; WIDE],
+) -> [f32; WIDE] {
+    let (mut m, mut l, mut alpha) = (*max, *sum, *max);
+    for (j, scores) in scores.chunks_mut(stride).enumerate() {
+        let (j, scores) = (j as u32, &mut scores[..WIDE]);
+        for i in 0..WIDE {
             let score = scores[i] * scale;
-            let score = if j < seen[i] { score } else { f32::NEG_INFINITY };
+            let score = if j < sees[i] { score } else { f32::NEG_INFINITY };
             scores[i] = score;
-            max[i] = if score > max[i] { score } else { max[i] };
+            m[i] = if score > m[i] { score } else { m[i] };
         }
     }
-    for i in 0..n {
-        alpha[i] = exp(alpha[i] - or_zero(max[i]));
-        sum[i] *= alpha[i];
+    let mut zero = m;
+    for i in 0..WIDE {
+        zero[i] = or_zero(m[i]);
+        alpha[i] = exp(alpha[i] - zero[i]);
+        l[i] *= alpha[i];
     }
-    for scores in scores.chunks_exact_mut(n) {
-        for i in 0..n {
-            let weight = exp(scores[i] - or_zero(max[i]));
-            scores[i] = weight;
-            sum[i] += weight;
+    for scores in scores.chunks_mut(stride) {
+        let scores = &mut scores[..WIDE];
+        for i in 0..WIDE {
+            scores[i] = exp(scores[i] - zero[i]);
+            l[i] += scores[i];
         }
     }
+    (*max, *sum) = (m, l);
+    alpha
 }

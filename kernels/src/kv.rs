@@ -269,9 +269,17 @@ impl<'a> KvRows<'a> {
     }
 
     /// All rows as f32 numbers and the distance between them, if that is how they are stored.
-    #[cfg(target_arch = "aarch64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub(crate) fn all_plain(&self) -> Option<(&'a [f32], usize)> {
         (self.ty == KvType::F32).then_some((self.plain, self.stride))
+    }
+
+    /// Whether `others` are the first numbers of these rows, from the first row on.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    pub(crate) fn begin_with(&self, others: &KvRows<'_>) -> bool {
+        let alike = (self.ty, self.stride) == (others.ty, others.stride);
+        let plain = std::ptr::eq(self.plain.as_ptr(), others.plain.as_ptr());
+        alike && plain && std::ptr::eq(self.values.as_ptr(), others.values.as_ptr())
     }
 
     /// The first `len` numbers of row `j`.

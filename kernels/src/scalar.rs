@@ -255,7 +255,7 @@ pub(crate) fn or_zero(max: f32) -> f32 {
 }
 
 /// Lanes of the sum of a block's weights.
-const WEIGHT_LANES: usize = 16;
+pub(crate) const WEIGHT_LANES: usize = 16;
 
 /// Turns the scores of a block into weights `p`, and returns `m_b` and `l_b`. Places that the query does not see have `-∞`.
 #[inline(always)]

@@ -68,17 +68,17 @@ impl<const W: usize> Stripes<W> {
         }
     }
 
-    /// The number at place `k` of column `i`.
-    pub(crate) fn at(&self, k: usize, i: usize) -> f32 {
-        self.stripe(i / W)[k][i % W]
-    }
-
     /// Stripes.
     pub(crate) fn count(&self) -> usize {
         self.data.len() / self.depth.max(1)
     }
 
-    fn stripe(&self, number: usize) -> &[[f32; W]] {
+    /// Rows of the matrix.
+    pub(crate) fn depth(&self) -> usize {
+        self.depth
+    }
+
+    pub(crate) fn stripe(&self, number: usize) -> &[[f32; W]] {
         &self.data[number * self.depth..][..self.depth]
     }
 }

@@ -119,18 +119,20 @@ fn vectors_stay_inside() {
     }
 }
 
-/// Two queries meet the first `s` keys and values.
+/// Two queries, and then many, meet the first `s` keys and values.
 fn attend(k: Kernels, queries: &Guarded, s: usize, keys: KvRows<'_>, values: KvRows<'_>, value: usize) {
     let queries = queries.f32s();
     let key = queries.len() / 2;
-    let mut tile = QueryTile::default();
-    tile.begin(key, value, 1.0);
-    for query in queries.chunks_exact(key) {
-        tile.add(0..s, Some(0.1)).copy_from_slice(query);
+    for n in [2, 35] {
+        let mut tile = QueryTile::default();
+        tile.begin(key, value, 1.0);
+        for query in queries.chunks_exact(key).cycle().take(n) {
+            tile.add(0..s, Some(0.1)).copy_from_slice(query);
+        }
+        k.attend_block(&mut tile, &KeyBlock::new(0..s, keys, values));
+        tile.finish();
+        assert!(tile.results().iter().all(|v| v.is_finite()));
     }
-    k.attend_block(&mut tile, &KeyBlock::new(0..s, keys, values));
-    tile.finish();
-    assert!(tile.results().iter().all(|v| v.is_finite()));
 }
 
 #[test]

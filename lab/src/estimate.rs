@@ -99,6 +99,8 @@ pub struct Needs {
     pub kv_cache_bytes: u64,
     /// Size of the longest expert.
     pub expert_bytes: u64,
+    /// And of the shortest: types can differ between layers.
+    pub smallest_expert_bytes: u64,
     /// Experts of the model.
     pub experts: usize,
     /// Experts that one token uses, over all layers.
@@ -175,6 +177,7 @@ impl Needs {
             }),
             kv_cache_bytes: Sequence::touched(spec, context, kv_type),
             expert_bytes: experts().map(|e| e.padded_len).max().unwrap_or(0),
+            smallest_expert_bytes: experts().map(|e| e.padded_len).min().unwrap_or(0),
             experts: experts().count(),
             experts_per_token: spec.routed_per_token(),
             token_cycle_bytes: cycle(&|e| e.padded_len),
@@ -211,8 +214,10 @@ impl StepWork {
         let chosen: f64 = routed.map(|(layer, top_k)| top_k as f64 * weights(ExtentKind::Expert, Some(layer))).sum();
         let needs = Needs::of(file.spec(), file.extents(), position as usize, kv_type);
         let keys = sequences as f64 * needs.kv_cache_bytes as f64;
+        // Experts of all sizes are used as often as their layers choose them.
+        let expert_bytes = needs.token_cycle_bytes as f64 / needs.experts_per_token.max(1) as f64;
         StepWork {
-            touched_bytes: needs.dense_bytes as f64 + experts * needs.expert_bytes as f64 + keys,
+            touched_bytes: needs.dense_bytes as f64 + experts * expert_bytes + keys,
             operations: 2.0 * sequences as f64 * (dense + chosen),
         }
     }

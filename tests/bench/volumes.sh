@@ -8,12 +8,12 @@
 # Without MODEL, a model of random weights is made (a few hundred MB). With your own drives, measure each first (`sluice bench disk DIR`), so
 # that shares fit them. The volumes are removed afterwards.
 #
-# BUDGET (of memory; default: two thirds of the model if drives are simulated, else half more than the least), TOKENS (32), ROUNDS (5), DRIVE (1GB/s,80us) and SLUICE (target/release/sluice) come from
-# the environment. Needs jq.
+# BUDGET (of memory; default: the least and a sixth of the rest if drives are simulated, else half more than the least), TOKENS (32), ROUNDS
+# (5), DRIVE (200MB/s,80us: slow enough to be the limit on any machine) and SLUICE (target/release/sluice) come from the environment. Needs jq.
 set -euo pipefail
 export LC_ALL=C
 
-readonly TOKENS=${TOKENS:-32} ROUNDS=${ROUNDS:-5} DRIVE=${DRIVE:-1GB/s,80us}
+readonly TOKENS=${TOKENS:-32} ROUNDS=${ROUNDS:-5} DRIVE=${DRIVE:-200MB/s,80us}
 root=$(cd "$(dirname "$0")/../.." && pwd)
 readonly SLUICE=${SLUICE:-${CARGO_TARGET_DIR:-$root/target}/release/sluice}
 
@@ -32,7 +32,7 @@ simulated=()
 if [ "$1" = --simulated ]; then
     simulated=(--drive "$DRIVE")
     model=${2:-$scratch/model.sluice}
-    [ -e "$model" ] || "$SLUICE" synth qwen3-30b-a3b "$model" --layers 4 --type q4 --dense-type q8 >/dev/null
+    [ -e "$model" ] || "$SLUICE" synth qwen3-30b "$model" --layers 4 --type q4 --dense-type q8 >/dev/null
     mkdir "$scratch/a" "$scratch/b"
     folders=("$scratch/a" "$scratch/b")
     shares=(--shares "1,1")
@@ -47,7 +47,8 @@ json=$("$SLUICE" restripe "$model" --volumes "$list" "${shares[@]}" --json)
 mapfile -t made < <(jq -r '.files[]' <<<"$json")
 facts=$("$SLUICE" inspect "$model" --json)
 if [ ${#simulated[@]} -gt 0 ]; then
-    budget=${BUDGET:-$(jq '.file_bytes * 2 / 3 | floor' <<<"$facts")}
+    # Few experts fit, so that the drives are the limit, as they are for models that need several.
+    budget=${BUDGET:-$(jq '.least_budget + (.file_bytes - .least_budget) / 6 | floor' <<<"$facts")}
 else
     budget=${BUDGET:-$(jq '.least_budget * 3 / 2 | floor' <<<"$facts")}
 fi

@@ -146,7 +146,7 @@ function status(state) {
   const stats = {
     tokens: 46, seconds: 4.96, attention_seconds: 0.71, expert_seconds: 1.62, io_wait_seconds: 2.05, head_seconds: 0.21,
     other_seconds: 0.37, hits: 11_300, misses: 10_044, prefetched: 3100, prefetched_used: 2700, prefetched_wasted: 300,
-    expert_bytes_read: 26_400_000_000, dense_bytes_read: 0,
+    expert_bytes_read: 26_400_000_000, dense_bytes_read: 0, replaced: 0, warmed: 0, warmed_bytes: 0,
   };
   const report = {
     name: "deepseek-v3.2-q4", family: "deepseek_v32", at_rest: false, read_path: "io_uring (registered buffers), direct", isa: "avx512",

@@ -369,6 +369,28 @@ fn another_run_of_the_program_goes_on_from_the_drive() {
 }
 
 #[test]
+fn another_run_goes_on_with_a_conversation_of_less_than_a_page() {
+    for (name, ty) in MODELS {
+        let model = Converted::new(name, ty);
+        let folder = tempfile::tempdir().unwrap();
+        let mut text = prompt(&model.open(&options(1, 240)), 1, 20);
+        let mut house = House::new(model.open(&options(2, 240)), with_store(folder.path()));
+        let (heard, _) = ask(&mut house, Request::new(text.clone(), 10));
+        text.extend(&heard.ids);
+        let seen = text.len() - 1;
+        assert!(seen < 64);
+        text.extend(prompt(&house.engine, 2, 5));
+        house.scheduler.release_kept();
+        drop(house);
+        let mut house = House::new(model.open(&options(2, 240)), with_store(folder.path()));
+        let (heard, computed) = ask(&mut house, Request::new(text.clone(), 10));
+        assert_eq!((heard.usage.cached_tokens, computed as usize), (seen, text.len() - seen + 9), "{name}");
+        let mut alone = House::new(model.open(&options(1, 240)), SchedulerOptions::default());
+        assert_eq!(ask(&mut alone, Request::new(text, 10)).0.said(), heard.said(), "{name}");
+    }
+}
+
+#[test]
 fn a_program_that_is_killed_in_a_long_prompt_loses_little_of_it() {
     for (name, ty) in MODELS {
         let model = Converted::new(name, ty);

@@ -15,11 +15,14 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use sluice_model::Stats;
+use sluice_model::memory::Bytes;
 use sluice_server::ask::{Ask, Chat, Input as Asked};
 use sluice_server::error::Kind;
 use sluice_sessions::Store;
 
 use crate::error::CliError;
+use crate::terminal::counted;
 use command::{COMMANDS, Command, Entry, KEYS};
 use conversation::{Conversation, Folder, Kept, Listed, Said, Turn};
 use input::{Input, Typed};
@@ -33,11 +36,16 @@ const LOOKS: usize = 50;
 /// Conversations that a list shows.
 const LISTED: usize = 20;
 
+/// Least characters of a name that is taken for another one if a single slip, such as two letters in the wrong order, makes it so. Of two
+/// letters, one slip leaves nothing.
+const SLIP: usize = 3;
+
 /// The known name that is most similar to an unknown one, if any is similar.
 pub(crate) fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+    let is_slip = |other: &str| name.chars().count() >= SLIP && strsim::osa_distance(name, other) == 1;
     let likeness = |other: &&'a str| (strsim::jaro_winkler(name, other), *other);
-    let best = known.iter().map(likeness).max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 >= LIKE).then_some(best.1)
+    let alike = known.iter().map(likeness).filter(|(likeness, other)| *likeness >= LIKE || is_slip(other));
+    alike.max_by(|a, b| a.0.total_cmp(&b.0)).map(|best| best.1)
 }
 
 /// A running chat.
@@ -376,6 +384,7 @@ impl Session {
                 "memory   room for {} of {} experts; {}, {} threads\ndrive    {}\n",
                 memory.slots, memory.experts, report.isa, report.threads, report.read_path
             );
+            text += &warmed(&report.total);
         }
         text += &match &self.took {
             Some(took) => took.describe(),
@@ -450,6 +459,18 @@ fn described(list: &[Listed]) -> String {
     lines.join("\n")
 }
 
+/// What was read while nothing was asked, as a line; nothing where nothing was.
+fn warmed(total: &Stats) -> String {
+    match total.warmed {
+        0 => String::new(),
+        n => format!(
+            "         {} ({}) read while there was nothing to do\n",
+            counted(n, "expert"),
+            Bytes(total.warmed_bytes)
+        ),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -458,7 +479,17 @@ mod tests {
     fn only_a_name_that_is_like_it_is_proposed() {
         assert_eq!(nearest("tempratur", &["temperature", "top_p"]), Some("temperature"));
         assert_eq!(nearest("zzz", &["temperature", "top_p"]), None);
+        // Short names have little in common after a slip.
+        assert_eq!(nearest("rnu", &["rm", "run"]), Some("run"));
+        assert_eq!(nearest("rx", &["rm", "run"]), None);
         assert_eq!(nearest("a", &[]), None);
+    }
+
+    #[test]
+    fn what_was_read_meanwhile_is_said() {
+        assert_eq!(warmed(&Stats::default()), "");
+        let said = warmed(&Stats { warmed: 1, warmed_bytes: 3 << 20, ..Stats::default() });
+        assert!(said.contains("1 expert (3.0 MiB) read"), "{said}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use sluice_storage::io::{Calibration, CalibrationStore, DEPTH_MAX, DirectMode, I
 use crate::error::CliError;
 use crate::plot::{self, LineChart, Series};
 use crate::progress::{byte_bar, step_bar};
-use crate::size::parse_size;
+use crate::size::{parse_bytes, parse_size};
 use crate::terminal::{note, print, print_json};
 
 /// Smaller files may fit into a drive's own memory, so their results are not kept.
@@ -431,7 +431,7 @@ fn chart(report: &Report<'_>) -> LineChart {
 
 /// A block that an engine can read; others are refused before a scratch file is written.
 fn parse_block(text: &str) -> Result<usize, String> {
-    let chunk_bytes = usize::try_from(parse_size(text)?).unwrap_or(usize::MAX);
+    let chunk_bytes = usize::try_from(parse_bytes(text)?).unwrap_or(usize::MAX);
     match (IoConfig { chunk_bytes, prefetch_depth: 1, ..IoConfig::default() }).validate() {
         Ok(()) => Ok(chunk_bytes),
         Err(IoError::Config { rule, .. }) => Err(format!("a block is {rule}")),

@@ -21,8 +21,8 @@ use crate::terminal::{counted, print, print_json};
 
 const EXAMPLES: &str = "\
 Every measurement takes turns with reading the same memory without computing anything, by the best of several loops, and the \
-median counts: on a busy machine both suffer alike. SLUICE_ISA (scalar, avx2, avxvnni, avx512, neon, i8mm) measures other \
-instructions. Products that take long are cut to a part of their rows, so that the default takes a few minutes at most.
+median counts: on a busy machine both suffer alike. The share of plain reading is taken turn by turn, and its median counts. \
+SLUICE_ISA (scalar, avx2, avxvnni, avx512, neon, i8mm) measures other instructions. Products that take long are cut to a part of their rows, so that the default takes a few minutes at most.
 
 Examples:
   sluice bench kernels
@@ -81,6 +81,9 @@ struct TypeSpeed {
     gemv_gb_per_s: f64,
     /// The rate of plain reading between these measurements.
     read_gb_per_s: f64,
+    /// The median of the products' rates, each divided by that of the plain reading before it: the speed of memory changes while a
+    /// machine is measured, so this says more than the quotient of two medians.
+    share_of_reading: f64,
     gemm_64_gop_per_s: f64,
     gemm_512_gop_per_s: f64,
 }
@@ -121,7 +124,7 @@ fn describe(report: &Report) -> String {
         let width = types.iter().map(|t| t.name.len()).max().unwrap_or(0).max(6);
         let _ = writeln!(out, "{:<width$} {:>17} {:>18} {:>12}", "type", "1 token", "64 tokens", "512 tokens");
         for t in types {
-            let share = 100.0 * t.gemv_gb_per_s / t.read_gb_per_s;
+            let share = 100.0 * t.share_of_reading;
             let [gemv, few, many] = [(t.gemv_gb_per_s, 1), (t.gemm_64_gop_per_s, 0), (t.gemm_512_gop_per_s, 0)]
                 .map(|(speed, places)| format!("{speed:.*}", if speed < 1.0 { 2 } else { places }));
             let _ = writeln!(out, "{:<width$} {gemv:>6} GB/s {share:>3.0} % {few:>12} GOP/s {many:>6} GOP/s", t.name);
@@ -154,12 +157,16 @@ impl Bench<'_> {
         // Always all bytes: a part of them may be in a cache, which does not help products that are so slow.
         let pairs = (0..ROUNDS).map(|_| (self.read(self.data), product.seconds(groups)));
         let (read, gemv): (Vec<_>, Vec<_>) = pairs.unzip();
+        // Products read whole row groups.
+        let part = (groups * product.group) as f64 / self.data.len() as f64;
+        let shares: Vec<_> = read.iter().zip(&gemv).map(|(read, gemv)| part * read / gemv).collect();
         let rate = |bytes: usize, seconds: &[f64]| bytes as f64 / median(seconds) / 1e9;
         let [gemm_64_gop_per_s, gemm_512_gop_per_s] = GEMM_TOKENS.map(|n| self.gemm(ty, n));
         TypeSpeed {
             name: ty.name(),
             gemv_gb_per_s: rate(groups * product.group, &gemv),
             read_gb_per_s: rate(self.data.len(), &read),
+            share_of_reading: median(&shares),
             gemm_64_gop_per_s,
             gemm_512_gop_per_s,
         }

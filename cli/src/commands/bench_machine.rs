@@ -15,13 +15,16 @@ use sluice_storage::io::{CalibrationStore, DataFile, DirectMode};
 use super::bench_kernels::{Bench, TAME};
 use crate::error::CliError;
 use crate::machine::{MachineFile, Measured};
-use crate::progress::step_bar;
+use crate::progress::{Meter, step_bar};
 use crate::size::{parse_count, parse_size};
-use crate::terminal::{counted, print, print_json};
+use crate::terminal::{counted, note, print, print_json};
 
 const EXAMPLES: &str = "\
 What is measured is kept in ~/.cache/sluice/machine.json, and `sluice plan` uses it from then on. FILE can be any file on the drive \
 that models lie on: if `sluice bench disk` has measured that drive, its speed is kept as well.
+
+It measures in several rounds, and the best of each figure counts, since other programs can only make it worse. Where the rounds differ \
+much, the machine was busy, and nothing is kept.
 
 Examples:
   sluice bench machine
@@ -46,6 +49,10 @@ pub(crate) struct Args {
     /// Also write the measurements to this file, for `sluice plan --machine` on another machine
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+
+    /// Keep and write the measurements even if the rounds differ by more than 20 %, which other programs cause
+    #[arg(long)]
+    save_anyway: bool,
 
     /// Do not keep the measurements for this machine
     #[arg(long)]
@@ -72,6 +79,78 @@ const TYPES: [WeightType; 9] = [
 /// Rows of the products that measure the arithmetic of attention: as many as there are keys in a block.
 const ATTENTION_ROWS: usize = 64;
 
+/// How often everything is measured.
+const ROUNDS: usize = 3;
+/// Part by which the worst round may be slower than the best one.
+const SPREAD_MAX: f64 = 0.2;
+
+/// What one round has measured, or the best of several.
+#[derive(Clone, Debug, PartialEq)]
+struct Round {
+    /// Bytes per second of plain reading.
+    memory: f64,
+    /// By type, bytes of weights per second of all threads, and of those that compute while the drive is read.
+    products: Vec<(WeightType, f64, f64)>,
+    /// Operations of f32 per second.
+    operations: f64,
+    /// Seconds of the smallest product.
+    section: f64,
+}
+
+impl Round {
+    fn of(bench: &Bench<'_>, beside: Option<&Bench<'_>>, bar: &Meter) -> Round {
+        let memory = bench.read_rate();
+        bar.inc(1);
+        let product = |ty| {
+            // Where as many threads compute, the rate is the same one, and not another measurement of it.
+            let rate = bench.product_rate(ty);
+            let beside = beside.map_or(rate, |beside| beside.product_rate(ty));
+            bar.inc(1);
+            (ty, rate, beside)
+        };
+        let products = TYPES.map(product).to_vec();
+        let operations = 1e9 * bench.gemm(WeightType::F32, ATTENTION_ROWS);
+        bar.inc(1);
+        let section = bench.section();
+        bar.inc(1);
+        Round { memory, products, operations, section }
+    }
+
+    /// The rates, with what they are of.
+    fn rates(&self) -> Vec<(String, f64)> {
+        let mut rates = vec![("memory".to_owned(), self.memory), ("attention".to_owned(), self.operations)];
+        for (ty, all, beside) in &self.products {
+            rates.push((ty.name().to_owned(), *all));
+            rates.push((format!("{} while the drive is read", ty.name()), *beside));
+        }
+        rates
+    }
+
+    /// The better of each figure of both: whatever else runs can only make one worse.
+    fn or_better(&self, other: &Round) -> Round {
+        let products = self.products.iter().zip(&other.products);
+        Round {
+            memory: self.memory.max(other.memory),
+            products: products.map(|(a, b)| (a.0, a.1.max(b.1), a.2.max(b.2))).collect(),
+            operations: self.operations.max(other.operations),
+            section: self.section.min(other.section),
+        }
+    }
+}
+
+/// The part by which the worst round is slower than the best, of the rate where that is most, and which that is. What the smallest product
+/// takes is not counted: it is a few microseconds.
+fn spread(rounds: &[Round]) -> (f64, String) {
+    let all: Vec<_> = rounds.iter().map(Round::rates).collect();
+    let Some(first) = all.first() else { return (0.0, String::new()) };
+    let spread = |(number, (name, _)): (usize, &(String, f64))| {
+        let rates = all.iter().map(|rates| rates[number].1);
+        let (least, most) = rates.fold((f64::INFINITY, 0.0f64), |(a, b), rate| (a.min(rate), b.max(rate)));
+        (1.0 - least / most, name.clone())
+    };
+    first.iter().enumerate().map(spread).max_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or_default()
+}
+
 /// Of so many threads, those that compute while the drive is read: as the engine does it, one fewer if they take all cores.
 pub(super) fn threads_beside_reads(threads: usize) -> usize {
     let cores = available_parallelism().map_or(1, NonZeroUsize::get);
@@ -82,17 +161,41 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     if let Some(out) = &args.out {
         CliError::refuse_output(out, &args.file.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
     }
-    let machine = measure(args)?;
-    if let Some(out) = &args.out {
-        machine.save(out)?;
+    let (machine, (differ, what)) = measure(args)?;
+    let is_busy = differ > SPREAD_MAX;
+    let said = format!("{ROUNDS} rounds differ by {:.0} % ({what}), so other programs were busy", 100.0 * differ);
+    if is_busy {
+        let kept = if args.save_anyway {
+            "kept all the same"
+        } else {
+            "not kept: try again when nothing else runs, or --save-anyway"
+        };
+        let kept = if args.no_save { String::new() } else { format!(": {kept}") };
+        note(&format_args!("note: {said}{kept}"));
     }
-    if let Some(path) = MachineFile::of_user().filter(|_| !args.no_save) {
+    let is_good = !is_busy || args.save_anyway;
+    if let Some(path) = MachineFile::of_user().filter(|_| is_good && !args.no_save) {
         machine.save(&path)?;
     }
-    if args.json { print_json(&machine) } else { print(&describe(&machine)) }
+    if let Some(out) = args.out.as_ref().filter(|_| is_good) {
+        machine.save(out)?;
+    }
+    if args.json {
+        print_json(&machine)?
+    } else {
+        print(&describe(&machine))?
+    }
+    match &args.out {
+        Some(out) if !is_good => Err(CliError::Failure(format!(
+            "{} is not written: {said}. Try again when nothing else runs, or say --save-anyway",
+            out.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
-fn measure(args: &Args) -> Result<MachineFile, CliError> {
+/// Measures in rounds: the best of each figure, and by how much the rounds differ, and in what.
+fn measure(args: &Args) -> Result<(MachineFile, (f64, String)), CliError> {
     let (available, drive) = (available_memory(), args.file.as_deref().map(drive).transpose()?.flatten());
     let ram = SystemMemory::read(Path::new("/")).total.unwrap_or(available);
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
@@ -104,25 +207,17 @@ fn measure(args: &Args) -> Result<MachineFile, CliError> {
         .map_err(|_| CliError::Failure(format!("the system has no {} of memory: lower --bytes", Bytes(args.bytes))))?;
     data.resize(bytes, TAME);
     let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
-    let bar = step_bar("measuring", 3 + TYPES.len() as u64);
-    let memory = bench.read_rate();
-    bar.inc(1);
+    let bar = step_bar("measuring", (ROUNDS * (3 + TYPES.len())) as u64);
     let threads = bench.pool.threads();
     let fewer = threads_beside_reads(threads);
     let beside = (fewer < threads).then(|| Bench { kernels, pool: ThreadPool::new(fewer), data: &data });
-    let products = TYPES.map(|ty| {
-        // Where as many threads compute, the rate is the same one, and not another measurement of it.
-        let rate = bench.product_rate(ty);
-        let beside = beside.as_ref().map_or(rate, |beside| beside.product_rate(ty));
-        bar.inc(1);
-        (ty, rate, beside)
-    });
-    let operations = 1e9 * bench.gemm(WeightType::F32, ATTENTION_ROWS);
-    bar.inc(1);
-    let section = bench.section();
+    let rounds: Vec<Round> = (0..ROUNDS).map(|_| Round::of(&bench, beside.as_ref(), &bar)).collect();
     bar.finish_and_clear();
-    let measured = Measured { memory, products: &products, operations, section };
-    Ok(MachineFile::new((ram, available, drive), &measured, (kernels.isa_name(), threads)))
+    let best = rounds[1..].iter().fold(rounds[0].clone(), |best, round| best.or_better(round));
+    let Round { memory, products, operations, section } = &best;
+    let measured = Measured { memory: *memory, products, operations: *operations, section: *section };
+    let machine = MachineFile::new((ram, available, drive), &measured, (kernels.isa_name(), threads));
+    Ok((machine, spread(&rounds)))
 }
 
 /// Bytes per second of the drive below a file, if it has been calibrated. Of a model that is striped over several drives: of all of them
@@ -153,7 +248,7 @@ pub(crate) fn calibrated(store: &CalibrationStore, path: &Path) -> Result<Option
 }
 
 /// The drive below a file or folder.
-fn device(path: &Path) -> Result<DeviceId, CliError> {
+pub(crate) fn device(path: &Path) -> Result<DeviceId, CliError> {
     let failed = |source| CliError::File { path: path.to_owned(), action: "find its drive", source };
     let opened = DataFile::open(path, DirectMode::Never).map_err(|e| CliError::Failure(e.to_string()))?;
     DeviceId::of(&opened).map_err(failed)
@@ -178,4 +273,30 @@ fn describe(machine: &MachineFile) -> String {
     }
     let _ = writeln!(out, "{:<12} {section:.1} µs for the smallest product", "threads");
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(memory: f64, q4: (f64, f64), operations: f64, section: f64) -> Round {
+        let products = vec![(WeightType::Q8, 20e9, 18e9), (WeightType::Q4, q4.0, q4.1)];
+        Round { memory, products, operations, section }
+    }
+
+    #[test]
+    fn the_best_of_each_figure_counts() {
+        let rounds = [round(20e9, (8e9, 9e9), 1e11, 6e-6), round(25e9, (10e9, 7e9), 9e10, 5e-6)];
+        assert_eq!(rounds[0].or_better(&rounds[1]), round(25e9, (10e9, 9e9), 1e11, 5e-6));
+    }
+
+    #[test]
+    fn rounds_that_differ_are_known_by_what_differs_most() {
+        let calm = round(25e9, (10e9, 9e9), 1e11, 5e-6);
+        assert_eq!(spread(&[calm.clone(), calm.clone()]).0, 0.0);
+        // What the smallest product takes does not count.
+        assert_eq!(spread(&[calm.clone(), round(25e9, (10e9, 9e9), 1e11, 9e-6)]).0, 0.0);
+        let (differ, what) = spread(&[round(24e9, (10e9, 6e9), 1e11, 5e-6), calm]);
+        assert!((differ - 1.0 / 3.0).abs() < 1e-9 && what == "q4 while the drive is read", "{differ} {what}");
+    }
 }

@@ -25,7 +25,7 @@ use crate::error::CliError;
 use crate::fetch::{Fetched, confirm, reference};
 use crate::input::read_text;
 use crate::progress::{Meter, byte_bar};
-use crate::size::parse_size;
+use crate::size::parse_bytes;
 use crate::striping::{StripingArgs, destination};
 use crate::terminal::{counted, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
@@ -117,7 +117,7 @@ pub(crate) struct Args {
     compress: bool,
 
     /// Most bytes of one file, such as 50GB: a larger model becomes NAME-00001-of-00014.sluice and so on
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "volumes")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with = "volumes")]
     split_size: Option<u64>,
 
     #[command(flatten)]
@@ -444,7 +444,7 @@ pub(crate) fn explain(error: ConvertError) -> CliError {
     match error {
         ConvertError::Exists { path } => {
             let path = path.display();
-            CliError::Failure(format!("{path} exists already. Choose another name, or replace it with --overwrite"))
+            CliError::Usage(format!("{path} exists already. Choose another name, or replace it with --overwrite"))
         }
         other => other.into(),
     }

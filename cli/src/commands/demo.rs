@@ -152,7 +152,7 @@ impl Show {
 fn check_folder(checkpoint: &Path, model: &Path) -> Result<(), CliError> {
     let foreign = |path: &Path| {
         let path = path.display();
-        CliError::Failure(format!("{path} is there already and is not the demo's: choose another folder, or move it"))
+        CliError::Usage(format!("{path} is there already and is not the demo's: choose another folder, or move it"))
     };
     for (name, bytes) in CHECKPOINT {
         let path = checkpoint.join(name);

@@ -83,10 +83,16 @@ fn examine(root: &Path, path: &Path) -> Result<Vec<Finding>, CliError> {
     findings.extend(limits::locked_memory(root, available));
     findings.push(limits::io_uring(root, &try_uring()));
     findings.extend(limits::open_files(root));
-    findings.extend(storage(root, path, &folder));
-    for other in other_volumes(path) {
-        let folder = drive::folder_of(&other).map_err(CliError::file(&other, "find it"))?;
-        findings.extend(storage(root, &other, &folder));
+    match &volumes(path)[..] {
+        [] => findings.extend(storage(root, path, &folder)),
+        volumes => {
+            for volume in volumes {
+                let folder = drive::folder_of(volume).map_err(CliError::file(volume, "find it"))?;
+                let name = Some(volume.display().to_string());
+                let of_volume = storage(root, volume, &folder);
+                findings.extend(of_volume.into_iter().map(|finding| Finding { volume: name.clone(), ..finding }));
+            }
+        }
     }
     findings.push(processor::processor(root, std::thread::available_parallelism().map_or(1, usize::from)));
     findings.push(processor::instructions(&Kernels::detect()));
@@ -109,10 +115,10 @@ fn model(path: &Path) -> (Option<Finding>, Option<Needs>) {
     (Some(Finding::ok("model", is)), Some(needs))
 }
 
-/// The volumes of a striped model behind the first, which usually lie on drives of their own.
-fn other_volumes(path: &Path) -> Vec<PathBuf> {
+/// The volumes of a striped model, which usually lie on drives of their own; none for other models.
+fn volumes(path: &Path) -> Vec<PathBuf> {
     let model = if path.is_dir() { None } else { ModelFile::open(path).ok().filter(ModelFile::is_striped) };
-    let volumes = model.iter().flat_map(|model| model.volumes()).skip(1);
+    let volumes = model.iter().flat_map(|model| model.volumes());
     volumes.map(|volume| volume.path().to_owned()).collect()
 }
 

@@ -15,7 +15,7 @@ use sluice_text::ChatTemplate;
 
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
-use crate::terminal::{counted, note, print, print_json};
+use crate::terminal::{counted, each, note, print, print_json};
 
 const EXAMPLES: &str = "\
 Reads the tables, not the weights: an instant even for a file of a terabyte.
@@ -82,6 +82,8 @@ struct Report {
     expert_count: usize,
     /// Size of the largest expert.
     expert_bytes: u64,
+    /// And of the smallest: layers can have experts of different types.
+    smallest_expert_bytes: u64,
     /// Experts that one token routes to, over all layers.
     experts_per_token: usize,
     /// Their size: what a token reads if none is in memory.
@@ -157,6 +159,8 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
     if args.context.is_some_and(|asked| asked as usize > context) {
         note(&format_args!("note: this is for {context} tokens of context, the most that the model takes"));
     }
+    let experts = || file.extents().iter().filter(|e| e.kind == ExtentKind::Expert && spec.decodes(e));
+    let expert_sizes = || experts().map(|e| e.padded_len);
     let template = ChatTemplate::find(|name| file.metadata().get(name));
     let provenance = file.metadata().get(PROVENANCE_BLOB).and_then(|b| serde_json::from_slice(b).ok());
     Report {
@@ -180,13 +184,8 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         experts_per_layer: moe.iter().map(|m| m.experts).max().unwrap_or(0),
         top_k: moe.iter().map(|m| m.top_k).max().unwrap_or(0),
         expert_count: moe.iter().map(|m| m.experts).sum(),
-        expert_bytes: file
-            .extents()
-            .iter()
-            .filter(|e| e.kind == ExtentKind::Expert && spec.decodes(e))
-            .map(|e| e.padded_len)
-            .max()
-            .unwrap_or(0),
+        expert_bytes: expert_sizes().max().unwrap_or(0),
+        smallest_expert_bytes: expert_sizes().min().unwrap_or(0),
         experts_per_token: spec.routed_per_token(),
         token_cycle_bytes: file.token_cycle_bytes(),
         prediction_bytes: prediction_bytes(file),
@@ -272,10 +271,11 @@ fn experts(r: &Report) -> Vec<(&'static str, String)> {
     if r.moe_layers == 0 {
         return vec![("experts", "none: every token reads what does not fit in memory".into())];
     }
-    let (layer, token, each) = (r.experts_per_layer, r.top_k, Bytes(r.expert_bytes));
+    let (layer, token) = (r.experts_per_layer, r.top_k);
+    let each = each(Bytes(r.smallest_expert_bytes).to_string(), Bytes(r.expert_bytes).to_string());
     let (cycle, all) = (Bytes(r.token_cycle_bytes), r.experts_per_token);
     vec![
-        ("experts", format!("{layer} in each of those layers, {token} per token; {each} each")),
+        ("experts", format!("{layer} in each of those layers, {token} per token; {each}")),
         (
             "token cycle",
             format!("{cycle}: the {} of one token, read from the drive when none is in memory", counted(all, "expert")),

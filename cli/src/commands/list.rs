@@ -50,7 +50,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             (Some(family), _) => family,
             (None, _) => "cannot be opened: `sluice verify` says why",
         };
-        format!("{:width$}  {:>12}  {what}\n", e.name, Bytes(e.bytes).to_string())
+        // What has the same name is told apart by its file.
+        let is_alone = entries.iter().filter(|other| other.name == e.name).count() == 1;
+        let file = if is_alone { String::new() } else { format!("  {}", e.path.display()) };
+        format!("{:width$}  {:>12}  {what}{file}\n", e.name, Bytes(e.bytes).to_string())
     };
     let total: u64 = entries.iter().map(|e| e.bytes).sum();
     let lines: String = entries.iter().map(line).collect();

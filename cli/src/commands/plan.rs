@@ -29,7 +29,7 @@ use crate::error::CliError;
 use crate::fetch::model_file;
 use crate::machine::MachineFile;
 use crate::size::{parse_size, parse_speed};
-use crate::terminal::{counted, note, print, print_json, seconds};
+use crate::terminal::{counted, each, note, print, print_json, seconds};
 use crate::types as asked;
 
 const EXAMPLES: &str = "\
@@ -131,6 +131,9 @@ struct Report {
     speed: Option<Speed>,
     /// What to expect within them: the simulated schedule.
     forecast: Option<Forecast>,
+    /// The file that describes the machine, if it is another one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    machine_file: Option<PathBuf>,
     /// The trace that its misses come from, if one of this model was given.
     trace: Option<PathBuf>,
     warnings: Vec<String>,
@@ -353,6 +356,7 @@ fn report(
         compression,
         speed: speed.ok(),
         forecast,
+        machine_file: args.machine.clone(),
         trace: args.trace.clone(),
         warnings,
     })
@@ -539,8 +543,8 @@ fn describe(r: &Report) -> String {
     let dense = if n.experts > 0 { "routers, shared experts" } else { "feed-forward" };
     part("dense parts", n.dense_bytes, format!("attention, {dense}, output head"));
     if n.experts > 0 {
-        let each = gigabytes(n.expert_bytes);
-        part("experts", n.token_cycle_bytes, format!("the token cycle: {} of {each} each", n.experts_per_token));
+        let each = each(gigabytes(n.smallest_expert_bytes), gigabytes(n.expert_bytes));
+        part("experts", n.token_cycle_bytes, format!("the token cycle: {} of {each}", n.experts_per_token));
     }
     part(
         "keys and values",
@@ -551,7 +555,7 @@ fn describe(r: &Report) -> String {
         out.push_str(&describe_speed(r, speed, forecast));
     }
     if let Some(compression) = &r.compression {
-        let _ = writeln!(out, "\n{}", describe_compression(compression, r.machine.ssd));
+        let _ = writeln!(out, "\n{}", describe_compression(compression, r.machine.ssd, r.machine_file.as_deref()));
     }
     for warning in &r.warnings {
         let _ = writeln!(out, "\nwarning: {warning}");
@@ -559,14 +563,27 @@ fn describe(r: &Report) -> String {
     out
 }
 
-fn describe_compression(c: &Compression, ssd: u64) -> String {
+/// `machine`: the file that describes the machine of the plan, if it is not the one that measures decompression now.
+fn describe_compression(c: &Compression, ssd: u64, machine: Option<&Path>) -> String {
     let CompressionWorth { stored_part, decompressed_per_second, pays_below } = c.worth;
-    let rates = format!("the threads of this machine decompress {}/s", gigabytes(decompressed_per_second as u64));
+    let rate = gigabytes(decompressed_per_second as u64);
+    // Decompression is measured now, and another machine's file does not say it.
+    let (whose, drive, condition) = match machine {
+        None => ("this machine".to_owned(), "this drive", ""),
+        Some(file) => (
+            format!("the machine that makes this plan, not of that in {},", file.display()),
+            "its drive",
+            ", if its threads do the same",
+        ),
+    };
+    let rates = format!("the threads of {whose} decompress {rate}/s");
     let part = 100.0 * stored_part;
     let drives = match (ssd as f64) < pays_below {
-        true => "which pays on this drive",
-        false if (ssd as f64) < decompressed_per_second => "which pays on this drive as far as reads overlap",
-        false => "for which this drive is too fast",
+        true => format!("which pays on {drive}{condition}"),
+        false if (ssd as f64) < decompressed_per_second => {
+            format!("which pays on {drive} as far as reads overlap{condition}")
+        }
+        false => format!("for which {drive} is too fast{condition}"),
     };
     match c.done {
         true => format!("experts are compressed; {rates}, {drives}"),
@@ -641,6 +658,19 @@ fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn decompression_is_said_of_the_machine_that_was_measured() {
+        let worth = CompressionWorth { stored_part: 0.67, decompressed_per_second: 5e9, pays_below: 3e9 };
+        let compression = Compression { done: false, worth };
+        let here = describe_compression(&compression, 1_000_000_000, None);
+        assert!(here.contains("threads of this machine decompress") && here.ends_with("pays on this drive"), "{here}");
+        for (ssd, said) in [(1, "pays on its drive"), (4, "as far as reads overlap"), (9, "its drive is too fast")] {
+            let there = describe_compression(&compression, ssd * 1_000_000_000, Some(Path::new("far.json")));
+            assert!(!there.contains("this machine") && there.contains("far.json"), "{there}");
+            assert!(there.contains(said) && there.ends_with("if its threads do the same"), "{there}");
+        }
+    }
 
     #[test]
     fn sizes_that_suffice_are_rounded_up() {

@@ -23,9 +23,13 @@ Examples:
   sluice restripe r1.sluice --volumes /mnt/a,/mnt/b --shares 2,1
   sluice restripe /mnt/a/r1-00001-of-00002.sluice --into r1.sluice    one file again";
 
+const USAGE: &str = "\
+sluice restripe <FILE> --volumes <DIR1,DIR2…> [--shares <N1,N2…>] [OPTIONS]
+       sluice restripe <FILE> --into <FILE> [OPTIONS]";
+
 /// Divide a model file among several drives, which are then read at the same time, or join it to one file again
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, override_usage = USAGE)]
 pub(crate) struct Args {
     /// The model file, or the first of its volumes
     pub(crate) file: PathBuf,

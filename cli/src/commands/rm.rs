@@ -20,7 +20,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Its name, as `sluice list` shows it
+    /// Its name, as `sluice list` shows it, or its file, where several models have that name
     name: String,
 
     /// Do not ask
@@ -36,6 +36,13 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         return Err(CliError::Failure(format!(
             "{} has no model called {}; `sluice list` shows all of them",
             models.folder().display(),
+            args.name
+        )));
+    }
+    if found.iter().filter(|entry| !entry.interrupted).count() > 1 {
+        let paths: String = found.iter().map(|entry| format!("\n  {}", entry.path.display())).collect();
+        return Err(CliError::Usage(format!(
+            "{} is the name of several models; name one of these files:{paths}",
             args.name
         )));
     }

@@ -147,6 +147,7 @@ const UNLIMITED: usize = usize::MAX;
 
 /// The results of all checks before weights are read.
 struct Prepared {
+    file: ModelFile,
     tokenizer: Option<Tokenizer>,
     prompt: Vec<u32>,
     context: usize,
@@ -165,9 +166,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     plot::check_target(args.profile_svg.as_deref(), &args.file)?;
     let prepared = prepare(args)?;
     let options = args.engine.options(prepared.context);
-    let prediction = args.drafts.predicts(&ModelFile::open(&args.file)?, &options);
+    let prediction = args.drafts.predicts(&prepared.file, &options);
     let options = EngineOptions { prediction, ..options };
-    let mut engine = args.engine.open_as(&args.file, &options)?;
+    let mut engine = args.engine.open_file(prepared.file, &options)?;
     let open_seconds = started.elapsed().as_secs_f64();
     let request = Request {
         prompt: &prepared.prompt,
@@ -236,7 +237,7 @@ fn prepare(args: &Args) -> Result<Prepared, CliError> {
     let prompt = prompt(args, tokenizer.as_ref(), &file)?;
     let context = context(args, prompt.len(), &file)?;
     let when_full = when_full(args, prompt.len(), context)?;
-    Ok(Prepared { tokenizer, prompt, context, sampling, stop, when_full })
+    Ok(Prepared { file, tokenizer, prompt, context, sampling, stop, when_full })
 }
 
 /// What to do when the context is full.

@@ -11,7 +11,7 @@ use sluice_model::memory::Bytes;
 use super::convert::{Bar, explain};
 use crate::error::CliError;
 use crate::progress::byte_bar;
-use crate::size::parse_size;
+use crate::size::parse_bytes;
 use crate::terminal::{counted, note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
@@ -48,7 +48,7 @@ pub(crate) struct Args {
     decompress: bool,
 
     /// Most bytes of one file, such as 50GB: a larger model becomes NAME-00001-of-00014.sluice and so on
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     split_size: Option<u64>,
 
     /// Replace the model file if it exists, once the new one is complete; only model files are ever replaced

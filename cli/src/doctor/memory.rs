@@ -97,6 +97,7 @@ mod tests {
             dense_bytes: 0,
             kv_cache_bytes: 0,
             expert_bytes: 0,
+            smallest_expert_bytes: 0,
             experts: 0,
             experts_per_token: 0,
             token_cycle_bytes: 0,

@@ -51,6 +51,9 @@ impl Verdict {
 pub(crate) struct Finding {
     /// The thing.
     pub(crate) of: &'static str,
+    /// The volume whose drive it is about, of a striped model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) volume: Option<String>,
     pub(crate) verdict: Verdict,
     /// Its state.
     pub(crate) is: String,
@@ -60,15 +63,15 @@ pub(crate) struct Finding {
 
 impl Finding {
     pub(crate) fn ok(of: &'static str, is: impl Into<String>) -> Finding {
-        Finding { of, verdict: Verdict::Ok, is: is.into(), mend: None }
+        Finding { of, volume: None, verdict: Verdict::Ok, is: is.into(), mend: None }
     }
 
     pub(crate) fn better(of: &'static str, is: impl Into<String>, mend: impl Into<String>) -> Finding {
-        Finding { of, verdict: Verdict::CouldBeBetter, is: is.into(), mend: Some(mend.into()) }
+        Finding { of, volume: None, verdict: Verdict::CouldBeBetter, is: is.into(), mend: Some(mend.into()) }
     }
 
     pub(crate) fn wrong(of: &'static str, is: impl Into<String>, mend: impl Into<String>) -> Finding {
-        Finding { of, verdict: Verdict::Wrong, is: is.into(), mend: Some(mend.into()) }
+        Finding { of, volume: None, verdict: Verdict::Wrong, is: is.into(), mend: Some(mend.into()) }
     }
 }
 
@@ -87,7 +90,8 @@ pub(crate) fn describe(findings: &[Finding], coloured: bool) -> String {
             .map_or(String::new(), |mend| format!("{:verdicts$}  {:13}  → {}\n", "", "", printable(mend)));
         let verdict = format!("{:verdicts$}", f.verdict.words());
         let verdict = if coloured { format!("\x1b[{}m{verdict}\x1b[0m", f.verdict.style()) } else { verdict };
-        format!("{verdict}  {:13}  {}\n{mend}", f.of, printable(&f.is))
+        let volume = f.volume.as_ref().map_or(String::new(), |volume| format!("{}: ", printable(volume)));
+        format!("{verdict}  {:13}  {volume}{}\n{mend}", f.of, printable(&f.is))
     };
     findings.iter().map(line).collect()
 }
@@ -132,6 +136,8 @@ mod tests {
             lines[1].starts_with("wrong ") && lines[1].ends_with("gone") && lines[2].ends_with("→ get it"),
             "{said}"
         );
+        let of_volume = Finding { volume: Some("m-1.sluice".into()), ..findings[0].clone() };
+        assert!(describe(&[of_volume], false).contains("m-1.sluice: a lot"));
         let coloured = describe(&findings, true);
         assert!(coloured.starts_with("\x1b[32mok") && coloured.contains("\x1b[1;31mwrong"), "{coloured:?}");
         let hostile = describe(&[Finding::ok("x", "\x1b[2J")], false);

@@ -8,18 +8,21 @@
 #![allow(clippy::needless_range_loop, reason = "one index runs over several arrays that must stay in registers")]
 
 mod blocked;
+mod chains;
 mod grouped;
 mod i8mm;
 mod int8;
+mod panels;
 mod unblocked;
 mod update;
 mod vectors;
 
 use crate::activations::Activations;
 use crate::attention::{KeyBlock, QueryTile};
+use crate::chains::Rows;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{Matrix, ROW_GROUP, WeightType};
-use crate::update::{TALL, UpdateTile, WIDE};
+use crate::update::{Stripes, TALL, UpdateTile, WIDE};
 use crate::vector::*;
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
@@ -71,6 +74,16 @@ impl Neon {
         unsafe { vectors::axpy(a, x, y) }
     }
 
+    pub(crate) fn row_products(self, rows: Rows<'_>, columns: &Stripes<WIDE>, out: (&mut [f32], usize), go_on: bool) {
+        // SAFETY: as above.
+        unsafe { chains::row_products(rows, columns, out, go_on) }
+    }
+
+    pub(crate) fn add_weighted_rows(self, weights: Rows<'_>, rows: Rows<'_>, alpha: &[f32], out: (&mut [f32], usize)) {
+        // SAFETY: as above.
+        unsafe { chains::add_weighted_rows(weights, rows, alpha, out) }
+    }
+
     pub(crate) fn update_tile(self, a: &[[f32; TALL]], b: &[[f32; WIDE]], tile: &mut UpdateTile) {
         // SAFETY: as above.
         unsafe { update::update_tile(a, b, tile) }
@@ -84,8 +97,13 @@ impl Neon {
         true
     }
 
-    /// Like [`score`](Self::score).
+    /// Like [`score`](Self::score), but many queries have a kernel for rows of every type.
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) -> bool {
+        if tile.is_in_panels() {
+            // SAFETY: as above.
+            unsafe { panels::attend_block(tile, block) };
+            return true;
+        }
         let (Some(keys), Some(values)) = (block.keys.all_plain(), block.values.all_plain()) else { return false };
         // SAFETY: as above.
         unsafe { vectors::attend_block(tile, block, keys, values) };

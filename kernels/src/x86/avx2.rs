@@ -4,9 +4,11 @@
 //! Each function follows the operation of the same name in the `scalar` module; lanes are rows.
 
 mod attention;
+mod chains;
 mod codebook;
 pub(super) mod grouped;
 mod many;
+mod panels;
 mod update;
 mod vnni;
 
@@ -19,10 +21,11 @@ use super::{
 use super::{unit, words};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::attention::{KeyBlock, QueryTile};
+use crate::chains::Rows;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
-use crate::update::{TALL, UpdateTile, WIDE};
+use crate::update::{Stripes, TALL, UpdateTile, WIDE};
 use std::arch::x86_64::*;
 
 /// Proof that this CPU has AVX2, FMA and F16C, and AVX-VNNI if that is to be used.
@@ -74,6 +77,16 @@ impl Avx2 {
         unsafe { compiled(f) }
     }
 
+    pub(crate) fn row_products(self, rows: Rows<'_>, columns: &Stripes<WIDE>, out: (&mut [f32], usize), go_on: bool) {
+        // SAFETY: as above.
+        unsafe { chains::row_products(rows, columns, out, go_on) }
+    }
+
+    pub(crate) fn add_weighted_rows(self, weights: Rows<'_>, rows: Rows<'_>, alpha: &[f32], out: (&mut [f32], usize)) {
+        // SAFETY: as above.
+        unsafe { chains::add_weighted_rows(weights, rows, alpha, out) }
+    }
+
     pub(crate) fn update_tile(self, a: &[[f32; TALL]], b: &[[f32; WIDE]], tile: &mut UpdateTile) {
         // SAFETY: as above.
         unsafe { update::update_tile(a, b, tile) }
@@ -85,6 +98,10 @@ impl Avx2 {
     }
 
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
+        if tile.is_in_panels() {
+            // SAFETY: as above.
+            return unsafe { panels::attend_block(tile, block) };
+        }
         // SAFETY: as above.
         unsafe { attention::attend_block(tile, block) }
     }

@@ -4,8 +4,10 @@
 //! and so are blocked types with f32 activations.
 
 mod attention;
+mod chains;
 mod codebook;
 mod grouped;
+mod panels;
 mod update;
 
 use super::ahead::{Ahead, Lines, Stream};
@@ -17,10 +19,11 @@ use super::{
 use super::{unit, words};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::attention::{KeyBlock, QueryTile};
+use crate::chains::Rows;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{FP8_BLOCK, Group, Matrix, ROW_GROUP, WeightType};
 use crate::scalar::{DOT_LANES, f32_at, fold_lanes};
-use crate::update::{TALL, UpdateTile, WIDE};
+use crate::update::{Stripes, TALL, UpdateTile, WIDE};
 use std::arch::x86_64::*;
 
 /// Proof that this CPU has AVX-512 F, BW, DQ, VL and VNNI besides what [`Avx2`] proves.
@@ -68,6 +71,16 @@ impl Avx512 {
         unsafe { compiled(f) }
     }
 
+    pub(crate) fn row_products(self, rows: Rows<'_>, columns: &Stripes<WIDE>, out: (&mut [f32], usize), go_on: bool) {
+        // SAFETY: as above.
+        unsafe { chains::row_products(rows, columns, out, go_on) }
+    }
+
+    pub(crate) fn add_weighted_rows(self, weights: Rows<'_>, rows: Rows<'_>, alpha: &[f32], out: (&mut [f32], usize)) {
+        // SAFETY: as above.
+        unsafe { chains::add_weighted_rows(weights, rows, alpha, out) }
+    }
+
     pub(crate) fn update_tile(self, a: &[[f32; TALL]], b: &[[f32; WIDE]], tile: &mut UpdateTile) {
         // SAFETY: as above.
         unsafe { update::update_tile(a, b, tile) }
@@ -79,6 +92,10 @@ impl Avx512 {
     }
 
     pub(crate) fn attend_block(self, tile: &mut QueryTile, block: &KeyBlock<'_>) {
+        if tile.is_in_panels() {
+            // SAFETY: as above.
+            return unsafe { panels::attend_block(tile, block) };
+        }
         // SAFETY: as above.
         unsafe { attention::attend_block(tile, block) }
     }

@@ -26,7 +26,9 @@ impl Drive {
     /// The stored sequence for a prompt, if it has enough more than the `reached` tokens in memory to be worth reading.
     pub(super) fn find(&self, tokens: &[u32], reached: usize) -> Option<Found> {
         let (_, but_last) = tokens.split_last()?;
-        self.store.longest(self.binding, but_last).filter(|found| found.position() >= reached + PAGE_TOKENS)
+        // Where memory has nothing, a few tokens already save a pass through the whole model, with all experts that they choose.
+        let least = if reached == 0 { FEWEST } else { reached + PAGE_TOKENS };
+        self.store.longest(self.binding, but_last).filter(|found| found.position() >= least)
     }
 
     /// Reads the sequence that was found. `None` if it cannot be read or has another text; then the prompt is read again.

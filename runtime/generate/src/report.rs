@@ -112,6 +112,7 @@ fn difference(earlier: &Stats, later: &Stats) -> Stats {
         dense_bytes_read: count(later.dense_bytes_read, earlier.dense_bytes_read),
         replaced: count(later.replaced, earlier.replaced),
         warmed: count(later.warmed, earlier.warmed),
+        warmed_bytes: count(later.warmed_bytes, earlier.warmed_bytes),
     }
 }
 

@@ -1,9 +1,9 @@
 //! What every layer needs for computing: kernels, threads, precision.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use sluice_format::ExtentKind;
 use sluice_kernels::{Activations, Kernels, KvBuffer, Precision, QueryTile, ThreadPool, TopK};
@@ -40,8 +40,6 @@ pub struct Compute {
     pub observer: Option<Arc<dyn InputObserver>>,
     /// Ends the computation.
     pub cancel: Option<Cancel>,
-    /// Inputs of a matrix whose columns have an order of their own, at most [`REORDERED_ROWS`] rows.
-    reordered: Mutex<Activations>,
 }
 
 /// Rows whose columns are put into the order of a matrix at a time: enough that each weight that is read serves many rows, and few
@@ -62,14 +60,13 @@ impl fmt::Debug for Compute {
 impl Compute {
     /// For a model that nobody observes, with prompts in the absorbed form.
     pub fn new(kernels: Kernels, threads: Arc<ThreadPool>, precision: Precision) -> Self {
-        let reordered = Mutex::new(Activations::new(precision));
         let prompt_attention = PromptAttention::default();
-        Compute { kernels, threads, precision, prompt_attention, observer: None, cancel: None, reordered }
+        Compute { kernels, threads, precision, prompt_attention, observer: None, cancel: None }
     }
 
-    /// Frees its buffer.
+    /// Frees the buffer of [`inputs`](Self::inputs) that the calling thread has.
     pub fn give_back(&self) {
-        *self.reordered.lock().unwrap_or_else(PoisonError::into_inner) = Activations::new(self.precision);
+        REORDERED.take();
     }
 
     /// Shows the observer, if there is one, the inputs with which `matrix` is about to be multiplied.
@@ -108,7 +105,8 @@ impl Compute {
     }
 
     /// Calls `f` with the rows `x` in the form that `matrix` takes: all at once, or some at a time, with the number of the first
-    /// and their columns in the order of the matrix. Not re-entrant.
+    /// and their columns in the order of the matrix. Allocates only when the calling thread does this for the first time, or needs a
+    /// larger buffer than before.
     pub fn inputs(
         &self,
         matrix: &MatrixRef,
@@ -117,12 +115,15 @@ impl Compute {
         mut f: impl FnMut(Range<usize>, &Activations),
     ) {
         let Some(order) = matrix.order(extent) else { return f(0..x.n(), x) };
-        let mut reordered = self.reordered.lock().unwrap_or_else(PoisonError::into_inner);
+        // Other models on this thread may compute in another precision.
+        let fits = |kept: &Activations| kept.precision() == self.precision;
+        let mut reordered = REORDERED.take().filter(fits).unwrap_or_else(|| Activations::new(self.precision));
         for first in (0..x.n()).step_by(REORDERED_ROWS) {
             let rows = first..(first + REORDERED_ROWS).min(x.n());
             reordered.reorder(x, rows.clone(), order);
             f(rows, &reordered);
         }
+        REORDERED.set(Some(reordered));
     }
 }
 
@@ -188,6 +189,9 @@ pub struct HeadScratch {
 }
 
 thread_local! {
+    /// Inputs of a matrix whose columns have an order of their own, at most [`REORDERED_ROWS`] rows; `None` while they are in use. Each
+    /// thread has its own, so that products wait for no lock.
+    static REORDERED: Cell<Option<Activations>> = const { Cell::new(None) };
     static HEAD_SCRATCH: RefCell<HeadScratch> = RefCell::new(HeadScratch {
         serial: ThreadPool::new(1),
         activations: Activations::new(Precision::Exact),

@@ -205,6 +205,8 @@ pub struct Stats {
     pub replaced: u64,
     /// Experts read while there was nothing to do ([`Engine::warm`]).
     pub warmed: u64,
+    /// Bytes of these; a part of `expert_bytes_read`.
+    pub warmed_bytes: u64,
 }
 
 /// An opened model.
@@ -245,10 +247,17 @@ impl Engine {
     /// # Errors
     /// See [`RuntimeError`]. A dense part that cannot be read, or is damaged, is an error of the first step that needs it.
     pub fn open(path: &Path, options: &EngineOptions) -> Result<Self, RuntimeError> {
-        let file = ModelFile::open(path)?;
+        Self::of(ModelFile::open(path)?, options)
+    }
+
+    /// As [`open`](Self::open), of a file that is open already.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn of(file: ModelFile, options: &EngineOptions) -> Result<Self, RuntimeError> {
         let prediction = options.prediction;
         if prediction && file.spec().prediction.is_none() {
-            return Err(RuntimeError::NoPrediction { path: path.to_owned() });
+            return Err(RuntimeError::NoPrediction { path: file.path().to_owned() });
         }
         let prompt_attention = options.prompt_attention.in_model(file.spec());
         let demand = options.demand(&file);
@@ -685,6 +694,7 @@ impl Engine {
                 + self.storage.tables.bytes_read(),
             replaced: self.model.replaced(),
             warmed: pool.warmed,
+            warmed_bytes: pool.warmed_bytes,
         }
     }
 }

@@ -26,12 +26,12 @@ use super::weights::{ExtentTensors, MatrixRef, VectorRef};
 pub use self::expanded::{Expansion, expansion_memory};
 
 /// Queries (heads times rows) that meet the same latents together: with a block of these they fit the second-level cache.
-const QUERIES_TOGETHER: usize = 32;
+const QUERIES_TOGETHER: usize = 48;
 /// Most heads of a task.
 const HEADS_TOGETHER: usize = 16;
 /// Most absorbed queries (heads times rows) of a thread, and most rows: enough that weights are met by many at once.
 const ABSORBED_TOGETHER: usize = 256;
-const ROWS_TOGETHER: usize = 32;
+const ROWS_TOGETHER: usize = 48;
 
 /// Weights of one layer's latent attention, as places in its extent.
 #[derive(Debug)]

@@ -52,7 +52,7 @@ fn fold(s: [__m256; 4]) -> [f32; 4] {
 /// `N` vectors of numbers, from `at` on. `at` is a multiple of a vector's width, and of a block if `N` is more than one.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn vectors<const TY: u8, const N: usize>(row: &Row<'_>, at: usize) -> [__m256; N] {
+pub(super) fn vectors<const TY: u8, const N: usize>(row: &Row<'_>, at: usize) -> [__m256; N] {
     match TY {
         F32 => {
             let numbers = row.plain[at..][..WIDTH * N].as_chunks::<WIDTH>().0;

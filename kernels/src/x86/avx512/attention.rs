@@ -53,7 +53,7 @@ fn fold(s: [__m512; 4]) -> [f32; 4] {
 /// `N` vectors of numbers, from `at` on. `at` is a multiple of a vector's width, and of a block if `N` is more than one.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn vectors<const TY: u8, const N: usize>(row: &Row<'_>, at: usize) -> [__m512; N] {
+pub(super) fn vectors<const TY: u8, const N: usize>(row: &Row<'_>, at: usize) -> [__m512; N] {
     match TY {
         F32 => {
             let numbers = row.plain[at..][..WIDTH * N].as_chunks::<WIDTH>().0;

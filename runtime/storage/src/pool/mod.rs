@@ -83,6 +83,8 @@ pub struct PoolStats {
     pub prefetched_wasted: u64,
     /// Experts read while there was nothing to do ([`Pool::warm`]).
     pub warmed: u64,
+    /// Bytes of these; a part of `bytes_read`.
+    pub warmed_bytes: u64,
     /// How often a slot without memory was filled, and took some.
     pub new_slots: u64,
 }

@@ -78,8 +78,12 @@ impl Pool {
     }
 
     fn end_warm(&mut self, number: u32) {
+        let before = self.stats.bytes_read;
         match self.finish_read(number, 0) {
-            Ok(()) => self.stats.warmed += 1,
+            Ok(()) => {
+                self.stats.warmed += 1;
+                self.stats.warmed_bytes += self.stats.bytes_read - before;
+            }
             // Nobody has asked for this expert; the error will be reported if someone does.
             Err(_) => self.warming.failed = true,
         }

@@ -37,11 +37,6 @@ pub(super) const fn bias(codes: Codes) -> i32 {
     }
 }
 
-/// Whether bytes are signed.
-pub(super) const fn is_signed(codes: Codes) -> bool {
-    matches!(codes, Codes::Uint(8) | Codes::Iq4nl)
-}
-
 terms!("avx2,fma,f16c", __m256, __m256i);
 unpack!("avx2,fma,f16c", __m256i);
 

@@ -112,10 +112,10 @@ fn products(
     if with_bias { _mm256_fmadd_ps(_mm256_set1_ps(sum as f32), _mm256_castsi256_ps(rest), products) } else { products }
 }
 
-/// Number of pair sums that can be added in 16 bits: a pair is at most 2·127 times the largest byte.
+/// Number of pair sums, of the eight of a block, that can be added in 16 bits: a pair is at most 2·127 times the largest byte.
 const fn sums_that_fit(codes: u8) -> usize {
     match codes {
-        2..=4 => 4,
+        2..=4 => 8,
         5 | E2M1 => 4,
         6 => 2,
         _ => 1,
@@ -127,7 +127,7 @@ const fn sums_that_fit(codes: u8) -> usize {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dots<const C: u8>(bytes: &Bytes, x: &QuantisedBlock) -> [__m256i; 2] {
     let ones = _mm256_set1_epi16(1);
-    let fit = const { sums_that_fit(C) };
+    let fit = const { if sums_that_fit(C) < 4 { sums_that_fit(C) } else { 4 } };
     let mut dots = [_mm256_setzero_si256(); 2];
     for half in 0..2 {
         for first in (0..4).step_by(fit) {

@@ -42,7 +42,9 @@ fn an_empty_pool_is_filled_with_what_was_used_most() {
     for seed in 0..6 {
         let mut pool = warm_pool(&drive, 20, seed);
         warm_to_the_end(&mut pool);
-        assert_eq!((pool.resident_count(), pool.stats().warmed), (20, 20));
+        let stats = pool.stats();
+        assert_eq!((pool.resident_count(), stats.warmed, stats.warmed_bytes), (20, 20, stats.bytes_read));
+        assert!(stats.warmed_bytes > 0);
         let (resident, absent) = lateness(&pool);
         assert!(resident.iter().max() <= absent.iter().min(), "{resident:?} {absent:?}");
         let residents: Vec<ExpertKey> = pool.residents().collect();
