@@ -14,9 +14,6 @@ use crate::scalar::{DOT_LANES, Running, WEIGHT_LANES, or_zero};
 /// Queries of a panel.
 pub(crate) const PANEL: usize = 16;
 
-/// Fewest queries for which panels are faster, although some of their lanes may be empty.
-const FEWEST: usize = 12;
-
 /// The lanes of `dot` in the order in which they are formed. Two neighbours are folded first, then two pairs of neighbours, and so on: as
 /// folding in halves adds lane `i + 16` to lane `i`, then `i + 8`, a place is the lane with its bits reversed.
 pub(crate) const LANE_ORDER: [usize; DOT_LANES] = {
@@ -173,9 +170,12 @@ impl<'a> Plain<'a> {
 }
 
 impl QueryTile {
-    /// Whether its queries are so many, and of such a length, that they are put into panels.
+    /// Whether its queries are put into panels: if they fill them but for an eighth, and have such a length. Panels with many empty
+    /// lanes take longer than query by query.
     pub(crate) fn is_in_panels(&self) -> bool {
-        self.len() >= FEWEST && self.key > 0 && self.key.is_multiple_of(DOT_LANES)
+        let n = self.len();
+        let fills = n >= PANEL && 8 * (n.next_multiple_of(PANEL) - n) <= n;
+        fills && self.key > 0 && self.key.is_multiple_of(DOT_LANES)
     }
 
     /// Turns the products in panels into weights, and updates maxima and sums, as [`weigh`](Self::weigh) does; the same code for

@@ -286,7 +286,7 @@ fn arbitrary_bytes_give_the_same_bits() {
             let (values, scales) = packed_row(ty, width);
             let (values, scales) = (rng.bytes(KEY_BLOCK * values), rng.bytes(KEY_BLOCK * scales));
             let rows = KvRows::packed(ty, width, &values, &scales);
-            let queries: Vec<Vec<f32>> = (0..23).map(|_| rng.vec(width)).collect();
+            let queries: Vec<Vec<f32>> = (0..31).map(|_| rng.vec(width)).collect();
             let results = |k: Kernels, queries: &[Vec<f32>]| {
                 let mut tile = QueryTile::default();
                 tile.begin(width, width, 0.1);

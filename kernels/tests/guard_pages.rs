@@ -123,7 +123,7 @@ fn vectors_stay_inside() {
 fn attend(k: Kernels, queries: &Guarded, s: usize, keys: KvRows<'_>, values: KvRows<'_>, value: usize) {
     let queries = queries.f32s();
     let key = queries.len() / 2;
-    for n in [2, 35] {
+    for n in [2, 31] {
         let mut tile = QueryTile::default();
         tile.begin(key, value, 1.0);
         for query in queries.chunks_exact(key).cycle().take(n) {
