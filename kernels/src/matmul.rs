@@ -333,7 +333,6 @@ mod tests {
             kernels.products(&pool, &works);
             works.clear();
             kernels.products(&pool, &works);
-            drop(works);
             let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
             let all = |rows: &[Vec<f32>]| rows.iter().map(|row| bits(row)).collect::<Vec<_>>();
             assert_eq!(all(&together), all(&apart), "{threads} threads");
