@@ -196,8 +196,11 @@ impl ReadTuning {
         ReadTuning {
             engine: engine.read_engine(),
             chunk_bytes: tuning.config.chunk_bytes,
-            depth: tuning.config.depth,
-            prefetch_depth: tuning.config.prefetch_depth,
+            depth: engine.depth(),
+            prefetch_depth: match tuning.source {
+                TuningSource::Default(_) => engine.depth(),
+                TuningSource::Given | TuningSource::Calibrated => tuning.config.prefetch_depth,
+            },
             calibrated: tuning.source == TuningSource::Calibrated,
             remark: match &tuning.source {
                 TuningSource::Default(remark) => remark.clone(),
@@ -210,7 +213,7 @@ impl ReadTuning {
         let source = match (&self.remark, self.calibrated) {
             (_, true) => "calibrated for this drive".to_owned(),
             (Some(remark), _) => format!("not calibrated: {remark}"),
-            (None, _) => "not calibrated: `sluice bench disk` finds what is best".to_owned(),
+            (None, _) => "not calibrated: adapts to the drive, and `sluice bench disk` finds what is best".to_owned(),
         };
         let chunk = Bytes(self.chunk_bytes as u64);
         format!("{} with chunks of {chunk}, {} in flight ({source})", self.engine, self.depth)

@@ -63,6 +63,7 @@ pub use grouped::{IQ4NL, pack_row_group_grouped, pack_row_group_nibbles};
 pub use isa::{IsaError, Kernels};
 pub use kv::{KvBuffer, KvRows, KvType, UnknownKvType};
 pub use math::{exp, sigmoid, silu, tanh};
+pub use matmul::{Work, Works};
 pub use matrix::{BLOCK, FP8_BLOCK, Matrix, ROW_GROUP, ShapeError, Watch, WeightType, packed_len, row_group_len};
 pub use number::{E2M1, bf16_to_f32, e4m3_to_f32, e8m0_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 pub use pack::{

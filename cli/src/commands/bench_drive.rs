@@ -26,6 +26,9 @@ use crate::terminal::{print, print_json};
 /// Rounds over which medians are taken. Each has steps with the drive and as many without waiting.
 const ROUNDS: usize = 8;
 
+/// Most of the steps before the measurement that have the drive.
+const WARM_UP_WITH_DRIVE: usize = 32;
+
 /// The result for one budget. Counts are those of the steps with the drive; milliseconds are medians over the rounds.
 #[derive(Debug, Serialize)]
 struct Outcome {
@@ -50,6 +53,9 @@ struct Outcome {
     drive_milliseconds: f64,
     /// Time of a step ÷ the longer of the two: 1 if they overlap perfectly.
     time_over_longer: f64,
+    /// Time of all steps ÷ the sum over steps of the longer of the two. A step that misses much waits for the drive while the cores idle, and
+    /// the next one, which misses little, cannot make up for that; this counts both as perfect.
+    time_over_longer_of_each: f64,
     /// Bytes of experts read.
     bytes_missed: u64,
     bytes_missed_per_token: f64,
@@ -90,11 +96,17 @@ struct Round {
     step: f64,
     computing: f64,
     drive: f64,
+    /// The longer of the two, taken for each step.
+    longer: f64,
 }
 
 impl Round {
     fn time_over_longer(&self) -> f64 {
         self.step / self.drive.max(self.computing)
+    }
+
+    fn time_over_longer_of_each(&self) -> f64 {
+        self.step / self.longer
     }
 }
 
@@ -243,11 +255,22 @@ impl Bench {
         Ok(started.elapsed().as_secs_f64())
     }
 
-    /// Runs steps with the drive and counts them; returns their seconds.
-    fn with_drive(&mut self, steps: usize, each: &dyn Fn()) -> Result<f64, CliError> {
+    /// Seconds that the drive takes for so many bytes.
+    fn reading(&self, bytes: u64) -> f64 {
+        let latency = if bytes > 0 { self.speeds.latency.as_secs_f64() } else { 0.0 };
+        bytes as f64 / self.speeds.bytes_per_second + latency
+    }
+
+    /// Runs steps with the drive and counts them; returns their seconds, and for each what the drive takes for its misses.
+    fn with_drive(&mut self, steps: usize, each: &dyn Fn()) -> Result<(f64, Vec<f64>), CliError> {
         let (before, used) = (self.batch.engine.stats(), self.drive.used());
         let speeds = self.speeds.of_drives.clone();
-        let seconds = self.steps(&speeds, steps, each)?;
+        let (mut seconds, mut reading, mut bytes) = (0.0, Vec::with_capacity(steps), before.expert_bytes_read);
+        for _ in 0..steps {
+            seconds += self.steps(&speeds, 1, each)?;
+            let read = self.batch.engine.stats().expert_bytes_read;
+            reading.push(self.reading(read - std::mem::replace(&mut bytes, read)));
+        }
         self.counts.add(&before, &self.batch.engine.stats());
         self.used.resize(used.len(), DriveUse::default());
         for ((sum, before), now) in self.used.iter_mut().zip(&used).zip(self.drive.used()) {
@@ -257,14 +280,14 @@ impl Bench {
             sum.busy += now.busy;
             sum.late += now.late;
         }
-        Ok(seconds)
+        Ok((seconds, reading))
     }
 
     /// Some steps with the drive and as many without, in an order that alternates from round to round, so that a drift of the
     /// machine affects both equally.
     fn round(&mut self, number: usize, steps: usize, each: &dyn Fn()) -> Result<Round, CliError> {
         let bytes = self.counts.bytes;
-        let (with, without) = if number.is_multiple_of(2) {
+        let ((with, reading), without) = if number.is_multiple_of(2) {
             let with = self.with_drive(steps, each)?;
             (with, self.steps(&[DriveSpeed::UNLIMITED], steps, each)?)
         } else {
@@ -272,10 +295,14 @@ impl Bench {
             (self.with_drive(steps, each)?, without)
         };
         let missed = (self.counts.bytes - bytes) as f64 / steps as f64;
-        let latency = if missed > 0.0 { self.speeds.latency.as_secs_f64() } else { 0.0 };
-        let reading = missed / self.speeds.bytes_per_second + latency;
-        let per_step = 1e3 / steps as f64;
-        Ok(Round { step: per_step * with, computing: per_step * without, drive: 1e3 * reading })
+        let (per_step, computing) = (1e3 / steps as f64, without / steps as f64);
+        let longer: f64 = reading.iter().map(|reading| reading.max(computing)).sum();
+        Ok(Round {
+            step: per_step * with,
+            computing: 1e3 * computing,
+            drive: 1e3 * self.reading(missed as u64),
+            longer: per_step * longer,
+        })
     }
 }
 
@@ -299,7 +326,10 @@ fn measure(
     let batch = Batch::open(&args.file, options, count, total)?;
     let mut bench = Bench { batch, drive, speeds: speeds.clone(), counts: Counts::default(), used: Vec::new() };
     let bar = step_bar("decoding", total as u64);
-    bench.steps(&[DriveSpeed::UNLIMITED], args.warm_up, &|| bar.inc(1))?;
+    // What adapts to the drive needs some steps with it.
+    let with_drive = args.warm_up.min(WARM_UP_WITH_DRIVE);
+    bench.steps(&[DriveSpeed::UNLIMITED], args.warm_up - with_drive, &|| bar.inc(1))?;
+    bench.steps(&speeds.of_drives, with_drive, &|| bar.inc(1))?;
     let count_of_rounds = args.n.min(ROUNDS);
     let mut rounds = Vec::with_capacity(count_of_rounds);
     for number in 0..count_of_rounds {
@@ -344,6 +374,7 @@ fn outcome(
         computing_milliseconds: of_rounds(&|round| round.computing),
         drive_milliseconds: of_rounds(&|round| round.drive),
         time_over_longer: of_rounds(&Round::time_over_longer),
+        time_over_longer_of_each: of_rounds(&Round::time_over_longer_of_each),
         bytes_missed: counts.bytes,
         bytes_missed_per_token: counts.bytes as f64 / tokens as f64,
         hits: counts.hits,
@@ -408,7 +439,8 @@ fn describe(o: &Outcome) -> String {
          {}: {} and {:.0} µs asked for; {reached}; {} × {} in flight\n{compression}  \
          {:.2} tokens/s in all; a step takes {:.1} ms and misses {}, {} per token\n  \
          a step uses {:.0} different experts, {:.1} % of them in memory; {} prefetched, {} of them used\n  \
-         computing alone {:.1} ms, the drive alone {:.1} ms: a step takes {:.2} times the longer\n  \
+         computing alone {:.1} ms, the drive alone {:.1} ms: a step takes {:.2} times the longer, {:.2} times if that is \
+         taken for each step\n  \
          bounds of a step: {}; the step takes {:.2} times the largest\n{lossy}",
         Bytes(o.memory_used),
         o.slots,
@@ -430,6 +462,7 @@ fn describe(o: &Outcome) -> String {
         o.computing_milliseconds,
         o.drive_milliseconds,
         o.time_over_longer,
+        o.time_over_longer_of_each,
         o.bounds.describe(),
         o.time_over_bound,
     )

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use sluice_format::ExtentKind;
-use sluice_kernels::{Activations, Kernels, KvBuffer, Precision, QueryTile, ThreadPool, TopK};
+use sluice_kernels::{Activations, Kernels, KvBuffer, Precision, QueryTile, ThreadPool, TopK, Work, Works};
 
 use super::control::Cancel;
 use super::mla::Expansion;
@@ -95,6 +95,29 @@ impl Compute {
         self.product(matrix, extent, x, out);
     }
 
+    /// `out` `[n, rows]` = `matrix` · `x` for a few matrices of one extent with the same `x`, as one job: threads wait for each other
+    /// once. The bits are those of one product after the other.
+    ///
+    /// # Panics
+    /// If there are more than [`Works::MOST`].
+    pub fn multiply_each<'o>(
+        &self,
+        extent: &[u8],
+        x: &Activations,
+        products: impl IntoIterator<Item = (&'o MatrixRef, &'o mut [f32])>,
+    ) {
+        let mut together = Works::new();
+        for (matrix, out) in products {
+            self.observe(matrix, 0, x);
+            // The buffer for columns in another order holds those of one matrix.
+            match matrix.is_ordered() {
+                true => self.product(matrix, extent, x, out),
+                false => together.push(Work::matmul(matrix.view(extent), x, out)),
+            }
+        }
+        self.kernels.products(&self.threads, &together);
+    }
+
     /// Like [`multiply`](Self::multiply), without telling the observer.
     pub fn product(&self, matrix: &MatrixRef, extent: &[u8], x: &Activations, out: &mut [f32]) {
         let view = matrix.view(extent);
@@ -152,6 +175,15 @@ impl Step<'_> {
     /// `out` `[n, rows]` = `matrix` · `x`, on all threads.
     pub fn multiply(&self, matrix: &MatrixRef, x: &Activations, out: &mut [f32]) {
         self.compute.multiply(matrix, self.extent, x, out);
+    }
+
+    /// The same for a few matrices: see [`Compute::multiply_each`].
+    pub fn multiply_each<'o>(
+        &self,
+        x: &Activations,
+        products: impl IntoIterator<Item = (&'o MatrixRef, &'o mut [f32])>,
+    ) {
+        self.compute.multiply_each(self.extent, x, products);
     }
 
     /// Reads a vector of the extent into `out`.

@@ -3,7 +3,9 @@
 mod budget;
 mod demand;
 mod prediction;
+mod reading;
 mod residency;
+mod sparing;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -33,13 +35,14 @@ use crate::{
     GENERATED, LayerTimes, Model, ModelError, ModelOptions, PromptAttention, RewindError, Sequence, Thrift, Weights,
     dense_extents, opened_extents,
 };
-use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, LaneInfo, StripeRead, Tuning};
+use sluice_storage::io::{CalibrationStore, DirectMode, ExtentName, IoConfig, StripeRead, Tuning};
 use sluice_storage::pool::{
     DenseHandle, DenseLocation, ExpertDirectory, ExtentLocation, Packed, PolicyKind, PoolError, SlotPlan, Storage,
     StorageConfig, Workers,
 };
 
 use self::demand::plan_memory;
+use self::sparing::Sparing;
 
 /// How to open a model.
 #[derive(Clone, Debug, Default)]
@@ -238,6 +241,7 @@ pub struct Engine {
     /// When the last step ended.
     stepped: Option<Instant>,
     warms: bool,
+    sparing: Sparing,
 }
 
 impl Engine {
@@ -319,6 +323,7 @@ impl Engine {
             looked: None,
             stepped: None,
             warms: !options.no_warm,
+            sparing: Sparing::default(),
         })
     }
 
@@ -356,38 +361,6 @@ impl Engine {
     /// Worker threads, the caller's included.
     pub fn threads(&self) -> usize {
         self.compute.threads.threads()
-    }
-
-    /// How the file is read, in words: engine, direct or buffered, and why; for each drive if the file's parts lie on several.
-    pub fn read_path(&self) -> String {
-        let lanes = self.storage.io.lanes();
-        let several = lanes.len() > 1;
-        let in_words = lanes.enumerate().map(|(number, LaneInfo { engine, files, config })| {
-            let direct = files.iter().map(|&file| self.storage.direct[usize::from(file)].to_string());
-            let path = format!("{} ({}), {}", engine.name, engine.note, direct.collect::<Vec<_>>().join("; "));
-            if several {
-                let IoConfig { depth, chunk_bytes, .. } = config;
-                format!("drive {}: {depth} chunks of {} KiB by {path}", number + 1, chunk_bytes >> 10)
-            } else {
-                path
-            }
-        });
-        in_words.collect::<Vec<_>>().join("; ")
-    }
-
-    /// Short name of the engine that reads the file; for its first part, if it lies on several drives.
-    pub fn read_engine(&self) -> &'static str {
-        self.storage.io.engine().name
-    }
-
-    /// How the file is to be read, and the source of these settings; for its first part, if it lies on several drives.
-    pub fn tuning(&self) -> &Tuning {
-        &self.tuning[0]
-    }
-
-    /// Chunks and depth of the reads; for the first part of the file, if it lies on several drives.
-    pub fn io_config(&self) -> &IoConfig {
-        &self.tuning().config
     }
 
     /// Saves what the eviction policy has learned beside the model, for the next start.
@@ -640,19 +613,24 @@ impl Engine {
         control: &mut Control<'_>,
         sink: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), ModelError> {
-        let Engine { file, compute, storage, model, rows, wanted, .. } = self;
+        let Engine { file, compute, storage, model, rows, wanted, sparing, .. } = self;
         let mut cursor = Cursor::default();
         while rows.take(spans, &mut cursor, self.memory.rows) {
             prepare(rows, spans)?;
+            let decodes = rows.wait_for_memory() && head_inputs.is_none();
+            let pass = decodes.then(|| sparing.begin(storage.io.stats()));
+            compute.threads.spare(pass.map_or(rows.wait_for_memory(), |pass| pass.spared));
             let Storage { dense, pool: experts, tables, .. } = storage;
             let mut weights = Weights { file, dense, experts, tables };
-            compute.threads.spare(rows.wait_for_memory());
             match head_inputs {
                 None => {
                     model.forward(compute, &mut weights, rows, spans, control)?;
                     self.tokens += rows.len() as u64;
                 }
                 Some(before) => model.predict(compute, &mut weights, rows, spans, before, control)?,
+            }
+            if let Some(pass) = pass {
+                sparing.end(pass, storage.io.stats());
             }
             wanted.clear();
             for part in rows.spans() {

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use sluice_format::{ActivationSpec, MoeSpec};
-use sluice_kernels::Activations;
+use sluice_kernels::{Activations, BLOCK, Work};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized};
@@ -57,6 +57,13 @@ pub(super) fn combining_width(hidden: u64) -> u64 {
 /// Bytes of the outputs of all choices of `rows` rows.
 pub(super) fn output_bytes(moe: &MoeSpec, rows: usize, hidden: usize) -> u64 {
     4 * (rows as u64).saturating_mul((moe.top_k * hidden) as u64)
+}
+
+/// Bytes of memory for the experts of one row that are computed together.
+pub(super) fn together_memory(moe: &MoeSpec, hidden: usize) -> u64 {
+    // Of each the output; both products, what is made of them, and that in the form that kernels consume, in f32 and in int8.
+    let (width, hidden) = (moe.width.next_multiple_of(BLOCK) as u64, moe.input_width(hidden) as u64);
+    moe.top_k as u64 * (4 * hidden + (8 + 4 + 4 + 2) * width)
 }
 
 /// An expert that is computed while it is being read.
@@ -114,6 +121,25 @@ impl Early {
     }
 }
 
+/// Experts of one row that are computed together, before they are handed out.
+#[derive(Debug, Default)]
+struct Together {
+    /// Their numbers, in the order of their outputs.
+    experts: Vec<u32>,
+    /// One for each.
+    scratch: Vec<GatedScratch>,
+    /// `[experts, hidden]`.
+    outputs: Vec<f32>,
+}
+
+impl Together {
+    /// The output of an expert, if it was among them. Its bytes were verified before it was computed.
+    fn output(&self, expert: u32, hidden: usize) -> Option<Unsettled<'_>> {
+        let at = self.experts.iter().position(|&computed| computed == expert)?;
+        Some(Unsettled::of_parts(expert, None, &self.outputs[at * hidden..][..hidden]))
+    }
+}
+
 /// The inputs of one expert.
 #[derive(Debug)]
 struct Inputs {
@@ -130,6 +156,7 @@ struct Inputs {
 pub(super) struct ExpertScratch {
     inputs: Inputs,
     gated: GatedScratch,
+    together: Together,
     tally: Tally,
     early: Early,
     logits: Vec<f32>,
@@ -155,6 +182,7 @@ impl ExpertScratch {
         ExpertScratch {
             inputs: Inputs { rows: Vec::new(), factors: Vec::new(), x: Activations::new(compute.precision) },
             gated: GatedScratch::new(compute),
+            together: Together::default(),
             tally: Tally::default(),
             early: Early::new(compute),
             logits: Vec::new(),
@@ -273,6 +301,22 @@ impl Routed {
         logits: &mut [f32],
     ) -> Option<&'v [f32]> {
         compute.kernels.matmul(&compute.threads, self.router.matrix.view(extent), x, logits);
+        self.finish_logits(extent, vector, logits)
+    }
+
+    /// The router's product with `x`, to be computed together with others; its results are `logits` `[x.n(), experts]` before
+    /// [`Routed::finish_logits`].
+    pub(super) fn router_work<'w>(&self, extent: &'w [u8], x: &'w Activations, s: &'w mut ExpertScratch) -> Work<'w> {
+        Work::matmul(self.router.matrix.view(extent), x, sized(&mut s.logits, x.n() * self.spec.experts))
+    }
+
+    /// Whether the columns of the router's matrix have an order of their own.
+    pub(super) fn router_is_ordered(&self) -> bool {
+        self.router.matrix.is_ordered()
+    }
+
+    /// Turns the products with the router's matrix into logits. Returns the bias of the choice, which is stored in `vector`.
+    fn finish_logits<'v>(&self, extent: &[u8], vector: &'v mut Vec<f32>, logits: &mut [f32]) -> Option<&'v [f32]> {
         if let Some(factor) = self.spec.router.logit_factor {
             logits.iter_mut().for_each(|l| *l *= factor);
         }
@@ -292,21 +336,24 @@ impl Routed {
         self.router.table.as_ref()
     }
 
-    /// Fills `choices`, `uses` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows. `preferred`: the experts
-    /// that are preferred to others, if any.
+    /// Fills `choices`, `uses` (by expert, then row) and `experts` (distinct, ascending). `x`: the rows. `multiplied`: the product of
+    /// [`Routed::router_work`] has been computed already. `preferred`: the experts that are preferred to others, if any.
     ///
     /// # Errors
     /// [`ModelError::TokenTable`] and [`ModelError::Token`], if a table decides.
     pub(super) fn route(
         &self,
         step: Step<'_>,
-        x: &Activations,
+        (x, multiplied): (&Activations, bool),
         preferred: Option<&Preferred<'_>>,
         s: &mut ExpertScratch,
     ) -> Result<(), ModelError> {
         step.compute.observe(&self.router.matrix, 0, x);
         let logits = sized(&mut s.logits, x.n() * self.spec.experts);
-        let bias = self.logits(step.compute, step.extent, x, &mut s.bias, logits);
+        let bias = match multiplied {
+            true => self.finish_logits(step.extent, &mut s.bias, logits),
+            false => self.logits(step.compute, step.extent, x, &mut s.bias, logits),
+        };
         for (logits, &token) in logits.chunks_exact(self.spec.experts).zip(step.rows.ids()) {
             match (&self.router.table, preferred) {
                 (None, None) => route(&self.spec, logits, bias, &mut s.router, &mut s.choices),
@@ -355,7 +402,15 @@ impl Routed {
         // Computing parts pays if the step waits for the drive; and the output needs a place until the expert has been verified.
         let early = step.rows.generate() && combining == Combining::Kept && !observed;
         let parts = early.then_some(PART_BYTES.min(self.expert_len / 2));
-        self.prepare(x, s);
+        self.prepare(compute, x, s);
+        if early && self.shares_row(x) {
+            let started = Instant::now();
+            self.compute_together(compute, pass, x, &mut s.together);
+            time += started.elapsed();
+            if compute.is_cancelled() {
+                return Err(ModelError::Cancelled);
+            }
+        }
         loop {
             let arrival = pass.arrival(parts)?;
             let started = Instant::now();
@@ -381,7 +436,16 @@ impl Routed {
 
     /// Allocates room for parts and tallies in advance: whether any are needed depends on timing, and must not cause an allocation
     /// later.
-    fn prepare(&self, x: &Activations, s: &mut ExpertScratch) {
+    fn prepare(&self, compute: &Compute, x: &Activations, s: &mut ExpertScratch) {
+        let together = &mut s.together;
+        together.experts.clear();
+        if self.shares_row(x) {
+            let most = self.spec.top_k.max(together.scratch.len());
+            together.experts.reserve(most);
+            together.scratch.resize_with(most, || GatedScratch::new(compute));
+            together.scratch.iter_mut().for_each(|scratch| self.expert.reserve_row(scratch));
+            _ = sized(&mut together.outputs, most * x.cols());
+        }
         let early = &mut s.early;
         early.clear();
         if early.x.cols() < x.cols() {
@@ -393,9 +457,28 @@ impl Routed {
         s.tally.reserve(self.expert_len);
     }
 
+    /// Whether experts can be computed together: they have the same one row, unchanged.
+    fn shares_row(&self, x: &Activations) -> bool {
+        x.n() == 1 && !self.spec.weighted_input && self.expert.takes_inputs_as_they_are()
+    }
+
+    /// Computes the experts that are in memory and verified, as two jobs instead of two for each. With one, there is nothing to gain.
+    fn compute_together(&self, compute: &Compute, pass: &LayerPass<'_>, x: &Activations, together: &mut Together) {
+        let Together { experts, scratch, outputs } = together;
+        experts.extend(pass.in_memory().map(|(expert, _)| expert));
+        if experts.len() < 2 {
+            return experts.clear();
+        }
+        let extents = pass.in_memory().map(|(_, bytes)| bytes);
+        self.expert.forward_each(compute, extents, x, scratch, &mut outputs[..experts.len() * x.cols()]);
+    }
+
     /// Computes an expert that has arrived and is verified.
     fn compute_settled(&self, compute: &Compute, expert: &Expert<'_>, x: &Activations, s: &mut ExpertScratch) {
         let (id, hidden) = (expert.expert(), x.cols());
+        if let Some(output) = s.together.output(id, hidden) {
+            return s.outputs.add(output.settled_by(expert), uses_of(id, &s.uses), &s.choices);
+        }
         if let Some(waiting) = self.finish_early(compute, id, expert.bytes(), false, s) {
             s.outputs.add(waiting.output(hidden).settled_by(expert), uses_of(id, &s.uses), &s.choices);
             return s.early.free.push(waiting.values);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use sluice_format::{FfnSpec, ModelSpec};
-use sluice_kernels::{Activations, sigmoid};
+use sluice_kernels::{Activations, Work, Works, sigmoid};
 
 use super::ModelError;
 use super::compute::{Compute, Step, sized};
@@ -159,6 +159,17 @@ impl FfnScratch {
         self.prefetcher.enabled()
     }
 
+    /// Starts to read experts that the router of `layer` will probably choose, by the `state` of so many rows before its attention.
+    pub(super) fn prefetch_own(
+        &mut self,
+        compute: &Compute,
+        layer: &NextLayer<'_>,
+        (rows, state): (usize, &[f32]),
+        pool: &mut Pool,
+    ) {
+        self.prefetcher.prefetch_own(compute, layer, (rows, state), pool);
+    }
+
     /// How many choices differed from the routers' own.
     pub(super) fn replaced(&self) -> u64 {
         self.experts.replaced()
@@ -249,6 +260,10 @@ impl Ffn {
         if let Some(apart) = &self.apart {
             own.set(apart, step.router, step.residual);
         }
+        let begun = self.begins_together(step, pool);
+        if begun {
+            self.begin_together(step, activations, (gated, gate), experts);
+        }
         let mut pass = match &self.routed {
             None => None,
             Some(routed) => {
@@ -256,7 +271,7 @@ impl Ffn {
                 let preferred = Preferred { part: preference.part(), in_memory: &in_memory };
                 let preferred = Some(&preferred).filter(|_| !preference.is_none() && step.rows.generate());
                 let input = if self.apart.is_some() { &own.router } else { &*activations };
-                routed.route(step.router(), input, preferred, experts)?;
+                routed.route(step.router(), (input, begun), preferred, experts)?;
                 let routing = Routing {
                     tokens: n,
                     prefill: !step.rows.generate(),
@@ -268,9 +283,16 @@ impl Ffn {
         };
         // The reads are under way; meanwhile, compute what every token needs.
         match (&self.dense, step.dense) {
+            (Some(dense), Some(bytes)) if begun => {
+                dense.finish(step.compute, bytes, gated, out);
+                self.gate_dense(gate, out);
+            }
             (Some(dense), Some(bytes)) => {
                 dense.forward(step.compute, Tallied::not(bytes), 0, activations, gated, out);
-                self.gate_dense(step.compute, bytes, activations, gate, out);
+                if let Some(matrix) = &self.dense_gate {
+                    step.compute.multiply(matrix, bytes, activations, sized(gate, n));
+                }
+                self.gate_dense(gate, out);
             }
             _ => out.fill(0.0),
         }
@@ -287,12 +309,46 @@ impl Ffn {
         }
     }
 
-    /// Multiplies the dense part's output by the sigmoid of its gate (Qwen's shared expert).
-    fn gate_dense(&self, compute: &Compute, extent: &[u8], x: &Activations, gate: &mut Vec<f32>, out: &mut [f32]) {
+    /// Whether the router and the first half of the dense part are one job: all experts of the layer are in memory, and one row meets
+    /// matrices that take it as it is.
+    fn begins_together(&self, step: &FfnStep<'_>, pool: &Pool) -> bool {
+        let as_it_is = |dense: &GatedFfn| dense.takes_inputs_as_they_are();
+        let ordered = self.dense_gate.as_ref().is_some_and(MatrixRef::is_ordered)
+            || self.routed.as_ref().is_some_and(Routed::router_is_ordered);
+        step.rows.len() == 1
+            && self.routed.is_some()
+            && step.dense.is_some()
+            && step.compute.observer.is_none()
+            && self.apart.is_none()
+            && !ordered
+            && self.dense.as_ref().is_some_and(as_it_is)
+            && pool.has_all(step.layer as u32)
+    }
+
+    /// Computes the router's product with the one row `x` and the first half of the dense part as one job. If nothing has to be read,
+    /// no read has to wait for the dense part then.
+    fn begin_together(
+        &self,
+        step: &FfnStep<'_>,
+        x: &Activations,
+        (gated, gate): (&mut GatedScratch, &mut Vec<f32>),
+        experts: &mut ExpertScratch,
+    ) {
+        let mut works = Works::new();
+        works.extend(self.routed.as_ref().map(|routed| routed.router_work(step.router, x, experts)));
+        if let (Some(dense), Some(bytes)) = (&self.dense, step.dense) {
+            dense.begin_works(bytes, x, gated, &mut |work| works.push(work));
+            let gate = self.dense_gate.as_ref().map(|matrix| (matrix, sized(gate, 1)));
+            works.extend(gate.map(|(matrix, gate)| Work::matmul(matrix.view(bytes), x, gate)));
+        }
+        step.compute.kernels.products(&step.compute.threads, &works);
+    }
+
+    /// Multiplies the dense part's output `[n, hidden]` by the sigmoid of its gate, `[n]` or longer, if it has one (Qwen's shared
+    /// expert).
+    fn gate_dense(&self, gate: &[f32], out: &mut [f32]) {
         let Some(matrix) = &self.dense_gate else { return };
-        let gate = sized(gate, x.n());
-        compute.multiply(matrix, extent, x, gate);
-        for (row, gate) in out.chunks_exact_mut(out.len() / x.n()).zip(gate) {
+        for (row, gate) in out.chunks_exact_mut(matrix.cols()).zip(gate) {
             let gate = sigmoid(*gate);
             row.iter_mut().for_each(|o| *o *= gate);
         }

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use sluice_format::ActivationSpec;
-use sluice_kernels::{Activation, Activations, ROW_GROUP, Watch};
+use sluice_kernels::{Activation, Activations, ROW_GROUP, Watch, Work, Works};
 
 use super::ModelError;
 use super::compute::{Compute, sized};
@@ -192,6 +192,92 @@ impl GatedFfn {
         self.tally_rest(extent);
     }
 
+    /// Whether [`GatedFfn::forward_each`] can be called: no matrix has an order of its columns of its own.
+    pub(super) fn takes_inputs_as_they_are(&self) -> bool {
+        !self.gate_up.matrices().iter().chain([&self.down]).any(MatrixRef::is_ordered)
+    }
+
+    /// Like [`GatedFfn::forward`], for one row `x` and the networks in several `extents`, as two jobs: gate and up of all, then down of
+    /// all. The bits are the same. `s`: one for each; `out` `[extents, hidden]`. Tells no observer.
+    ///
+    /// # Panics
+    /// If there is more than one row, or a matrix has an order of its columns of its own.
+    pub(super) fn forward_each<'e>(
+        &self,
+        compute: &Compute,
+        extents: impl Iterator<Item = &'e [u8]> + Clone,
+        x: &Activations,
+        s: &mut [GatedScratch],
+        out: &mut [f32],
+    ) {
+        assert!(x.n() == 1 && self.takes_inputs_as_they_are(), "one row, as it is");
+        let mut works = Works::new();
+        for (extent, s) in extents.clone().zip(&mut *s) {
+            self.make_room(1, s);
+            self.gate_up_works(extent, x, s, &mut |work| compute_when_full(compute, work, &mut works));
+        }
+        compute.kernels.products(&compute.threads, &works);
+        for (extent, s) in extents.clone().zip(&mut *s) {
+            self.activate(extent, 1, s);
+        }
+        let mut works = Works::new();
+        let outs = out.chunks_exact_mut(self.down.rows());
+        for ((extent, s), out) in extents.clone().zip(&*s).zip(outs) {
+            let work = Work::matmul(self.down.view(extent), &s.activations, out);
+            compute_when_full(compute, work, &mut works);
+        }
+        compute.kernels.products(&compute.threads, &works);
+        for ((extent, s), out) in extents.zip(s).zip(out.chunks_exact_mut(self.down.rows())) {
+            self.add_down_bias(extent, s, out);
+        }
+    }
+
+    /// The first of two halves of [`GatedFfn::forward`], for one row: gives `add` the products of gate and up, to be computed with others.
+    ///
+    /// # Panics
+    /// Like [`GatedFfn::forward_each`].
+    pub(super) fn begin_works<'w>(
+        &self,
+        extent: &'w [u8],
+        x: &'w Activations,
+        s: &'w mut GatedScratch,
+        add: &mut dyn FnMut(Work<'w>),
+    ) {
+        assert!(x.n() == 1 && self.takes_inputs_as_they_are(), "one row, as it is");
+        self.make_room(1, s);
+        self.gate_up_works(extent, x, s, add);
+    }
+
+    /// The second half of [`GatedFfn::forward`], after the products of [`GatedFfn::begin_works`] have been computed.
+    pub(super) fn finish(&self, compute: &Compute, extent: &[u8], s: &mut GatedScratch, out: &mut [f32]) {
+        self.activate(extent, 1, s);
+        compute.kernels.matmul(&compute.threads, self.down.view(extent), &s.activations, out);
+        self.add_down_bias(extent, s, out);
+    }
+
+    /// Gives `add` the products of gate and up for one row, with results where [`GatedFfn::activate`] looks for them.
+    fn gate_up_works<'w>(
+        &self,
+        extent: &'w [u8],
+        x: &'w Activations,
+        s: &'w mut GatedScratch,
+        add: &mut dyn FnMut(Work<'w>),
+    ) {
+        let GatedScratch { hidden, pair, .. } = s;
+        let hidden = &mut hidden[..self.width];
+        match (&self.gate_up, &self.bias) {
+            (GateUp::Pair(matrix), None) => {
+                add(Work::gate_up(matrix.view(extent), self.width, self.activation, x, hidden));
+            }
+            (GateUp::Pair(matrix), Some(_)) => add(Work::matmul(matrix.view(extent), x, &mut pair[..matrix.rows()])),
+            (GateUp::Apart([gate, up]), _) => {
+                add(Work::matmul(gate.view(extent), x, &mut pair[..self.width]));
+                add(Work::matmul(up.view(extent), x, hidden));
+            }
+            (GateUp::Up(up), _) => add(Work::matmul(up.view(extent), x, hidden)),
+        }
+    }
+
     /// Adds the bytes that belong to no matrix to the tally of a whole extent, which then has every byte.
     fn tally_rest(&self, extent: Tallied<'_>) {
         // The file's reader has checked that they are stored in this order.
@@ -259,12 +345,16 @@ impl GatedFfn {
         if self.gate_up.matrices().iter().any(MatrixRef::is_ordered) {
             begun.reordered.set(output, 1, cols);
         }
-        let s = &mut begun.scratch;
+        self.reserve_row(&mut begun.scratch);
+        if self.down.is_ordered() {
+            begun.reordered.set(&begun.scratch.hidden[..self.width], 1, self.width);
+        }
+    }
+
+    /// Makes room for one row, so that a later call allocates nothing.
+    pub(super) fn reserve_row(&self, s: &mut GatedScratch) {
         self.make_room(1, s);
         s.activations.set(&s.hidden[..self.width], 1, self.width);
-        if self.down.is_ordered() {
-            begun.reordered.set(&s.hidden[..self.width], 1, self.width);
-        }
         if let Some(bias) = &self.bias {
             s.gate_bias.reserve(bias.gate.count().max(bias.down.count()));
             s.up_bias.reserve(bias.up.count());
@@ -385,6 +475,15 @@ impl GatedFfn {
             row.iter_mut().zip(&s.gate_bias).for_each(|(o, b)| *o += b);
         }
     }
+}
+
+/// Adds a product to others; when there are as many as fit, computes them.
+fn compute_when_full<'w>(compute: &Compute, work: Work<'w>, works: &mut Works<'w>) {
+    if works.is_full() {
+        compute.kernels.products(&compute.threads, works);
+        works.clear();
+    }
+    works.push(work);
 }
 
 /// The part of `out` `[n, rows]` that these row groups compute, and the number of its rows: all of them, unless `n` is 1.
@@ -540,6 +639,43 @@ mod tests {
             let mut output = Vec::new();
             begun.swap_output(&mut output);
             prop_assert_eq!(bits(&output[..hidden]), bits(&whole));
+        }
+    }
+
+    /// More networks than are computed as one job have the bits of each alone, and so has one that is computed in two halves.
+    #[test]
+    fn networks_that_are_computed_together_give_what_each_gives() {
+        let compute = compute();
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        let hidden = 70;
+        let mut x = Activations::new(compute.precision);
+        x.set(&numbers(hidden).collect::<Vec<_>>(), 1, hidden);
+        for (up, bias) in [(None, false), (None, true), (Some(Stored::Bf16), false), (Some(Stored::Q8), true)] {
+            let (network, extent) = network(Stored::Q8, up, (90, hidden), bias, false);
+            // Their row groups of down are in other orders.
+            let extents: Vec<Vec<u8>> = (0..Works::MOST + 3)
+                .map(|number| {
+                    let (mut extent, down) = (extent.clone(), &network.down);
+                    let len = down.group_start(1) - down.group_start(0);
+                    extent[down.group_start(0)..down.end()].rotate_left(number % down.groups() * len);
+                    extent
+                })
+                .collect();
+            let mut scratch: Vec<GatedScratch> = extents.iter().map(|_| GatedScratch::new(&compute)).collect();
+            let mut together = vec![f32::NAN; extents.len() * hidden];
+            let bytes = extents.iter().map(|extent| &extent[..]);
+            network.forward_each(&compute, bytes, &x, &mut scratch, &mut together);
+            for (extent, together) in extents.iter().zip(together.chunks_exact(hidden)) {
+                let (mut alone, mut halves) = (vec![f32::NAN; hidden], vec![f32::NAN; hidden]);
+                network.forward(&compute, Tallied::not(extent), 0, &x, &mut scratch[0], &mut alone);
+                assert!(alone.iter().all(|v| v.is_finite()));
+                assert_eq!(bits(together), bits(&alone), "{up:?}, {bias}");
+                let mut works = Works::new();
+                network.begin_works(extent, &x, &mut scratch[1], &mut |work| works.push(work));
+                compute.kernels.products(&compute.threads, &works);
+                network.finish(&compute, extent, &mut scratch[1], &mut halves);
+                assert_eq!(bits(&halves), bits(&alone), "{up:?}, {bias}");
+            }
         }
     }
 

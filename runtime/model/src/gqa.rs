@@ -49,6 +49,11 @@ impl Projection {
     /// `out` `[n, rows]` = matrix · x + bias.
     fn apply(&self, step: Step<'_>, x: &Activations, vector: &mut Vec<f32>, out: &mut [f32]) {
         step.multiply(&self.matrix, x, out);
+        self.add_bias(step, vector, out);
+    }
+
+    /// Adds the bias, if there is one, to the products `out` `[n, rows]`.
+    fn add_bias(&self, step: Step<'_>, vector: &mut Vec<f32>, out: &mut [f32]) {
         if let Some(bias) = &self.bias {
             step.read(bias, vector);
             for row in out.chunks_exact_mut(vector.len()) {
@@ -178,19 +183,34 @@ impl Gqa {
         self.o.apply(step, activations, vector, out);
     }
 
-    /// Queries `[n, heads, head_dim]`, keys and values, normalised and rotated.
-    fn project(&self, step: Step<'_>, scratch: &mut GqaScratch) {
+    /// All products with the layer's input: queries, keys, values, and what gates the output.
+    fn multiply_input(&self, step: Step<'_>, scratch: &mut GqaScratch) {
         let (s, n) = (&self.spec, step.n());
-        let GqaScratch { activations, vector, query, key, value, angles, .. } = scratch;
+        let GqaScratch { activations, vector, query, key, value, gate, .. } = scratch;
         let query = sized(query, n * s.heads * s.head_dim);
         let key = sized(key, n * s.kv_heads * s.head_dim);
         let value = sized(value, n * s.kv_heads * s.v_head_dim);
-        self.q.apply(step, activations, vector, query);
-        self.k.apply(step, activations, vector, key);
+        let gates = self.gate.as_ref().or(self.head_gate.as_ref());
+        let gates = gates.map(|matrix| (matrix, sized(gate, n * matrix.rows())));
+        let of_value = self.v.as_ref().map(|v| (&v.matrix, &mut *value));
+        let of_query = [(&self.q.matrix, &mut *query), (&self.k.matrix, &mut *key)];
+        step.multiply_each(activations, of_query.into_iter().chain(of_value).chain(gates));
+        self.q.add_bias(step, vector, query);
+        self.k.add_bias(step, vector, key);
         match &self.v {
-            Some(v) => v.apply(step, activations, vector, value),
+            Some(v) => v.add_bias(step, vector, value),
             None => value.copy_from_slice(key),
         }
+    }
+
+    /// Queries `[n, heads, head_dim]`, keys and values, normalised and rotated.
+    fn project(&self, step: Step<'_>, scratch: &mut GqaScratch) {
+        self.multiply_input(step, scratch);
+        let (s, n) = (&self.spec, step.n());
+        let GqaScratch { vector, query, key, value, angles, .. } = scratch;
+        let query = sized(query, n * s.heads * s.head_dim);
+        let key = sized(key, n * s.kv_heads * s.head_dim);
+        let value = sized(value, n * s.kv_heads * s.v_head_dim);
         let after_rope = s.qk_norm.as_ref().is_some_and(|norm| norm.after_rope);
         if !after_rope {
             self.normalise(step, vector, query, key);
@@ -352,26 +372,20 @@ impl Gqa {
     /// Puts the outputs into the order `[n, heads, v_head_dim]` and applies the output gate.
     fn gather_heads(&self, step: Step<'_>, scratch: &mut GqaScratch) {
         let (s, n) = (&self.spec, step.n());
-        let GqaScratch { activations, by_task, tasks, by_token, gate, .. } = scratch;
+        let GqaScratch { by_task, tasks, by_token, gate, .. } = scratch;
         let (heads, width) = (s.heads, s.v_head_dim);
         let by_token = sized(by_token, n * heads * width);
         tasks.by_row(by_task, heads, by_token);
-        if let Some(matrix) = &self.gate {
-            let gate = sized(gate, n * heads * width);
-            step.multiply(matrix, activations, gate);
+        if self.gate.is_some() {
             by_token.iter_mut().zip(gate).for_each(|(o, g)| *o *= sigmoid(*g));
-        }
-        if let Some(matrix) = &self.head_gate {
-            gate_heads(step, matrix, activations, gate, by_token);
+        } else if self.head_gate.is_some() {
+            gate_heads(&gate[..n * heads], by_token);
         }
     }
 }
 
-/// Multiplies the outputs of heads, `[n, heads, width]`, by the sigmoid of one number per head; `matrix` computes these numbers
-/// from the layer's input `x`.
-pub(super) fn gate_heads(step: Step<'_>, matrix: &MatrixRef, x: &Activations, gate: &mut Vec<f32>, out: &mut [f32]) {
-    let gate = sized(gate, step.n() * matrix.rows());
-    step.multiply(matrix, x, gate);
+/// Multiplies the outputs of heads, `[n, heads, width]`, by the sigmoid of one number per head, `[n, heads]`.
+pub(super) fn gate_heads(gate: &[f32], out: &mut [f32]) {
     let width = out.len() / gate.len();
     for (head, gate) in out.chunks_exact_mut(width).zip(gate) {
         let gate = sigmoid(*gate);

@@ -78,9 +78,12 @@ pub fn scratch_width(spec: &MlaSpec) -> usize {
 pub struct MlaScratch {
     activations: Activations,
     norm: Vec<f32>,
+    /// The query's latent, and the same normalised, `[2, tokens, rank]`.
     latent: Vec<f32>,
     query: Vec<f32>,
     kv: Vec<f32>,
+    /// The row of the cache that is being made.
+    entry: Vec<f32>,
     by_task: Vec<f32>,
     tasks: Tasks,
     /// `[tokens, heads, v_head_dim]`.
@@ -99,6 +102,7 @@ impl MlaScratch {
             latent: Vec::new(),
             query: Vec::new(),
             kv: Vec::new(),
+            entry: Vec::new(),
             by_task: Vec::new(),
             tasks: Tasks::default(),
             by_token: Vec::new(),
@@ -149,6 +153,7 @@ impl Mla {
         if let Some(rope) = &self.rope {
             rope.angles(step.rows.positions(), &mut scratch.angles);
         }
+        self.multiply_input(step, scratch);
         self.extend_caches(step, caches, scratch);
         if let Some(indexer) = &self.indexer {
             indexer.extend(step, caches, &scratch.activations, &mut scratch.index);
@@ -173,23 +178,37 @@ impl Mla {
         let (heads, width) = (self.spec.heads, self.spec.v_head_dim);
         let by_token = sized(by_token, n * heads * width);
         tasks.by_row(by_task, heads, by_token);
-        if let Some(matrix) = &self.head_gate {
-            // The query's latent may have taken the place of the layer's input.
-            activations.set(x, n, x.len() / n);
-            gate_heads(step, matrix, activations, gate, by_token);
+        if self.head_gate.is_some() {
+            gate_heads(&gate[..n * heads], by_token);
         }
         activations.set(by_token, n, heads * width);
         step.multiply(&self.o, activations, out);
     }
 
+    /// Numbers of a row of queries, `[heads, nope + rope]`.
+    fn query_width(&self) -> usize {
+        self.spec.heads * (self.spec.qk_nope_head_dim + self.spec.qk_rope_head_dim)
+    }
+
+    /// All products with the layer's input: those of the cache, queries or their latents, and what gates the output.
+    fn multiply_input(&self, step: Step<'_>, scratch: &mut MlaScratch) {
+        let n = step.n();
+        let MlaScratch { activations, latent, query, kv, gate, .. } = scratch;
+        let of_query = match &self.query {
+            Query::Full(q) => (q, sized(query, n * self.query_width())),
+            Query::LowRank { a, .. } => (a, &mut sized(latent, 2 * n * a.rows())[..n * a.rows()]),
+        };
+        let of_cache = (&self.kv_a, sized(kv, n * latent_width(&self.spec)));
+        let gates = self.head_gate.as_ref().map(|matrix| (matrix, sized(gate, n * matrix.rows())));
+        step.multiply_each(activations, [of_cache, of_query].into_iter().chain(gates));
+    }
+
     fn extend_caches(&self, step: Step<'_>, caches: &mut Caches<'_, '_>, scratch: &mut MlaScratch) {
-        let MlaScratch { activations, norm, latent, kv, angles, .. } = scratch;
+        let MlaScratch { norm, entry, kv, angles, .. } = scratch;
         let width = latent_width(&self.spec);
         let rank = self.spec.kv_lora_rank;
-        let kv = sized(kv, step.n() * width);
-        step.multiply(&self.kv_a, activations, kv);
         step.read(&self.kv_a_norm, norm);
-        let latent = sized(latent, width);
+        let latent = sized(entry, width);
         for span in step.rows.spans() {
             let mut cache = caches.of_mut(span.span).latent_mut();
             for (t, row) in span.rows().enumerate() {
@@ -209,27 +228,19 @@ impl Mla {
         }
     }
 
-    /// Leaves the unrotated queries in `scratch.query`, `[n, heads, nope + rope]`.
+    /// Leaves the unrotated queries in `scratch.query`, `[n, heads, nope + rope]`, if they are not there yet.
     fn project_query(&self, step: Step<'_>, scratch: &mut MlaScratch) {
         let MlaScratch { activations, norm, latent, query, .. } = scratch;
-        let n = step.n();
-        let width = self.spec.heads * (self.spec.qk_nope_head_dim + self.spec.qk_rope_head_dim);
-        let query = sized(query, n * width);
-        match &self.query {
-            Query::Full(q) => step.multiply(q, activations, query),
-            Query::LowRank { a, norm: weight, b } => {
-                let rank = a.rows();
-                // Two halves: the product, and its normalised copy.
-                let (raw, normed) = sized(latent, 2 * n * rank).split_at_mut(n * rank);
-                step.multiply(a, activations, raw);
-                step.read(weight, norm);
-                for (raw, normed) in raw.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
-                    rms_norm(raw, norm, self.spec.latent_norm_eps, normed);
-                }
-                activations.set(normed, n, rank);
-                step.multiply(b, activations, query);
-            }
+        let Query::LowRank { a, norm: weight, b } = &self.query else { return };
+        let (n, rank) = (step.n(), a.rows());
+        // Two halves: the product, and its normalised copy.
+        let (raw, normed) = sized(latent, 2 * n * rank).split_at_mut(n * rank);
+        step.read(weight, norm);
+        for (raw, normed) in raw.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
+            rms_norm(raw, norm, self.spec.latent_norm_eps, normed);
         }
+        activations.set(normed, n, rank);
+        step.multiply(b, activations, sized(query, n * self.query_width()));
     }
 
     /// Leaves the heads' outputs in `scratch.by_task`, as `scratch.tasks` say.

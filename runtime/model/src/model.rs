@@ -289,6 +289,34 @@ impl Layer {
     }
 }
 
+impl Layer {
+    /// If the drive has nothing to do, starts to read experts that this layer will probably choose, by the residual `x` before its
+    /// attention.
+    fn prefetch_own(
+        &self,
+        number: usize,
+        compute: &Compute,
+        weights: &mut Weights<'_>,
+        (rows, x): (usize, &[f32]),
+        ffn: &mut FfnScratch,
+    ) -> Result<(), ModelError> {
+        let Weights { dense, experts, .. } = weights;
+        let Some(part) = &self.ffn else { return Ok(()) };
+        let (Some(routed), Some(norm)) = (part.ffn.routed(), part.ffn.router_norm().or(part.residual.norm())) else {
+            return Ok(());
+        };
+        // A residual of several streams is joined with what attention adds.
+        let several = x.len() != rows * norm.width();
+        if several || !dense.is_here(part.router) || experts.has_all(number as u32) || experts.prefetching() > 0 {
+            return Ok(());
+        }
+        let router = dense.dense(part.router)?;
+        let layer = NextLayer { layer: number, routed, norm: Some(norm), factor: 0.0, extent: router.bytes() };
+        ffn.prefetch_own(compute, &layer, (rows, x), experts);
+        Ok(())
+    }
+}
+
 /// The next layer after this number that has a feed-forward part, if it has experts: a prefetch asks its router.
 fn next_routed(layers: &[Layer], number: usize) -> Option<(usize, &LayerFfn)> {
     let mut later = layers.iter().enumerate().skip(number + 1);
@@ -548,6 +576,9 @@ impl Model {
 
         let dense_parts = weights.dense;
         let (started, waited) = (Instant::now(), dense_parts.stats().wait + weights.tables.wait());
+        if index < self.spec.layers.len() && rows.generate() && ffn.prefetches() {
+            layer.prefetch_own(index, compute, weights, (rows.len(), &*x), ffn)?;
+        }
         let attention = dense_parts.dense(layer.attention_extent)?;
         let step = Step { compute, rows, extent: attention.bytes() };
         if let Some(table) = &layer.ngrams {
@@ -575,7 +606,10 @@ impl Model {
         // A prompt needs most experts of the next layer anyway.
         let decoder = &self.layers[..self.spec.layers.len()];
         let wanted = rows.generate() && ffn.prefetches();
-        let next = next_routed(decoder, index).filter(|(_, l)| wanted && dense_parts.is_here(l.router));
+        let next = next_routed(decoder, index).filter(|&(number, l)| {
+            // Without an absent expert there is nothing to read or to learn.
+            wanted && dense_parts.is_here(l.router) && !weights.experts.has_all(number as u32)
+        });
         let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
             let (norm, extent) = (l.ffn.router_norm().or(l.residual.norm()), router.bytes());
@@ -683,7 +717,10 @@ impl Model {
         // The streams beyond the first, which is counted with the rest.
         let streams = (spec.residual_width() - spec.hidden_size) as u64 * 4 * rows as u64;
         let residual = streams + residual::scratch_memory(spec, rows) + ngrams::scratch_memory(spec, rows);
-        (widest + 8 * hidden) * 4 * rows as u64 + residual + kept + logits + crate::experts::tally_memory(expert_len)
+        let moe = spec.layers.iter().filter_map(|l| l.ffn.moe.as_ref());
+        let together = moe.map(|moe| crate::experts::together_memory(moe, spec.hidden_size)).max().unwrap_or(0);
+        let experts = kept + together + crate::experts::tally_memory(expert_len);
+        (widest + 8 * hidden) * 4 * rows as u64 + residual + logits + experts
     }
 
     /// Bytes that one thread needs to read the prompts of passes of `rows` rows in the expanded form; 0 in models without latent attention.

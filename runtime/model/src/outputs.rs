@@ -42,6 +42,9 @@ use super::compute::{Compute, sized};
 use super::router::Choice;
 use super::tally::{Tallied, Tally};
 
+/// Columns whose sums over the experts are formed together.
+const COLUMNS_TOGETHER: usize = 32;
+
 /// One use of an expert: the row, and which of the row's choices it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Use {
@@ -227,12 +230,14 @@ impl Outputs {
             Combining::Kept => {
                 let choices = &choices[row * top_k..][..top_k];
                 let rows = &self.values[row * top_k * hidden..][..top_k * hidden];
-                for (i, out) in out.iter_mut().enumerate() {
-                    let sum = choices
-                        .iter()
-                        .enumerate()
-                        .fold(0.0, |sum, (j, c)| sum + self.weight(*c) * rows[j * hidden + i]);
-                    *out += sum;
+                // Some columns at a time, so that their sums stay in registers and compilers turn the loops into vector instructions.
+                for (columns, out) in out.chunks_mut(COLUMNS_TOGETHER).enumerate() {
+                    let mut sums = [0.0; COLUMNS_TOGETHER];
+                    for (choice, row) in choices.iter().zip(rows.chunks_exact(hidden)) {
+                        let (weight, row) = (self.weight(*choice), &row[columns * COLUMNS_TOGETHER..][..out.len()]);
+                        sums.iter_mut().zip(row).for_each(|(sum, o)| *sum += weight * o);
+                    }
+                    out.iter_mut().zip(&sums).for_each(|(out, sum)| *out += sum);
                 }
             }
         });

@@ -4,6 +4,10 @@
 //! the experts that it will name later (measured elsewhere: 74–89 % of the slots of Qwen3 and GLM models). What matters is how
 //! often it is right about experts that are *not* in memory, which depends on the model and the cache. So that is learned
 //! separately for each rank of a candidate, from every token, whether the candidate was read or not.
+//!
+//! A layer is looked at twice: while the layer before it computes its experts, and before its own attention, if the drive has nothing to
+//! do then. By then the state has all that the layer before adds, so it names some of the experts that were not named earlier; and the
+//! first layer with experts has no other layer to name its own.
 
 use sluice_kernels::Activations;
 
@@ -11,7 +15,7 @@ use super::compute::{Compute, sized};
 use super::experts::Routed;
 use super::norm::{Norm, NormScratch};
 use super::router::{RouterScratch, rank};
-use sluice_storage::pool::LayerPass;
+use sluice_storage::pool::{LayerPass, Pool};
 
 /// Ranks beyond the router's top-k that are watched: if they turn out to be likely enough, they are read too.
 const EXTRA_RANKS: usize = 4;
@@ -23,7 +27,7 @@ const LEAST_PROBABILITY: f32 = 0.75;
 /// The probabilities that are assumed before anything was observed: for the router's top-k, and for the ranks beyond it.
 const FIRST_BELIEF: (f32, f32) = (0.6, 0.3);
 
-/// The parts of the next layer that a prefetch needs.
+/// The parts of a layer that prefetches of its experts need.
 pub struct NextLayer<'a> {
     /// Its number.
     pub(super) layer: usize,
@@ -38,14 +42,65 @@ pub struct NextLayer<'a> {
 
 /// The candidates for a layer, and how often candidates of each rank have been right.
 #[derive(Debug)]
-pub struct Prefetcher {
-    enabled: bool,
+struct Look {
     /// Probability that an absent candidate of this rank is right.
     right: Vec<f32>,
     /// Layer of the candidates.
     layer: usize,
     /// Absent candidates: rank and expert. Each expert occurs once, with the best rank that any row gave it.
     candidates: Vec<(usize, u32)>,
+}
+
+impl Look {
+    /// Knows nothing but how often candidates have been right.
+    fn new(right: Vec<f32>) -> Self {
+        Look { right, layer: usize::MAX, candidates: Vec::new() }
+    }
+
+    /// Learns from the choice of `layer`'s router: `experts` are distinct and ascending.
+    fn judge(&mut self, layer: usize, experts: &[u32]) {
+        if self.layer != layer {
+            return;
+        }
+        for &(rank, expert) in &self.candidates {
+            let right = f32::from(u8::from(experts.binary_search(&expert).is_ok()));
+            self.right[rank] += (right - self.right[rank]) * LEARNING_RATE;
+        }
+        self.candidates.clear();
+        self.layer = usize::MAX;
+    }
+
+    /// Puts the candidates into order and leaves those that are likely enough in `wanted`, the likeliest first.
+    fn choose(&mut self, top_k: usize, wanted: &mut Vec<u32>) {
+        self.candidates.sort_unstable_by_key(|&(rank, expert)| (expert, rank));
+        self.candidates.dedup_by_key(|&mut (_, expert)| expert);
+        self.candidates.sort_unstable();
+        while self.right.len() < top_k + EXTRA_RANKS {
+            self.right.push(if self.right.len() < top_k { FIRST_BELIEF.0 } else { FIRST_BELIEF.1 });
+        }
+        wanted.clear();
+        let sure = self.candidates.iter().filter(|(rank, _)| self.right[*rank] >= LEAST_PROBABILITY);
+        wanted.extend(sure.map(|&(_, expert)| expert));
+    }
+}
+
+/// When a layer is looked at.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    /// While the layer before it computes its experts.
+    Before,
+    /// Before its attention.
+    Own,
+}
+
+/// Finds the experts that a layer will probably choose.
+#[derive(Debug)]
+pub struct Prefetcher {
+    enabled: bool,
+    /// From the layer before.
+    before: Look,
+    /// From the layer itself, before its attention.
+    own: Look,
     ranked: Vec<u32>,
     wanted: Vec<u32>,
     state: Vec<f32>,
@@ -62,9 +117,8 @@ impl Prefetcher {
     pub fn new(enabled: bool, compute: &Compute) -> Self {
         Prefetcher {
             enabled,
-            right: Vec::new(),
-            layer: usize::MAX,
-            candidates: Vec::new(),
+            before: Look::new(Vec::new()),
+            own: Look::new(Vec::new()),
             ranked: Vec::new(),
             wanted: Vec::new(),
             state: Vec::new(),
@@ -79,8 +133,9 @@ impl Prefetcher {
 
     /// Frees all buffers; what was learned stays.
     pub fn give_back(&mut self, compute: &Compute) {
-        let right = std::mem::take(&mut self.right);
-        *self = Prefetcher { right, ..Prefetcher::new(self.enabled, compute) };
+        let again = |look: &mut Look| Look::new(std::mem::take(&mut look.right));
+        let (before, own) = (again(&mut self.before), again(&mut self.own));
+        *self = Prefetcher { before, own, ..Prefetcher::new(self.enabled, compute) };
     }
 
     /// Whether prefetches are wanted at all.
@@ -90,15 +145,8 @@ impl Prefetcher {
 
     /// Learns from the choice of `layer`'s router: `experts` are distinct and ascending.
     pub fn judge(&mut self, layer: usize, experts: &[u32]) {
-        if self.layer != layer {
-            return;
-        }
-        for &(rank, expert) in &self.candidates {
-            let right = f32::from(u8::from(experts.binary_search(&expert).is_ok()));
-            self.right[rank] += (right - self.right[rank]) * LEARNING_RATE;
-        }
-        self.candidates.clear();
-        self.layer = usize::MAX;
+        self.before.judge(layer, experts);
+        self.own.judge(layer, experts);
     }
 
     /// Applies the next layer's router and starts to read the experts that are likely enough. The router's input is `residual +
@@ -125,37 +173,65 @@ impl Prefetcher {
             self.wanted.dedup();
             return pass.prefetch(next.layer as u32, &self.wanted);
         }
-        let rows = ids.len();
-        let hidden = residual.len() / rows;
+        let mut state = std::mem::take(&mut self.state);
+        let input = match next.norm {
+            Some(_) => {
+                let state = sized(&mut state, residual.len());
+                state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + next.factor * d);
+                &*state
+            }
+            None => residual,
+        };
+        self.name(compute, next, (ids.len(), input), Stage::Before, &|expert| pass.has(next.layer as u32, expert));
+        self.state = state;
+        pass.prefetch(next.layer as u32, &self.wanted);
+    }
+
+    /// Applies the router of a layer to the state `[rows, hidden]` before its attention, and starts to read the experts that are
+    /// likely enough.
+    pub fn prefetch_own(
+        &mut self,
+        compute: &Compute,
+        layer: &NextLayer<'_>,
+        (rows, state): (usize, &[f32]),
+        pool: &mut Pool,
+    ) {
+        if layer.routed.table().is_none() {
+            self.name(compute, layer, (rows, state), Stage::Own, &|expert| pool.has(layer.layer as u32, expert));
+            pool.prefetch(layer.layer as u32, &self.wanted);
+        }
+    }
+
+    /// Leaves in `wanted` the absent experts that the router of a layer will probably choose, by the state `[rows, hidden]`.
+    fn name(
+        &mut self,
+        compute: &Compute,
+        next: &NextLayer<'_>,
+        (rows, state): (usize, &[f32]),
+        stage: Stage,
+        is_here: &dyn Fn(u32) -> bool,
+    ) {
+        let hidden = state.len() / rows;
         let normed = sized(&mut self.normed, rows * hidden);
-        if let Some(norm) = next.norm {
-            let state = sized(&mut self.state, rows * hidden);
-            state.iter_mut().zip(residual.iter().zip(delta)).for_each(|(s, (r, d))| *s = r + next.factor * d);
-            norm.apply(next.extent, state, &mut self.norm, normed);
-        } else {
-            normed.copy_from_slice(residual);
+        match next.norm {
+            Some(norm) => norm.apply(next.extent, state, &mut self.norm, normed),
+            None => normed.copy_from_slice(state),
         }
         self.activations.set(normed, rows, hidden);
         let logits = sized(&mut self.logits, rows * next.routed.experts());
         let bias = next.routed.logits(compute, next.extent, &self.activations, &mut self.bias, logits);
         let top_k = next.routed.top_k();
-        self.layer = next.layer;
-        self.candidates.clear();
+        let look = match stage {
+            Stage::Before => &mut self.before,
+            Stage::Own => &mut self.own,
+        };
+        look.layer = next.layer;
+        look.candidates.clear();
         for logits in logits.chunks_exact(next.routed.experts()) {
             rank(next.routed.spec(), logits, bias, top_k + EXTRA_RANKS, &mut self.router, &mut self.ranked);
-            let absent = self.ranked.iter().enumerate().filter(|(_, expert)| !pass.has(next.layer as u32, **expert));
-            self.candidates.extend(absent.map(|(rank, &expert)| (rank, expert)));
+            let absent = self.ranked.iter().enumerate().filter(|(_, expert)| !is_here(**expert));
+            look.candidates.extend(absent.map(|(rank, &expert)| (rank, expert)));
         }
-        self.candidates.sort_unstable_by_key(|&(rank, expert)| (expert, rank));
-        self.candidates.dedup_by_key(|&mut (_, expert)| expert);
-        self.candidates.sort_unstable();
-
-        while self.right.len() < top_k + EXTRA_RANKS {
-            self.right.push(if self.right.len() < top_k { FIRST_BELIEF.0 } else { FIRST_BELIEF.1 });
-        }
-        self.wanted.clear();
-        let sure = self.candidates.iter().filter(|(rank, _)| self.right[*rank] >= LEAST_PROBABILITY);
-        self.wanted.extend(sure.map(|&(_, expert)| expert));
-        pass.prefetch(next.layer as u32, &self.wanted);
+        look.choose(top_k, &mut self.wanted);
     }
 }

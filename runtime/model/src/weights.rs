@@ -44,6 +44,11 @@ impl MatrixRef {
         self.rows
     }
 
+    /// Columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// Row groups of one matrix of the batch.
     pub fn groups(&self) -> usize {
         self.rows.div_ceil(ROW_GROUP)

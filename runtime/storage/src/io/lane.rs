@@ -12,7 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::arena::Region;
-use super::calibration::{DeviceId, Tuning};
+use super::calibration::{DeviceId, Tuning, TuningSource};
+use super::depth::Depth;
 use super::error::{FileInfo, IoError, ReadError};
 use super::file::DataFile;
 use super::fill::Filling;
@@ -33,6 +34,8 @@ pub struct Lane {
     pub files: Vec<u16>,
     /// Chunks and depths.
     pub config: IoConfig,
+    /// Whether the I/O thread finds out how many chunks should be in flight, whatever the depths in `config`, if the engine takes 16.
+    pub adapts: bool,
 }
 
 /// A drive that is being read.
@@ -69,8 +72,10 @@ pub fn open_lanes(files: Vec<DataFile>, tuning: &[Tuning], regions: &[Region]) -
         }
     }
     let lane = |(_, tuning, numbers, files): (DeviceId, &Tuning, Vec<u16>, Vec<DataFile>)| {
-        let engine = open_engine(tuning.engine, files, regions, &tuning.config)?;
-        Ok(Lane { engine, files: numbers, config: tuning.config.clone() })
+        let (adapts, config) = (matches!(tuning.source, TuningSource::Default(_)), tuning.config.clone());
+        let most = if adapts { Depth::MOST } else { config.depth };
+        let engine = open_engine(tuning.engine, files, regions, &IoConfig { depth: most, ..config.clone() })?;
+        Ok(Lane { engine, files: numbers, config, adapts })
     };
     drives.into_iter().map(lane).collect()
 }
@@ -101,6 +106,8 @@ pub(crate) struct Shared {
     /// Whether any chunk of this lane is in flight.
     reading: AtomicBool,
     pub(crate) counters: Counters,
+    /// Chunks that may be in flight.
+    pub(crate) depth: AtomicUsize,
     /// The lane's own files.
     pub(crate) files: Vec<FileInfo>,
     pub(crate) waiters: Arc<Waiters>,
@@ -121,6 +128,7 @@ impl Shared {
             next_id: AtomicU64::new(0),
             reading: AtomicBool::new(false),
             counters: Counters::default(),
+            depth: AtomicUsize::new(0),
             files: engine.info().files.clone(),
             waiters: Arc::clone(waiters),
         }

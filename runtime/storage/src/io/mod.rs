@@ -24,6 +24,7 @@
 pub mod arena;
 pub mod bench;
 pub mod calibration;
+mod depth;
 pub mod error;
 pub mod file;
 pub mod fill;

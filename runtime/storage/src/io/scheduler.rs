@@ -141,7 +141,7 @@ impl Scheduler {
     /// [`IoError::Config`] or [`IoError::Thread`].
     pub fn start(engine: Box<dyn ReadEngine>, config: IoConfig) -> Result<Scheduler, IoError> {
         let files = (0..).take(engine.info().files.len()).collect();
-        Self::start_lanes(vec![Lane { engine, files, config }])
+        Self::start_lanes(vec![Lane { engine, files, config, adapts: false }])
     }
 
     /// Starts an I/O thread for each lane.
@@ -168,13 +168,14 @@ impl Scheduler {
         let places = places.into_iter().flatten().collect();
         // From now on, dropping the scheduler ends the threads that already run.
         let mut scheduler = Scheduler { lanes: Vec::new(), places, waiters: Arc::default() };
-        for Lane { engine, files, config } in lanes {
+        for Lane { engine, files, config, adapts } in lanes {
             let shared = Arc::new(Shared::new(&*engine, &scheduler.waiters));
+            shared.depth.store(config.depth, Relaxed);
             let info = LaneInfo { engine: engine.info().clone(), files, config: config.clone() };
             let for_thread = Arc::clone(&shared);
             let thread = std::thread::Builder::new()
                 .name("sluice-io".to_owned())
-                .spawn(move || worker::run(engine, for_thread, &config))
+                .spawn(move || worker::run(engine, for_thread, &config, adapts))
                 .map_err(IoError::Thread)?;
             scheduler.lanes.push(Running { shared, info, thread: Some(thread) });
         }
@@ -184,6 +185,12 @@ impl Scheduler {
     /// The lanes: in the order in which they were given.
     pub fn lanes(&self) -> impl ExactSizeIterator<Item = &LaneInfo> {
         self.lanes.iter().map(|lane| &lane.info)
+    }
+
+    /// Chunks of the first lane that may be in flight now: its configured depth, or what its own reads have shown to be enough.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.lanes[0].shared.depth.load(Relaxed)
     }
 
     /// Where a file is, for messages.

@@ -13,6 +13,7 @@ use std::time::Instant;
 use sluice_checksum::Xxh3;
 
 use super::arena::PAGE_BYTES;
+use super::depth::Depth;
 use super::error::ReadError;
 use super::fill::{ChunkMem, Filling};
 use super::lane::{Command, Shared};
@@ -77,6 +78,9 @@ struct Worker<'a> {
     engine: Box<dyn ReadEngine>,
     shared: &'a Shared,
     config: &'a IoConfig,
+    depth: Depth,
+    /// When the thread began; times for `depth` count from then.
+    epoch: Instant,
     queue: ChunkQueue,
     active: Vec<Option<Active>>,
     free: Vec<u32>,
@@ -85,17 +89,19 @@ struct Worker<'a> {
     flights: Vec<Option<Flight>>,
     free_tags: Vec<u32>,
     prefetch_flights: usize,
+    /// Most of them.
+    prefetch_depth: usize,
     ended: Vec<Completion>,
     commands: VecDeque<Command>,
     busy_since: Option<Instant>,
 }
 
-/// The body of the I/O thread.
-pub(crate) fn run(engine: Box<dyn ReadEngine>, shared: Arc<Shared>, config: &IoConfig) {
+/// The body of the I/O thread. `adapts`: it finds out how many chunks should be in flight, as many as the engine takes at most.
+pub(crate) fn run(engine: Box<dyn ReadEngine>, shared: Arc<Shared>, config: &IoConfig, adapts: bool) {
     // Declared first, so that it runs last, also in a panic: by then every fill has ended.
     let _farewell = Farewell { shared: &shared };
     sys::ask_for_short_slices();
-    let mut worker = Worker::new(engine, &shared, config);
+    let mut worker = Worker::new(engine, &shared, config, adapts);
     let reason = match worker.run() {
         Ok(()) => "it was shut down".to_owned(),
         Err(error) => format!("the read engine failed: {error}"),
@@ -121,9 +127,12 @@ impl Drop for Farewell<'_> {
 }
 
 impl<'a> Worker<'a> {
-    fn new(engine: Box<dyn ReadEngine>, shared: &'a Shared, config: &'a IoConfig) -> Self {
-        let depth = engine.depth().min(config.depth);
+    fn new(engine: Box<dyn ReadEngine>, shared: &'a Shared, config: &'a IoConfig, adapts: bool) -> Self {
+        let adapts = adapts && engine.depth() >= Depth::MOST;
+        let depth = if adapts { Depth::MOST } else { engine.depth().min(config.depth) };
         Self {
+            depth: if adapts { Depth::found_out() } else { Depth::fixed(depth) },
+            epoch: Instant::now(),
             engine,
             shared,
             config,
@@ -134,6 +143,7 @@ impl<'a> Worker<'a> {
             flights: vec![None; depth],
             free_tags: (0..depth as u32).rev().collect(),
             prefetch_flights: 0,
+            prefetch_depth: if adapts { depth } else { config.prefetch_depth },
             ended: Vec::with_capacity(depth),
             commands: VecDeque::with_capacity(REQUESTS),
             busy_since: None,
@@ -230,10 +240,18 @@ impl<'a> Worker<'a> {
         self.stop(request, ReadError::Cancelled { extent });
     }
 
+    /// Chunks in flight.
+    fn in_flight(&self) -> usize {
+        self.flights.len() - self.free_tags.len()
+    }
+
     /// Fills the engine up to its depth. True if anything was issued.
     fn issue(&mut self) -> bool {
         let mut issued = false;
-        while let Some(&tag) = self.free_tags.last() {
+        while self.in_flight() < self.depth.limit() {
+            let Some(&tag) = self.free_tags.last() else {
+                break;
+            };
             let Some(request) = self.next_request() else {
                 break;
             };
@@ -271,7 +289,7 @@ impl<'a> Worker<'a> {
                 return next;
             }
         }
-        if self.prefetch_flights >= self.config.prefetch_depth {
+        if self.prefetch_flights >= self.prefetch_depth {
             return None;
         }
         self.queue.next(Class::Prefetch, &mut issuable)
@@ -287,7 +305,7 @@ impl<'a> Worker<'a> {
 
     /// Waits for completions and handles them. Blocks only if told so.
     fn collect(&mut self, may_block: bool) -> io::Result<()> {
-        let in_flight = self.free_tags.len() < self.flights.len();
+        let in_flight = self.in_flight() > 0;
         if in_flight && self.busy_since.is_none() {
             self.busy_since = Some(Instant::now());
             self.shared.set_reading(true);
@@ -305,6 +323,12 @@ impl<'a> Worker<'a> {
         let mut ended = std::mem::take(&mut self.ended);
         let result = self.engine.complete(&mut ended, wait);
         self.shared.asleep.store(false, SeqCst);
+        if !ended.is_empty() {
+            let bytes = ended.iter().filter_map(|completion| completion.result.as_ref().ok()).sum::<usize>();
+            let now = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            self.depth.ended(bytes as u64, now, self.in_flight() >= self.depth.limit());
+            self.shared.depth.store(self.depth.limit(), Relaxed);
+        }
         for completion in ended.drain(..) {
             self.completed(completion);
         }
@@ -318,7 +342,7 @@ impl<'a> Worker<'a> {
         let now = Instant::now();
         let busy_ns = u64::try_from((now - since).as_nanos()).unwrap_or(u64::MAX);
         self.shared.counters.busy_ns.fetch_add(busy_ns, Relaxed);
-        let in_flight = self.free_tags.len() < self.flights.len();
+        let in_flight = self.in_flight() > 0;
         self.busy_since = in_flight.then_some(now);
         if !in_flight {
             self.shared.set_reading(false);

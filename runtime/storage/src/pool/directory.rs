@@ -225,6 +225,15 @@ impl ExpertDirectory {
         index
     }
 
+    /// The indices of the experts of a layer of the model, ascending.
+    ///
+    /// # Panics
+    /// If the layer does not exist or has no experts.
+    pub fn indices_of(&self, layer: u32) -> impl Iterator<Item = Key> {
+        let routed = self.routed_layer(layer);
+        (0..self.shape.experts).map(move |expert| self.shape.key(routed, expert)).filter(|&index| self.exists(index))
+    }
+
     /// The expert with this index.
     #[must_use]
     pub fn key(&self, index: Key) -> ExpertKey {
@@ -325,6 +334,7 @@ mod tests {
             assert_eq!(directory.index(directory.key(index)), index);
         }
         assert_eq!(directory.key(Key(3)), ExpertKey { layer: 3, expert: 0 });
+        assert_eq!(directory.indices_of(3).collect::<Vec<_>>(), [Key(3), Key(4)]);
     }
 
     #[test]

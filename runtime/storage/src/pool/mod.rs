@@ -308,6 +308,12 @@ impl Pool {
         self.table[self.directory.index(ExpertKey { layer, expert }).index()] != ABSENT
     }
 
+    /// True if all experts of a layer are in memory, or on their way.
+    #[must_use]
+    pub fn has_all(&self, layer: u32) -> bool {
+        self.directory.indices_of(layer).all(|index| self.table[index.index()] != ABSENT)
+    }
+
     /// The experts that the pool serves.
     #[must_use]
     pub fn directory(&self) -> &ExpertDirectory {
@@ -724,6 +730,19 @@ impl LayerPass<'_> {
     /// need. The drive serves them only while there are no demand reads.
     pub fn prefetch(&mut self, layer: u32, experts: &[u32]) {
         self.pool.prefetch(layer, experts);
+    }
+
+    /// The experts that are in memory, verified, and have not been handed out: their numbers and bytes, in the order in which they
+    /// will be. So a caller can compute with several of them at once, and take each when its turn comes. While experts wait for
+    /// a slot there are none, because each that is handed out leaves one.
+    pub fn in_memory(&self) -> impl Iterator<Item = (u32, &[u8])> + Clone {
+        let PassState { ready, todo, .. } = &self.pool.pass;
+        ready.iter().filter(|_| todo.is_empty()).filter_map(|&number| match &self.pool.slots[number as usize] {
+            Content::Resident { expert, slot, verdict, .. } if verdict.is_settled() => {
+                Some((self.pool.directory.key(*expert).expert, slot.bytes()))
+            }
+            _ => None,
+        })
     }
 
     /// As [`Pool::has`].

@@ -37,8 +37,17 @@ impl Prefetches {
 }
 
 impl Pool {
-    /// Starts reading those of `experts` that are absent, as far as there are slots for prefetches.
-    pub(super) fn prefetch(&mut self, layer: u32, experts: &[u32]) {
+    /// How many prefetches are being read.
+    pub fn prefetching(&mut self) -> usize {
+        self.settle_prefetches();
+        self.prefetches.open.len()
+    }
+
+    /// Starts reading those of `experts` that are absent, as far as there are slots for prefetches: as [`LayerPass::prefetch`], also
+    /// between passes.
+    ///
+    /// [`LayerPass::prefetch`]: super::LayerPass::prefetch
+    pub fn prefetch(&mut self, layer: u32, experts: &[u32]) {
         self.settle_prefetches();
         for &expert in experts {
             // Experts for which a caller waits come first, also for slots.

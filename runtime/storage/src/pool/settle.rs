@@ -35,6 +35,11 @@ impl Verdict {
     pub(super) fn after(check: Check, verify: bool) -> Verdict {
         Verdict(check != Check::ByReceiver || !verify)
     }
+
+    /// Whether the bytes may be used.
+    pub(super) fn is_settled(self) -> bool {
+        self.0
+    }
 }
 
 /// The bytes of an expert are not those that the file's table promises. The pass reads it again and yields it once more; if it is

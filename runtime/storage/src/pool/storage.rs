@@ -123,13 +123,13 @@ fn read_lanes(
         if !experts.is_striped() {
             let numbers = (0..files.len() as u16).collect();
             let engine = Box::new(drive.engine(0, files, experts.places(), io.depth));
-            return Ok(vec![Lane { engine, files: numbers, config: io.clone() }]);
+            return Ok(vec![Lane { engine, files: numbers, config: io.clone(), adapts: false }]);
         }
         let lane = |(number, file): (u16, DataFile)| {
             let own = experts.places().into_iter().filter(|(file, _)| *file == number);
             let places = own.map(|(_, range)| (0, range)).collect();
             let engine = Box::new(drive.engine(usize::from(number), vec![file], places, io.depth));
-            Lane { engine, files: vec![number], config: io.clone() }
+            Lane { engine, files: vec![number], config: io.clone(), adapts: false }
         };
         return Ok((0..).zip(files).map(lane).collect());
     }

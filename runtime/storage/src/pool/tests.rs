@@ -537,3 +537,28 @@ fn a_part_comes_while_the_rest_is_being_read() {
     assert_eq!(expert.settle(sum).expect("right").expert(), 3);
     assert!(pass.arrival(Some(PAGE_BYTES)).expect("no faults").is_none());
 }
+
+#[test]
+fn what_is_in_memory_and_verified_can_be_looked_at_before_it_is_handed_out() {
+    let drive = SimDrive::new(vec![model().0]);
+    let mut pool = pool(&drive, 40, 1);
+    run_pass(&mut pool, 1, &[2, 5, 7]).expect("a pass");
+    let choices = choices(&[2, 3, 7]);
+    let mut pass = pool.begin_layer(1, &[2, 3, 7], &routing(&choices)).expect("a pass");
+    let seen: Vec<u32> = pass
+        .in_memory()
+        .map(|(expert, bytes)| {
+            assert!(is_content(bytes, 1, expert));
+            expert
+        })
+        .collect();
+    assert_eq!(seen, [2, 7], "not what is being read");
+    for expert in seen {
+        assert_eq!(pass.next().expect("no error").expect("an expert").expert(), expert);
+    }
+    assert_eq!(pass.in_memory().count(), 0);
+    drop(pass);
+    assert!(!pool.has_all(1));
+    run_pass(&mut pool, 1, &(0..EXPERTS).collect::<Vec<_>>()).expect("a pass");
+    assert!(pool.has_all(1) && !pool.has_all(2));
+}

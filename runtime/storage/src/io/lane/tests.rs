@@ -47,7 +47,7 @@ fn drives() -> [SimDrive; 2] {
 fn start(engines: [Box<dyn ReadEngine>; 2]) -> Scheduler {
     let files = [vec![0, 2], vec![1]];
     let lanes = engines.into_iter().zip(files).zip(configs());
-    let lanes = lanes.map(|((engine, files), config)| Lane { engine, files, config });
+    let lanes = lanes.map(|((engine, files), config)| Lane { engine, files, config, adapts: false });
     Scheduler::start_lanes(lanes.collect()).expect("threads")
 }
 
@@ -271,6 +271,7 @@ fn lanes_that_do_not_fit_together_are_refused() {
         engine: Box::new(drives[at].engine(configs()[at].depth, 1)) as Box<dyn ReadEngine>,
         files,
         config: configs()[at].clone(),
+        adapts: false,
     };
     let mut unverified = lane(1, vec![1]);
     unverified.config.verify = false;
@@ -297,6 +298,7 @@ fn files_on_one_drive_share_a_lane() {
     let tunings = [tuning(8 << 10), tuning(16 << 10), tuning(32 << 10)];
     let lanes = open_lanes(files, &tunings, &[]).expect("engines");
     assert_eq!(lanes.len(), 1);
+    assert!(!lanes[0].adapts, "the settings were given");
     assert_eq!((lanes[0].files.as_slice(), lanes[0].config.chunk_bytes), (&[0, 1, 2][..], 8 << 10));
     let io = Scheduler::start_lanes(lanes).expect("a thread");
     submit(&io, &[0, 1, 2]).into_iter().for_each(finish_right);
@@ -315,6 +317,7 @@ fn files_on_two_drives_have_a_lane_each() {
     let files: Vec<DataFile> = [(0, &here), (1, &there)].into_iter().map(open).collect();
     let devices: Vec<DeviceId> = files.iter().map(|file| DeviceId::of(file).expect("a device")).collect();
     let lanes = open_lanes(files, &[Tuning::default(), Tuning::default()], &[]).expect("engines");
+    assert!(lanes.iter().all(|lane| lane.adapts), "nothing is known about them");
     assert_eq!(lanes.len(), if devices[0].is_same(&devices[1]) { 1 } else { 2 });
     let io = Scheduler::start_lanes(lanes).expect("threads");
     submit(&io, &[0, 1]).into_iter().for_each(finish_right);
