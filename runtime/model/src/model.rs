@@ -297,10 +297,13 @@ impl Layer {
         number: usize,
         compute: &Compute,
         weights: &mut Weights<'_>,
-        (rows, x): (usize, &[f32]),
+        (rows, x): (&Rows, &[f32]),
         ffn: &mut FfnScratch,
     ) -> Result<(), ModelError> {
-        let Weights { dense, experts, .. } = weights;
+        if !rows.generate() || !ffn.prefetches() {
+            return Ok(());
+        }
+        let (rows, Weights { dense, experts, .. }) = (rows.len(), weights);
         let Some(part) = &self.ffn else { return Ok(()) };
         let (Some(routed), Some(norm)) = (part.ffn.routed(), part.ffn.router_norm().or(part.residual.norm())) else {
             return Ok(());
@@ -322,6 +325,15 @@ fn next_routed(layers: &[Layer], number: usize) -> Option<(usize, &LayerFfn)> {
     let mut later = layers.iter().enumerate().skip(number + 1);
     let next = later.find_map(|(number, layer)| Some((number, layer.ffn.as_ref()?)));
     next.filter(|(_, part)| part.ffn.routed().is_some())
+}
+
+/// The next routed layer after this number, if its router is in memory and some of its experts are not: otherwise there is nothing to read
+/// or to learn.
+fn next_to_read<'l>(layers: &'l [Layer], number: usize, weights: &Weights<'_>) -> Option<(usize, &'l LayerFfn)> {
+    let wanted = |&(number, part): &(usize, &LayerFfn)| {
+        weights.dense.is_here(part.router) && !weights.experts.has_all(number as u32)
+    };
+    next_routed(layers, number).filter(wanted)
 }
 
 impl Tail {
@@ -576,9 +588,7 @@ impl Model {
 
         let dense_parts = weights.dense;
         let (started, waited) = (Instant::now(), dense_parts.stats().wait + weights.tables.wait());
-        if index < self.spec.layers.len() && rows.generate() && ffn.prefetches() {
-            layer.prefetch_own(index, compute, weights, (rows.len(), &*x), ffn)?;
-        }
+        layer.prefetch_own(index, compute, weights, (rows, &*x), ffn)?;
         let attention = dense_parts.dense(layer.attention_extent)?;
         let step = Step { compute, rows, extent: attention.bytes() };
         if let Some(table) = &layer.ngrams {
@@ -604,12 +614,8 @@ impl Model {
         part.residual.read(compute, router.bytes(), x, residual, normed);
         let input = part.residual.joined(x, len, residual).unwrap_or(normed);
         // A prompt needs most experts of the next layer anyway.
-        let decoder = &self.layers[..self.spec.layers.len()];
         let wanted = rows.generate() && ffn.prefetches();
-        let next = next_routed(decoder, index).filter(|&(number, l)| {
-            // Without an absent expert there is nothing to read or to learn.
-            wanted && dense_parts.is_here(l.router) && !weights.experts.has_all(number as u32)
-        });
+        let next = wanted.then(|| next_to_read(&self.layers[..self.spec.layers.len()], index, weights)).flatten();
         let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
         let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
             let (norm, extent) = (l.ffn.router_norm().or(l.residual.norm()), router.bytes());
