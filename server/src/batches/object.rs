@@ -141,6 +141,13 @@ impl BatchObject {
         }
     }
 
+    /// Sets it, unless the batch has ended or is to end. Between a look at the status and this, a client may have cancelled it.
+    pub fn advance(&mut self, status: Status) {
+        if !self.status.is_final() && self.status != Status::Cancelling {
+            self.set(status);
+        }
+    }
+
     /// What clients are told.
     pub fn to_json(&self) -> Value {
         let errors = match &self.problems[..] {

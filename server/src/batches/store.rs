@@ -215,11 +215,12 @@ impl Batches {
     /// # Errors
     /// When there is none of this id, it has ended, or what the system says.
     pub fn cancel(&self, id: &str) -> Result<BatchObject, ApiError> {
-        let status = self.batch(id)?.status;
+        self.batch(id)?;
+        let batch = self.change(id, |batch| batch.advance(Status::Cancelling)).map_err(unwritten)?;
+        let status = batch.status;
         if status.is_final() {
             return Err(ApiError::invalid(format!("the batch has ended already: it is {}", serde_json::json!(status))));
         }
-        let batch = self.change(id, |batch| batch.set(Status::Cancelling)).map_err(unwritten)?;
         if let Some((current, stop)) = &self.lock().current
             && current == id
         {
@@ -578,6 +579,10 @@ mod tests {
         assert_eq!(batches.delete(&file.id).unwrap_err().kind, Kind::Invalid);
         let (next, _) = batches.next().unwrap();
         assert_eq!(next, batch);
+        // The worker does not know yet that it was cancelled.
+        assert_eq!(batches.cancel(&batch.id).unwrap().status, Status::Cancelling);
+        let changed = batches.change(&batch.id, |batch| batch.advance(Status::InProgress)).unwrap();
+        assert_eq!((next.status, changed.status), (Status::Validating, Status::Cancelling));
         batches.change(&batch.id, |batch| batch.set(Status::Failed)).unwrap();
         batches.delete(&file.id).unwrap();
         assert_eq!(batches.create(batch_of(&file)).unwrap_err().kind, Kind::NotFound);

@@ -150,7 +150,7 @@ impl Work<'_> {
             match (finished, cancelled) {
                 // The server ends; the next one goes on.
                 (false, false) => return Ok(()),
-                (true, false) => _ = batches.change(&batch.id, |batch| batch.set(Status::Finalizing))?,
+                (true, false) => _ = batches.change(&batch.id, |batch| batch.advance(Status::Finalizing))?,
                 (_, true) => {}
             }
         }
@@ -168,7 +168,7 @@ impl Work<'_> {
         let identity = identity(&file, engine, served.context());
         let mut run = open(Options { identity, ..options.clone() })?;
         if batch.status == Status::Validating {
-            batches.change(&batch.id, |batch| batch.set(Status::InProgress))?;
+            batches.change(&batch.id, |batch| batch.advance(Status::InProgress))?;
         }
         let answerer = BatchAnswerer::new(served, (*runtime).clone());
         let answerer = answerer.in_background(batch.endpoint.clone(), Arc::clone(&app.models));
