@@ -185,7 +185,8 @@ impl Rest {
         // Answers to one prompt share what was read of it. These are estimates: fractions of tokens would only look precise.
         let prompt_tokens = self.wishes.iter().map(|wish| wish.read).sum::<f64>().round();
         let tokens = self.wishes.iter().map(|wish| wish.answers as f64 * self.tokens(wish, length));
-        let answer_tokens = tokens.sum::<f64>().round();
+        // The sum of nothing is -0.
+        let answer_tokens = tokens.sum::<f64>().round().max(0.0);
         Load { answers, prompt_tokens, answer_tokens, unlimited: self.unlimited(), context: self.context }
     }
 

@@ -107,15 +107,18 @@ fn source_of(plan: &Plan) -> Option<&Path> {
     plan.checkpoint.source().folder()
 }
 
-/// Those of these volumes that a conversion had given their names when it was killed, before the first one had its.
+/// Those of these volumes that a conversion had given their names when it was killed, before the first one had its. By then all were whole, and
+/// the first one, which is still partial, repeats their tables: a volume with others is another model's, which may lie there as well.
 fn early(destination: Destination<'_>, targets: &[PathBuf]) -> Vec<usize> {
     let is_journaled = || is_journal(&journal_path(destination.path));
-    if targets.first().is_none_or(|first| first.exists()) || !destination.partial(0).exists() || !is_journaled() {
+    if targets.first().is_none_or(|first| first.exists()) || !is_journaled() {
         return Vec::new();
     }
+    let Ok(first) = Volume::open(&destination.partial(0)) else { return Vec::new() };
     let is_it = |volume: usize, found: &Volume| {
         let sb = found.superblock();
         (usize::from(sb.volume), usize::from(sb.volume_count)) == (volume, targets.len())
+            && tables_of(found) == tables_of(&first)
     };
     let is_early = |&volume: &usize| {
         let has_left = !destination.partial(volume).exists();
@@ -137,14 +140,18 @@ fn take_back(destination: Destination<'_>, most: usize) {
     }
 }
 
+/// The checksums of the tables that each volume of a model repeats.
+pub(crate) fn tables_of(volume: &Volume) -> [u64; 2] {
+    [volume.superblock().extents, volume.superblock().tensors].map(|table| table.checksum)
+}
+
 /// Into how many volumes, more than `most`, a conversion had divided the model that was killed while it gave them their names. Each of them
 /// repeats the tables, which tells them from those of other models.
 fn other_counts(destination: Destination<'_>, most: usize) -> Option<usize> {
     let first = Volume::open(&destination.partial(0)).ok()?;
     let sb = first.superblock();
     let count = usize::from(sb.volume_count);
-    let tables = |volume: &Volume| [volume.superblock().extents, volume.superblock().tensors].map(|t| t.checksum);
-    let is_of_it = |path: &PathBuf| Volume::open(path).map_or(true, |other| tables(&other) == tables(&first));
+    let is_of_it = |path: &PathBuf| Volume::open(path).map_or(true, |other| tables_of(&other) == tables_of(&first));
     let is_whole = sb.volume == 0 && count > most.max(1) && destination.targets(count)[1..].iter().all(is_of_it);
     is_whole.then_some(count)
 }

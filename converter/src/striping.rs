@@ -7,6 +7,7 @@ use sluice_format::{ModelFile, Shares, Volume, VolumeName};
 
 use crate::error::ConvertError;
 use crate::own::{folder_of, partial_path};
+use crate::partial::tables_of;
 use crate::upgrade::is_same;
 
 /// The folders over which a model is striped, usually one on each drive, and the share of each.
@@ -126,12 +127,11 @@ impl<'a> Destination<'a> {
         }
         let own = ModelFile::open(first).ok();
         // Of a model that is not whole, or whose volumes were being given their names, the tables say what belongs to it.
-        let tables = |volume: &Volume| [volume.superblock().extents, volume.superblock().tensors].map(|t| t.checksum);
         let similar: Vec<_> =
             [first, &self.partial(0)].into_iter().filter_map(|path| Volume::open(path).ok()).collect();
         let is_own = |volume: &Volume| match &own {
             Some(own) => own.volumes().iter().any(|known| is_same(known.path(), volume.path())),
-            None => similar.iter().any(|known| tables(known) == tables(volume)),
+            None => similar.iter().any(|known| tables_of(known) == tables_of(volume)),
         };
         match there.iter().find(|volume| !is_own(volume)) {
             Some(foreign) => Err(ConvertError::OtherModel { path: foreign.path().to_owned(), first: first.clone() }),

@@ -292,3 +292,23 @@ fn volumes_of_another_model_are_not_overwritten() {
     let orphan = fs::canonicalize(&other.files[1]).unwrap();
     assert!(moved.notes.iter().any(|note| note.starts_with(orphan.to_str().unwrap())), "{:?}", moved.notes);
 }
+
+/// The second volumes of two models would be the same file, and one of the two is there when the other goes on.
+#[test]
+fn a_volume_of_another_model_is_not_taken_for_one_that_an_interrupted_conversion_has_finished() {
+    let dir = tempfile::tempdir().unwrap();
+    let (src, theirs) = (source(dir.path()), striping(dir.path(), "a", &[1, 1]));
+    let folders = vec![striping(dir.path(), "b", &[1, 1]).folders()[0].clone(), theirs.folders()[1].clone()];
+    let ours = Striping::new(folders, Shares::new(&[1, 1]).unwrap()).unwrap();
+    let dst = ours.destination(Path::new("m.sluice"));
+    let names: Vec<String> = ours.folders().iter().map(|folder| folder.display().to_string()).collect();
+    let at = KillAt { bytes: 1 << 20, journaled: true };
+    killed::spawn("stripes::child_of_stripes", &src, &dst, at, &format!("false,{}", names.join(","))).wait().unwrap();
+    assert!(!dst.exists() && dst.with_extension("sluice.partial").exists(), "it was killed too late");
+    let other = Options { striping: Some(theirs.clone()), ..options("q8", "q8") };
+    let other = convert(&src, &theirs.destination(Path::new("m.sluice")), &other, &()).unwrap();
+    let before = read_all(&other.files);
+    let refused = convert(&src, &dst, &striped(false, &ours), &()).unwrap_err();
+    assert!(matches!(&refused, ConvertError::Exists { path } if *path == other.files[1]), "{refused}");
+    assert!(read_all(&other.files) == before);
+}
