@@ -92,9 +92,65 @@ impl Trials {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+    use std::time::Duration;
+
     use super::*;
+    use crate::io::IoConfig;
+    use crate::io::sim::{Bus, DriveSpeed};
 
     const CHUNK: u64 = 1 << 20;
+
+    /// Reads experts of `bytes` bytes from a drive, in chunks of `chunk` bytes, until the depth is fixed and a hundred experts more; returns
+    /// the nanoseconds of those and the depth.
+    fn read_experts(speed: DriveSpeed, bytes: usize, chunk: usize, mut depth: Depth) -> (u64, usize) {
+        let (mut bus, mut flying, mut now, mut fixed) = (Bus::default(), VecDeque::new(), 0, None);
+        let mut chunks = (0..bytes).step_by(chunk).map(|at| chunk.min(bytes - at)).cycle();
+        let (mut read, all) = (0, 100 * bytes);
+        loop {
+            while flying.len() < depth.limit() {
+                let len = chunks.next().expect("without end");
+                flying.push_back((bus.submit(speed, now, len), len));
+            }
+            let full = flying.len() >= depth.limit();
+            let (end, len) = flying.pop_front().expect("at least one");
+            now = end;
+            depth.ended(len as u64, now, full);
+            if depth.trials.is_none() {
+                let since = *fixed.get_or_insert(now);
+                read += len;
+                if read > all {
+                    return (now - since, depth.limit());
+                }
+            }
+        }
+    }
+
+    /// Nobody has to find the size of a chunk, nor the depth: with the default chunk, and the depth that is found, any drive is read nearly as
+    /// fast as with the best of both.
+    #[test]
+    fn with_the_default_chunk_every_drive_is_nearly_as_fast_as_with_any() {
+        let default = IoConfig::default().chunk_bytes;
+        for megabytes in [300, 1_000, 3_000, 7_000, 14_000] {
+            for micros in [20, 80, 300, 1_000] {
+                let latency = Duration::from_micros(micros);
+                let speed = DriveSpeed { bytes_per_second: megabytes * 1_000_000, latency };
+                // Of 30B-A3B in four bits, and of a large model.
+                for bytes in [2_650_112, 24_772_608] {
+                    let (found, depth) = read_experts(speed, bytes, default, Depth::found_out());
+                    let each = [256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20].into_iter().flat_map(|chunk| {
+                        let depths = TRIED.into_iter().filter(move |depth| chunk * depth <= 16 << 20);
+                        depths.map(move |depth| read_experts(speed, bytes, chunk, Depth::fixed(depth)).0)
+                    });
+                    let best = each.min().expect("some");
+                    let ratio = found as f64 / best as f64;
+                    assert!(ratio <= 1.11, "{megabytes} MB/s, {micros} µs, {bytes}: {ratio:.3} with {depth} in flight");
+                    let slowest = megabytes <= 1_000 && micros <= 300;
+                    assert!(!slowest || depth == 2, "{megabytes} MB/s, {micros} µs: no more than needed, not {depth}");
+                }
+            }
+        }
+    }
 
     /// Reads until the depth is found; a chunk takes `nanoseconds(depth, number)` from the end of the one before it.
     fn found(nanoseconds: impl Fn(usize, u64) -> u64) -> (usize, u64) {
