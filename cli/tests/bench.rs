@@ -227,6 +227,27 @@ fn a_simulated_drive_is_described_in_full_or_refused() {
 }
 
 #[test]
+fn chunks_and_depth_can_be_asked_for_and_must_be_possible() {
+    let with = |more: &[&str]| {
+        sluice(&[&["bench", "decode", demo_model(), "-n", "1", "--warm-up", "1", "--json"], more].concat())
+    };
+    let simulated = |more: &[&str]| json(&with(&[&["--drive", "7GB/s"], more].concat()))[0]["drive"].clone();
+    for (options, chunk_bytes, depth) in [
+        (&[][..], 1 << 20, 4),
+        (&["--chunk", "64KiB"], 1 << 16, 4),
+        (&["--depth", "2"], 1 << 20, 2),
+        (&["--chunk", "2MiB", "--depth", "3"], 2 << 20, 3),
+    ] {
+        let drive = simulated(options);
+        assert_eq!((&drive["chunk_bytes"], &drive["depth"]), (&json!(chunk_bytes), &json!(depth)), "{options:?}");
+    }
+    // From the real drive; and a token of so small a model touches nothing that caches do not hold.
+    assert_eq!(json(&with(&["--chunk", "64KiB", "--depth", "1"]))[0]["of_reading"], Value::Null);
+    assert_fails(&with(&["--chunk", "1000"]), 2, &["--chunk", "4096", "16MiB"]);
+    assert_fails(&with(&["--depth", "1000"]), 2, &["--depth", "128"]);
+}
+
+#[test]
 fn run_uses_a_calibration_and_survives_a_broken_one() {
     let cache = tempfile::tempdir().unwrap();
     let run = |extra: &[&str]| {

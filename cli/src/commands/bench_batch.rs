@@ -142,7 +142,7 @@ pub(crate) fn run(args: &Args, count: usize, total: usize) -> Result<(), CliErro
 }
 
 fn measure(args: &Args, budget: Option<u64>, count: usize, total: usize) -> Result<Outcome, CliError> {
-    let options = EngineOptions { budget, ..args.engine.options(total) };
+    let options = EngineOptions { budget, ..args.options(total)? };
     let mut batch = Batch::open(&args.file, options, count, total)?;
     let bar = step_bar("decoding", total as u64);
     let mut drive = Drive::open(&args.file, batch.engine.io_config())?;

@@ -14,6 +14,7 @@ use sluice_storage::io::bench::{BenchEngine, BenchError, DiskBench, Pattern, Poi
 use sluice_storage::io::sim::DriveSpeed;
 use sluice_storage::io::{DirectMode, IoConfig};
 
+use super::bench_reading::{self, OfReading};
 use super::{bench_batch, bench_drive};
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
@@ -68,6 +69,14 @@ pub(crate) struct Args {
     #[arg(long, requires = "drive")]
     pub(crate) compressed: bool,
 
+    /// Bytes of one read, instead of what suits the drive: to see what that changes; 1MiB if only --depth is given
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, hide_short_help = true)]
+    chunk: Option<u64>,
+
+    /// Reads in flight, instead of as many as suit the drive; 4 if only --chunk is given
+    #[arg(long, value_name = "N", value_parser = parse_count, hide_short_help = true)]
+    depth: Option<NonZeroUsize>,
+
     /// Several budgets, measured one after the other
     #[arg(long, value_name = "LIST", value_parser = parse_size, value_delimiter = ',', conflicts_with = "budget")]
     budgets: Vec<u64>,
@@ -93,6 +102,20 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// The options of the engine, with the reads that are asked for.
+    ///
+    /// # Errors
+    /// [`CliError::Usage`] for reads that are not possible.
+    pub(crate) fn options(&self, tokens: usize) -> Result<EngineOptions, CliError> {
+        let usual = IoConfig::default();
+        let depth = self.depth.map_or(usual.depth, NonZeroUsize::get);
+        let chunk_bytes = self.chunk.map_or(usual.chunk_bytes, |chunk| usize::try_from(chunk).unwrap_or(usize::MAX));
+        let asked = IoConfig { chunk_bytes, depth, prefetch_depth: depth, ..usual };
+        asked.validate().map_err(|error| CliError::Usage(format!("--chunk and --depth: {error}")))?;
+        let io = (self.chunk.is_some() || self.depth.is_some()).then_some(asked);
+        Ok(EngineOptions { io, ..self.engine.options(tokens) })
+    }
+
     /// The budgets to measure, in order; `None` means as much as is useful.
     pub(crate) fn all_budgets(&self) -> Vec<Option<u64>> {
         match self.budgets.as_slice() {
@@ -146,6 +169,8 @@ struct Outcome {
     drive_bound: Regime,
     /// All others.
     balanced: Regime,
+    /// Where all of the model stays in memory: what tokens that read nothing reach of plain reading.
+    of_reading: Option<OfReading>,
 }
 
 /// Reading must take this many times as long as computing for a token to count as limited by the drive.
@@ -167,6 +192,8 @@ struct Token {
     seconds: f64,
     waited: f64,
     bytes: f64,
+    /// Whether experts were read.
+    missed: bool,
 }
 
 impl Regime {
@@ -277,17 +304,20 @@ impl Decoder {
         Ok(started.elapsed())
     }
 
-    /// Decodes the next `n` tokens of the stream, and records the time and bytes of each.
-    fn observe(&mut self, n: usize, tokens: &mut Vec<Token>, each: &dyn Fn()) -> Result<(), CliError> {
+    /// Decodes the next `n` tokens of the stream, and records the time and bytes of each; `each` hears of it.
+    fn observe(&mut self, n: usize, tokens: &mut Vec<Token>, each: &mut dyn FnMut(&Token)) -> Result<(), CliError> {
         let mut before = self.engine.stats();
         for _ in 0..n {
-            let elapsed = self.decode(1, each)?;
+            let elapsed = self.decode(1, &|| ())?;
             let after = self.engine.stats();
-            tokens.push(Token {
+            let token = Token {
                 seconds: elapsed.as_secs_f64(),
                 waited: after.io_wait_seconds - before.io_wait_seconds,
                 bytes: bytes_read(&before, &after),
-            });
+                missed: after.expert_bytes_read > before.expert_bytes_read,
+            };
+            each(&token);
+            tokens.push(token);
             before = after;
         }
         Ok(())
@@ -312,11 +342,13 @@ fn total_tokens(args: &Args) -> Result<usize, CliError> {
 }
 
 fn measure(args: &Args, budget: Option<u64>, total: usize) -> Result<Outcome, CliError> {
-    let options = EngineOptions { budget, ..args.engine.options(total) };
+    let options = EngineOptions { budget, ..args.options(total)? };
     let mut decoder = Decoder::open(&args.file, &options, total)?;
     let bar = step_bar("decoding", total as u64);
     let mut drive = Drive::open(&args.file, decoder.engine.io_config())?;
     decoder.decode(args.warm_up, &|| bar.inc(1))?;
+    let memory = bench_reading::Memory::beside(&decoder.engine, (total + args.warm_up) as f64 / 2.0)?;
+    let mut reading = memory.as_ref().map(bench_reading::Memory::turns);
     // The drive's speed changes within seconds on shared machines, so it is measured before, between and after.
     let parts = args.n.min(4);
     let before = decoder.engine.stats();
@@ -324,11 +356,18 @@ fn measure(args: &Args, budget: Option<u64>, total: usize) -> Result<Outcome, Cl
     drive.visit()?;
     for part in 0..parts {
         let n = args.n * (part + 1) / parts - args.n * part / parts;
-        decoder.observe(n, &mut tokens, &|| bar.inc(1))?;
+        decoder.observe(n, &mut tokens, &mut |token| {
+            bar.inc(1);
+            // A token that reads an expert for the first time is no measure of memory.
+            if !token.missed {
+                reading.iter_mut().for_each(|reading| reading.after(token.seconds));
+            }
+        })?;
         drive.visit()?;
     }
     bar.finish_and_clear();
-    Ok(outcome(&decoder.engine, budget, &before, &tokens, drive.median()))
+    let of_reading = reading.and_then(|reading| reading.outcome());
+    Ok(Outcome { of_reading, ..outcome(&decoder.engine, budget, &before, &tokens, drive.median()) })
 }
 
 /// Bytes of weights that were read from the drive.
@@ -378,6 +417,7 @@ fn outcome(engine: &Engine, budget: Option<u64>, before: &Stats, each: &[Token],
         time_over_roof: total / reading.max(total - io_wait),
         drive_bound: Regime::of(each.iter().filter(|token| token.is_drive_bound(attainable)), attainable),
         balanced: Regime::of(each.iter().filter(|token| !token.is_drive_bound(attainable)), attainable),
+        of_reading: None,
     }
 }
 
@@ -444,7 +484,7 @@ struct Comparison {
 }
 
 fn compare(args: &Args, what: Compare, total: usize) -> Result<(), CliError> {
-    let asked = args.engine.options(total);
+    let asked = args.options(total)?;
     let first = match what {
         Compare::Prefetch | Compare::Checksums => asked,
         Compare::Engine => EngineOptions { read_engine: Some(ReadEngineKind::Uring), ..asked },
@@ -534,6 +574,13 @@ fn table(outcomes: &[Outcome]) -> String {
             out += &format!("  {} experts read ahead, {} of them used\n", o.prefetched, o.prefetched_used);
         }
         out += &regimes(o);
+        if let Some(OfReading { part, reading_bytes_per_second, pairs, .. }) = o.of_reading {
+            out += &format!(
+                "  {:.1} % of the speed of plain reading ({}), in turns with {pairs} tokens that found everything in memory\n",
+                100.0 * part,
+                rate(reading_bytes_per_second)
+            );
+        }
         if let Some(lossy) = &o.lossy {
             out += &format!("  lossy: {lossy}; {} experts were not the routers' own\n", o.replaced);
         }

@@ -11,7 +11,6 @@ use sluice_lab::compression::CompressionWorth;
 use sluice_lab::estimate::StepWork;
 use sluice_model::memory::{Bytes, Demand, MemoryPlan};
 use sluice_model::{EngineOptions, RuntimeError, Stats};
-use sluice_storage::io::IoConfig;
 use sluice_storage::io::bench::median;
 use sluice_storage::io::sim::{DriveSpeed, DriveUse, SimulatedDrive};
 use sluice_storage::pool::Packed;
@@ -315,13 +314,14 @@ fn measure(
     (count, total): (usize, usize),
 ) -> Result<Outcome, CliError> {
     let drive = SimulatedDrive::new(DriveSpeed::UNLIMITED, held.stored.clone());
+    let asked = args.options(total)?;
     let options = EngineOptions {
         budget,
-        // The calibration belongs to another drive.
-        io: Some(IoConfig::default()),
+        // The calibration belongs to another drive, and what adapts would adapt to steps without waiting as well.
+        io: Some(asked.io.clone().unwrap_or_default()),
         simulated: Some(drive.clone()),
         simulated_packed: held.packed.map(|(packed, _)| packed),
-        ..args.engine.options(total)
+        ..asked
     };
     let batch = Batch::open(&args.file, options, count, total)?;
     let mut bench = Bench { batch, drive, speeds: speeds.clone(), counts: Counts::default(), used: Vec::new() };

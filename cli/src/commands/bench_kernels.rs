@@ -197,16 +197,18 @@ impl Bench<'_> {
 
     /// Seconds for reading all bytes, with the best of several loops.
     fn read(&self, data: &[u8]) -> f64 {
+        READING_STREAMS.map(|streams| self.read_by(data, streams)).into_iter().fold(f64::INFINITY, f64::min)
+    }
+
+    /// Seconds for reading all bytes, with the loop that alternates between so many places.
+    pub(crate) fn read_by(&self, data: &[u8], streams: usize) -> f64 {
         let part = data.len().div_ceil(self.pool.threads()).next_multiple_of(128);
-        let by = |streams: usize| {
-            seconds(|| {
-                self.pool.run(data.len().div_ceil(part), &|i| {
-                    let part = &data[i * part..((i + 1) * part).min(data.len())];
-                    black_box(self.kernels.look_at(part, streams));
-                });
-            })
-        };
-        READING_STREAMS.map(by).into_iter().fold(f64::INFINITY, f64::min)
+        seconds(|| {
+            self.pool.run(data.len().div_ceil(part), &|i| {
+                let part = &data[i * part..((i + 1) * part).min(data.len())];
+                black_box(self.kernels.look_at(part, streams));
+            });
+        })
     }
 
     /// Seconds that a product of one token takes however small it is, its input's rounding included: the median of some thousand.

@@ -9,6 +9,7 @@ pub(crate) mod bench_disk;
 pub(crate) mod bench_drive;
 pub(crate) mod bench_kernels;
 pub(crate) mod bench_machine;
+pub(crate) mod bench_reading;
 pub(crate) mod calibrate;
 pub(crate) mod chat;
 pub(crate) mod compare;
