@@ -213,7 +213,7 @@ impl ReadTuning {
         let source = match (&self.remark, self.calibrated) {
             (_, true) => "calibrated for this drive".to_owned(),
             (Some(remark), _) => format!("not calibrated: {remark}"),
-            (None, _) => "not calibrated: adapts to the drive, and `sluice bench disk` finds what is best".to_owned(),
+            (None, _) => "not calibrated: adapts to the drive".to_owned(),
         };
         let chunk = Bytes(self.chunk_bytes as u64);
         format!("{} with chunks of {chunk}, {} in flight ({source})", self.engine, self.depth)
