@@ -243,7 +243,7 @@ fn chunks_and_depth_can_be_asked_for_and_must_be_possible() {
     }
     // From the real drive; and a token of so small a model touches nothing that caches do not hold.
     assert_eq!(json(&with(&["--chunk", "64KiB", "--depth", "1"]))[0]["of_reading"], Value::Null);
-    assert_fails(&with(&["--chunk", "1000"]), 2, &["--chunk", "4096", "16MiB"]);
+    assert_fails(&with(&["--chunk", "6KiB"]), 2, &["--chunk", "4096", "16MiB"]);
     assert_fails(&with(&["--depth", "1000"]), 2, &["--depth", "128"]);
 }
 

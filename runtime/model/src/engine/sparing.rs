@@ -12,6 +12,10 @@ use sluice_storage::io::IoStats;
 const TRIED: f64 = 8.0;
 /// Every so many steps have the way that is not the better one, in case that has changed.
 const TRY_AGAIN: u64 = 17;
+/// The same where the better way is clearly better: what is tried again then costs most and tells least.
+const TRY_AGAIN_IF_CLEAR: u64 = 67;
+/// The better way takes at most this part of the time of the other one where it is clearly better.
+const CLEAR: f64 = 0.92;
 /// What is left of the weight of a step when the next one of its way is counted: the last hundred or so count.
 const KEPT: f64 = 1.0 - 1.0 / 64.0;
 /// A step tells the ways apart only if the drive was in use for this part of its time.
@@ -86,7 +90,11 @@ impl Sparing {
             // The first step leaves one, as all do that are alone.
             return !self.steps.is_multiple_of(2);
         }
-        self.is_better() != self.steps.is_multiple_of(TRY_AGAIN)
+        let [without, with] = self.times();
+        let is_clear = without.min(with) <= CLEAR * without.max(with);
+        let again = if is_clear { TRY_AGAIN_IF_CLEAR } else { TRY_AGAIN };
+        // Leaving a core is better, or as good.
+        (without > LEAST_GAIN * with) != self.steps.is_multiple_of(again)
     }
 
     /// Takes what a step read, in bytes, and how long it took.
@@ -94,8 +102,8 @@ impl Sparing {
         self.ways[usize::from(spared)].add(bytes as f64, seconds);
     }
 
-    /// Whether leaving a core is better, or as good.
-    fn is_better(&self) -> bool {
+    /// Seconds of a step without a core left and with one, if both read as much.
+    fn times(&self) -> [f64; 2] {
         let [without, with] = &self.ways;
         let ((both, alone), (both_with, alone_with)) = (without.variation(), with.variation());
         let alone = alone + alone_with;
@@ -103,7 +111,7 @@ impl Sparing {
         // What each way would take for the mean bytes of both.
         let bytes = (without.bytes + with.bytes) / (without.count + with.count);
         let time = |way: &Sums| way.seconds / way.count + per_byte * (bytes - way.bytes / way.count);
-        time(without) > LEAST_GAIN * time(with)
+        [time(without), time(with)]
     }
 }
 
@@ -129,12 +137,26 @@ mod tests {
 
     #[test]
     fn the_faster_way_is_taken_whatever_steps_miss() {
-        let tried_again = (81..=400u64).filter(|step| step.is_multiple_of(TRY_AGAIN)).count();
-        for per_byte in [0.0, 3e-10, 1e-9] {
+        let tried = |every: u64| (81..=400u64).filter(|step| step.is_multiple_of(every)).count();
+        // A step reads 111 MB in the mean.
+        for (per_byte, again) in [(0.0, TRY_AGAIN_IF_CLEAR), (3e-10, TRY_AGAIN_IF_CLEAR), (1.5e-9, TRY_AGAIN)] {
+            let tried_again = tried(again);
             assert_eq!(play(0.05, 0.06, per_byte), tried_again, "all cores, {per_byte}");
             assert_eq!(play(0.06, 0.05, per_byte), 320 - tried_again, "a core left, {per_byte}");
         }
-        assert_eq!(play(0.05, 0.05, 3e-10), 320 - tried_again, "as good");
+        assert_eq!(play(0.05, 0.05, 3e-10), 320 - tried(TRY_AGAIN), "as good");
+    }
+
+    #[test]
+    fn a_way_that_becomes_slow_is_left_soon_even_if_the_other_is_seldom_tried() {
+        let (mut sparing, mut left) = (Sparing::default(), 0);
+        for step in 0..400 {
+            let spared = sparing.choose();
+            let slow = if step < 200 { spared } else { !spared };
+            sparing.note(spared, 50_000_000, if slow { 0.08 } else { 0.05 });
+            left += usize::from(spared && step >= 330);
+        }
+        assert!(left >= 60, "{left} of the last 70");
     }
 
     #[test]
