@@ -126,7 +126,7 @@ pub(crate) struct Work {
 impl Work {
     pub(crate) fn new(layers: Vec<Layer>, head: f64, cores: &Cores, latency: f64) -> Self {
         let beside = (cores.experts_beside_reads / cores.experts, cores.dense_beside_reads / cores.dense);
-        let latency = cores.burst_latency.unwrap_or(latency);
+        let latency = cores.burst_latency.unwrap_or(0.0).max(latency);
         Work { layers, head, latency, beside, reads_beside: cores.reads_beside }
     }
 
