@@ -138,7 +138,10 @@ impl Gathered {
         let parsed = if fits { Line::parse(text, number) } else { Err(too_long(number)) };
         parsed.iter().for_each(|line| self.note_fields(line, number as u32));
         let (id, wanted, beginning) = match &parsed {
-            Ok(line) => (&line.custom_id, line.wanted(), line.text()),
+            Ok(line) => {
+                let text = line.text();
+                (&line.custom_id, line.wanted_of(text.len()), text)
+            }
             Err(error) => (&error.custom_id, Wanted::default(), String::new()),
         };
         match self.names.entry(xxh3_128(id.as_bytes())) {

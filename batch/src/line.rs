@@ -135,6 +135,11 @@ impl Line {
 
     /// What it asks for.
     pub fn wanted(&self) -> Wanted {
+        self.wanted_of(self.text().len())
+    }
+
+    /// The same, where the bytes of its text are known.
+    pub(crate) fn wanted_of(&self, text_bytes: usize) -> Wanted {
         let number = |name: &str| self.body.get(name).and_then(Value::as_u64).and_then(|n| u32::try_from(n).ok());
         let names = ["max_completion_tokens", "max_tokens", "max_output_tokens"];
         let prompts = match self.body.get("prompt") {
@@ -148,7 +153,7 @@ impl Line {
         };
         let answers = number("n").unwrap_or(1).max(1).saturating_mul(prompts.max(1));
         Wanted {
-            text_bytes: u32::try_from(self.text().len()).unwrap_or(u32::MAX),
+            text_bytes: u32::try_from(text_bytes).unwrap_or(u32::MAX),
             max_tokens: names.iter().find_map(|name| number(name)).or(usual),
             answers,
         }

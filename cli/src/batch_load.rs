@@ -8,6 +8,7 @@ use crate::progress::step_bar;
 use serde_json::{Value, json};
 use sluice_batch::{Access, Earlier, Entry, Failed, Files as _, Index, Line, Named, OpenFile, SystemFiles};
 use sluice_format::ModelFile;
+use sluice_kernels::ThreadPool;
 use sluice_lab::batch::Load;
 use sluice_lab::course::Item;
 use sluice_server::batch::{Expected, check};
@@ -27,6 +28,8 @@ const TEMPLATE: f64 = 256.0;
 const STEP: usize = 256;
 /// Most bytes of requests that a plan turns into tokens. Of a larger input, as many requests as these are, from all of its parts.
 const CHECKED: u64 = 64 << 20;
+/// Requests that one thread checks before it takes others.
+const BLOCK: usize = 32;
 /// Most requests that are named because they cannot be answered.
 const NAMED: usize = 8;
 
@@ -81,50 +84,77 @@ impl Rest {
         rest
     }
 
-    /// The same, but requests are checked and turned into tokens, as far as the input is not too large for that.
-    pub(crate) fn checked(self, file: &ModelFile, path: &Path, index: &Index) -> Result<Self, CliError> {
+    /// The same, but requests are checked and turned into tokens, as far as the input is not too large for that. A run and a dry run both plan
+    /// with this, so both know which requests cannot be answered. It takes all threads of `pool`: tokenizers do a few megabytes per second each.
+    pub(crate) fn checked(
+        self,
+        file: &ModelFile,
+        (path, index): (&Path, &Index),
+        pool: &ThreadPool,
+    ) -> Result<Self, CliError> {
         let texts = Texts::of(file, self.context, None).map(Arc::new)?;
-        let input = open_input(path)?;
         let open = self.open(index);
         let bytes: u64 = open.iter().map(|&n| u64::from(index.entries[n as usize].bytes.unwrap_or(0))).sum();
         let every = (bytes.div_ceil(CHECKED) as usize).max(1);
-        let mut rest = Rest { wishes: Vec::new(), exact: every == 1, ..self };
         // With their places in the order.
-        let mut wishes = Vec::new();
-        let bar = step_bar("reading the requests", open.len() as u64);
-        // Of the checked ones, to estimate the others.
-        let (mut text, mut tokens) = (0.0, 0.0);
-        for (at, &number) in open.iter().enumerate().step_by(every) {
-            let entry = &index.entries[number as usize];
-            let line = Index::line(path, &*input, entry)?;
-            bar.inc(every as u64);
-            match line.map_err(|error| (error.custom_id, error.message)).and_then(|line| expected(&line, &texts)) {
-                Ok(prompts) => {
-                    text += f64::from(entry.wanted.text_bytes);
-                    tokens += prompts.iter().map(|prompt| prompt.prompt as f64).sum::<f64>();
-                    let answers: usize = prompts.iter().map(|prompt| prompt.answers).sum();
-                    let generated = rest.generated(number) / answers.max(1) as f64;
-                    wishes.extend(prompts.iter().map(|prompt| (at, Wish::of(prompt, generated))));
-                }
-                Err((custom_id, message)) => {
-                    rest.wrong.1 += 1;
-                    if rest.wrong.0.len() < NAMED {
-                        rest.wrong.0.push(Failed { request: Named { line: entry.line, custom_id }, message });
-                    }
-                }
-            }
-        }
+        let sample: Vec<(usize, u32)> = open.iter().copied().enumerate().step_by(every).collect();
+        let blocks: Vec<&[(usize, u32)]> = sample.chunks(BLOCK).collect();
+        let mut found: Vec<Option<Result<Found, CliError>>> = blocks.iter().map(|_| None).collect();
+        let bar = step_bar("reading the requests", sample.len() as u64);
+        pool.for_each_piece(&mut found, 1, &|at, found| {
+            found[0] = Some(self.check(&texts, (path, index), blocks[at]));
+            bar.inc(blocks[at].len() as u64);
+        });
         bar.finish_and_clear();
-        let mean = if text > 0.0 { tokens / text } else { 0.0 };
+        let mut all = Found::default();
+        for found in found.into_iter().flatten() {
+            all.add(found?);
+        }
+        // Of the checked ones, to estimate the others.
+        let mean = if all.text > 0.0 { all.tokens / all.text } else { 0.0 };
         for (at, &number) in open.iter().enumerate().filter(|(at, _)| at % every != 0) {
             let entry = &index.entries[number as usize];
             if entry.wanted.answers > 0 {
-                wishes.push((at, rest.estimated(number, entry, mean)));
+                all.wishes.push((at, self.estimated(number, entry, mean)));
             }
         }
-        wishes.sort_by_key(|(at, _)| *at);
-        rest.wishes = wishes.into_iter().map(|(_, wish)| wish).collect();
-        Ok(rest)
+        all.wishes.sort_by_key(|(at, _)| *at);
+        let wishes = all.wishes.into_iter().map(|(_, wish)| wish).collect();
+        Ok(Rest { wishes, exact: every == 1, wrong: (all.wrong, all.failed), ..self })
+    }
+
+    /// Checks some requests, given by their places in the order and their numbers.
+    fn check(
+        &self,
+        texts: &Arc<Texts>,
+        (path, index): (&Path, &Index),
+        requests: &[(usize, u32)],
+    ) -> Result<Found, CliError> {
+        let input = open_input(path)?;
+        let mut found = Found::default();
+        for &(at, number) in requests {
+            let entry = &index.entries[number as usize];
+            let line = Index::line(path, &*input, entry)?;
+            match line.map_err(|error| (error.custom_id, error.message)).and_then(|line| expected(&line, texts)) {
+                Ok(prompts) => {
+                    found.text += f64::from(entry.wanted.text_bytes);
+                    found.tokens += prompts.iter().map(|prompt| prompt.prompt as f64).sum::<f64>();
+                    let answers: usize = prompts.iter().map(|prompt| prompt.answers).sum();
+                    let generated = self.generated(number) / answers.max(1) as f64;
+                    found.wishes.extend(prompts.iter().map(|prompt| (at, Wish::of(prompt, generated))));
+                }
+                Err((custom_id, message)) => {
+                    let request = Named { line: entry.line, custom_id };
+                    found.add(Found { wrong: vec![Failed { request, message }], failed: 1, ..Found::default() });
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Requests that have failed in earlier runs, and those that cannot be answered.
+    pub(crate) fn failures(&self) -> usize {
+        self.earlier.as_ref().map_or(0, |earlier| earlier.failed) + self.wrong.1
     }
 
     /// Whether each request has a result.
@@ -212,6 +242,31 @@ impl Rest {
             "wrong": self.wrong.1,
             "wrong_requests": self.wrong.0,
         })
+    }
+}
+
+/// What a check of requests has found.
+#[derive(Default)]
+struct Found {
+    /// With the places of their requests in the order.
+    wishes: Vec<(usize, Wish)>,
+    /// Bytes and tokens of the prompts.
+    text: f64,
+    tokens: f64,
+    /// The first requests in the input that cannot be answered, and how many there are.
+    wrong: Vec<Failed>,
+    failed: usize,
+}
+
+impl Found {
+    fn add(&mut self, other: Found) {
+        self.wishes.extend(other.wishes);
+        self.text += other.text;
+        self.tokens += other.tokens;
+        self.failed += other.failed;
+        self.wrong.extend(other.wrong);
+        self.wrong.sort_by_key(|failed| failed.request.line);
+        self.wrong.truncate(NAMED);
     }
 }
 

@@ -10,14 +10,15 @@ use sluice_kernels::ThreadPool;
 use sluice_lab::batch::{Load, Rates, StepBound, Width};
 use sluice_lab::course::{Course, Place};
 use sluice_lab::estimate::HIT_RATE_SPREAD;
-use sluice_lab::schedule::Cores;
+use sluice_lab::schedule::{Cores, USUAL_LATENCY};
 use sluice_model::memory::Bytes;
+use sluice_model::{EngineOptions, RuntimeError};
 use sluice_storage::io::IoConfig;
 
 use crate::batch_load::{Length, Rest, USUAL_ANSWER};
 use crate::commands::bench_batch::{cores, fresh_memory, largest_type, machine};
 use crate::commands::bench_decode::Drive;
-use crate::commands::bench_machine;
+use crate::commands::bench_machine::{self, DriveRate};
 use crate::engine_args::EngineArgs;
 use crate::error::CliError;
 use crate::machine::MachineFile;
@@ -63,68 +64,42 @@ struct Courses {
 }
 
 impl Plan {
-    /// So many answers at a time as are asked for, or as pay on this machine.
+    /// So many answers at a time as are asked for, or as pay on this machine; with the time that they are expected to take. Measuring the
+    /// machine takes seconds: where the number was asked for, nothing depends on it, and only a dry run does it.
     pub(crate) fn choose(
         args: &EngineArgs,
         file: &ModelFile,
         rest: &Rest,
-        sequences: Option<NonZeroUsize>,
+        (sequences, is_dry): (Option<NonZeroUsize>, bool),
     ) -> Result<Self, CliError> {
         let load = rest.load(Length::Allowed);
-        let context = load.context;
-        if let Some(sequences) = sequences.map(NonZeroUsize::get) {
-            return Ok(Plan { load, context, sequences, planned: load.planned(sequences), measured: None });
-        }
-        let rates = rates(args, file)?;
-        // What cannot be planned for one is refused with all numbers when the memory is checked.
-        let best = Width::best(file, args.budget, args.kv_type, &load, &rates);
-        let Some(width) = best else { return Ok(Plan { load, context, sequences: 1, planned: 1, measured: None }) };
-        let (sequences, planned) = (width.sequences, width.planned);
-        let measured = Measured::new(args, file, &load, (rates, width));
-        Ok(Plan { load, context, sequences, planned, measured: Some(measured) })
-    }
-
-    /// The same with the bounds of a step, also where the number of answers at a time was asked for.
-    pub(crate) fn measured(self, args: &EngineArgs, file: &ModelFile) -> Result<Self, CliError> {
-        if self.measured.is_some() {
-            return Ok(self);
-        }
-        let rates = rates(args, file)?;
-        let width = Width::of(file, args.budget, args.kv_type, &self.load, &rates, self.sequences);
-        let width = width.ok_or_else(|| {
-            let message = format!(
-                "{} answers at a time, with {} tokens each at most, do not fit into the memory: lower --sequences or --context, or raise \
-                 --budget",
-                self.sequences, self.load.context
-            );
-            CliError::Failure(message)
-        })?;
-        let measured = Measured::new(args, file, &self.load, (rates, width));
-        Ok(Plan { measured: Some(measured), ..self })
-    }
-
-    /// The same with the time that is expected, if the machine was measured. `measures`: whether the cores are measured with the weights of this
-    /// model where `sluice bench machine` has not done so.
-    pub(crate) fn expected(
-        mut self,
-        args: &EngineArgs,
-        file: &ModelFile,
-        rest: &Rest,
-        measures: bool,
-    ) -> Result<Self, CliError> {
-        let Some(measured) = &mut self.measured else { return Ok(self) };
-        let cores = cores_of(args, file, &measured.rates, measures)?;
-        let (rates, fresh) = (measured.rates, fresh_memory());
-        let course = |length, more| {
-            let place = Place { file, budget: args.budget, kv_type: args.kv_type, rates, cores, fresh, more };
-            Course::of(&place, &rest.load(length), self.sequences, &rest.items(length))
+        let asked = sequences.map(NonZeroUsize::get);
+        let unmeasured = |sequences| {
+            let (context, planned) = (load.context, load.planned(sequences));
+            Plan { load, context, sequences, planned, measured: None }
         };
-        let seconds = |more| course(Length::Likely, more).map(|course| course.seconds);
-        measured.courses =
-            course(Length::Likely, 0.0).zip(course(Length::Longest, 0.0)).and_then(|(expected, longest)| {
-                Some(Courses { expected, range: [seconds(HIT_RATE_SPREAD)?, seconds(-HIT_RATE_SPREAD)?], longest })
-            });
-        Ok(self)
+        if let (Some(sequences), false) = (asked, is_dry) {
+            return Ok(unmeasured(sequences));
+        }
+        let speeds = Speeds::measure(args, file)?;
+        let width = match asked {
+            Some(sequences) => Width::of(file, args.budget, args.kv_type, &load, &speeds.rates, sequences),
+            None => Width::best(file, args.budget, args.kv_type, &load, &speeds.rates),
+        };
+        let Some(width) = width else {
+            // What cannot be planned for one is refused with all numbers when the memory is checked.
+            let sequences = asked.unwrap_or(1);
+            let engine = EngineOptions { sequences: Some(load.planned(sequences)), ..args.options(load.context) };
+            engine.check_memory(file).map_err(RuntimeError::from)?;
+            let message = format!(
+                "{sequences} answers at a time, with {} tokens each at most, do not fit into the memory: lower --sequences or --context, or \
+                 raise --budget",
+                load.context
+            );
+            return Err(CliError::Failure(message));
+        };
+        let measured = Measured::new(args, file, (rest, &load), (&speeds, width));
+        Ok(Plan { planned: width.planned, measured: Some(measured), ..unmeasured(width.sequences) })
     }
 
     /// From how many new tokens on it pays to save a sequence, by the rates of this machine where they were measured, and by those of an
@@ -175,17 +150,32 @@ impl Plan {
             self.sequences,
             counted(prompt_tokens as u64, "token"),
         );
-        if let Some(measured) = &self.measured {
-            text += &measured.describe(rest.mean_answer());
+        match &self.measured {
+            Some(measured) => text += &measured.describe(rest.mean_answer()),
+            None => text += "--dry-run measures the machine and says how long that takes\n",
         }
         text
     }
 }
 
 impl Measured {
-    fn new(args: &EngineArgs, file: &ModelFile, load: &Load, (rates, width): (Rates, Width)) -> Self {
-        let least = width.seconds(file, load, &rates, args.kv_type);
-        Measured { rates, width, least, courses: None }
+    fn new(
+        args: &EngineArgs,
+        file: &ModelFile,
+        (rest, load): (&Rest, &Load),
+        (speeds, width): (&Speeds, Width),
+    ) -> Self {
+        let Speeds { rates, cores, fresh } = *speeds;
+        let course = |length, more| {
+            let place = Place { file, budget: args.budget, kv_type: args.kv_type, rates, cores, fresh, more };
+            Course::of(&place, &rest.load(length), width.sequences, &rest.items(length))
+        };
+        let seconds = |more| course(Length::Likely, more).map(|course| course.seconds);
+        let both = course(Length::Likely, 0.0).zip(course(Length::Longest, 0.0));
+        let courses = both.and_then(|(expected, longest)| {
+            Some(Courses { expected, range: [seconds(HIT_RATE_SPREAD)?, seconds(-HIT_RATE_SPREAD)?], longest })
+        });
+        Measured { rates, width, least: width.seconds(file, load, &rates, args.kv_type), courses }
     }
 
     /// `mean`: tokens of an answer so far.
@@ -268,46 +258,55 @@ fn describe_rest(rest: &Rest) -> String {
     text
 }
 
-/// What the cores do with the weights of this model.
-fn cores_of(args: &EngineArgs, file: &ModelFile, rates: &Rates, measures: bool) -> Result<Cores, CliError> {
-    let known = MachineFile::of_user().filter(|path| path.exists()).and_then(|path| MachineFile::load(&path).ok());
-    let name = |kinds: &[ExtentKind]| largest_type(file, kinds).map(sluice_kernels::WeightType::name);
-    match known {
-        Some(known) => Ok(known.cores(name(&[ExtentKind::Expert]), name(&[ExtentKind::Attention, ExtentKind::Head]))),
-        None if measures => cores(file, threads(args), rates.memory),
-        None => Ok(Cores::of_rate(rates.memory)),
-    }
-}
-
 /// Threads that compute.
-fn threads(args: &EngineArgs) -> usize {
+pub(crate) fn threads(args: &EngineArgs) -> usize {
     let threads = args.options(1).threads;
     threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into))
 }
 
 /// From how many new tokens on it pays to save each of so many sequences, by the rates of an ordinary machine.
 pub(crate) fn worth_saving(args: &EngineArgs, file: &ModelFile, load: &Load, sequences: usize) -> Option<usize> {
-    let drive = calibrated(file.path()).unwrap_or(ASSUMED);
-    let rates = Rates { drive, memory: ASSUMED_MEMORY, arithmetic: ASSUMED_ARITHMETIC };
+    let drive = calibrated(file.path()).map_or(ASSUMED, |drive| drive.bytes_per_second);
+    let rates = Rates { drive, latency: USUAL_LATENCY, memory: ASSUMED_MEMORY, arithmetic: ASSUMED_ARITHMETIC };
     let width = Width::of(file, args.budget, args.kv_type, load, &rates, sequences)?;
     width.worth_saving(file, load, &rates, args.kv_type)
 }
 
-/// What this machine does in a second: the drive by its calibration if there is one, the rest measured.
-fn rates(args: &EngineArgs, file: &ModelFile) -> Result<Rates, CliError> {
-    let drive = match calibrated(file.path()).filter(|_| !args.no_calibration) {
-        Some(rate) => rate,
-        None => measured_drive(file.path()).unwrap_or_else(|_| {
-            note(&format_args!(
-                "note: {} is too small, or on no drive, to measure how fast it is read: the plan assumes {}/s",
-                file.path().display(),
-                Bytes(ASSUMED as u64)
-            ));
-            ASSUMED
-        }),
-    };
-    let (memory, arithmetic) = machine(file, ThreadPool::new(threads(args)).threads())?;
-    Ok(Rates { drive, memory, arithmetic })
+/// What this machine does in a second.
+struct Speeds {
+    rates: Rates,
+    cores: Cores,
+    /// Bytes of memory that it writes for the first time.
+    fresh: f64,
+}
+
+impl Speeds {
+    /// The drive by its calibration if there is one, the cores as `sluice bench machine` has found them if it has, and the rest measured. A run
+    /// and a dry run say the same because both take it from here.
+    fn measure(args: &EngineArgs, file: &ModelFile) -> Result<Self, CliError> {
+        let known = calibrated(file.path()).filter(|_| !args.no_calibration);
+        let latency = known.and_then(|known| known.latency).unwrap_or(USUAL_LATENCY);
+        let drive = match known {
+            Some(known) => known.bytes_per_second,
+            None => measured_drive(file.path()).unwrap_or_else(|_| {
+                note(&format_args!(
+                    "note: {} is too small, or on no drive, to measure how fast it is read: the plan assumes {}/s",
+                    file.path().display(),
+                    Bytes(ASSUMED as u64)
+                ));
+                ASSUMED
+            }),
+        };
+        let threads = ThreadPool::new(threads(args)).threads();
+        let (memory, arithmetic) = machine(file, threads)?;
+        let known = MachineFile::of_user().filter(|path| path.exists()).and_then(|path| MachineFile::load(&path).ok());
+        let name = |kinds: &[ExtentKind]| largest_type(file, kinds).map(sluice_kernels::WeightType::name);
+        let cores = match known {
+            Some(known) => known.cores(name(&[ExtentKind::Expert]), name(&[ExtentKind::Attention, ExtentKind::Head])),
+            None => cores(file, threads, memory)?,
+        };
+        Ok(Speeds { rates: Rates { drive, latency, memory, arithmetic }, cores, fresh: fresh_memory() })
+    }
 }
 
 /// Bytes per second of the drive below a file, from some reads of it.
@@ -318,6 +317,6 @@ fn measured_drive(path: &Path) -> Result<f64, CliError> {
 }
 
 /// Bytes per second of the drive below a file, or of all of its drives, as `sluice bench disk` has found them.
-fn calibrated(path: &Path) -> Option<f64> {
+fn calibrated(path: &Path) -> Option<DriveRate> {
     bench_machine::drive(path).ok().flatten()
 }

@@ -12,10 +12,11 @@ use sluice_kernels::WeightType;
 use sluice_lab::schedule::Cores;
 use sluice_storage::io::CalibrationStore;
 
+use crate::commands::bench_machine::DriveRate;
 use crate::error::CliError;
 
-/// Version of the file. Version 1 is read too: it says less. Others are refused.
-const VERSION: u32 = 2;
+/// Version of the file. Earlier ones are read too: they say less. Others are refused.
+const VERSION: u32 = 3;
 /// A larger file is not ours.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -31,13 +32,22 @@ pub(crate) struct MachineFile {
     pub(crate) available: Option<u64>,
     /// Bytes per second of the drive that was calibrated, if one was.
     pub(crate) drive_bytes_per_second: Option<f64>,
+    /// Seconds between the submission of a read and its first byte, where that drive has nothing else to do.
+    #[serde(default)]
+    pub(crate) drive_latency_seconds: Option<f64>,
     /// Bytes per second of a loop that only reads.
     pub(crate) memory_bytes_per_second: f64,
     /// For each type, bytes of weights per second in products with one token, as memory or instructions allow.
     pub(crate) product_bytes_per_second: BTreeMap<String, f64>,
-    /// The same with the threads that compute while the drive is read: one of them is left to it.
+    /// The same with the threads that compute while the drive is read: one of them is left to it. If there was a drive, it was read meanwhile.
     #[serde(default)]
     pub(crate) beside_reads_bytes_per_second: BTreeMap<String, f64>,
+    /// The part of its rate that the drive had meanwhile.
+    #[serde(default)]
+    pub(crate) reads_beside_products: Option<f64>,
+    /// Seconds that a burst of reads took beyond its bytes ÷ bandwidth, while those threads computed.
+    #[serde(default)]
+    pub(crate) burst_latency_seconds: Option<f64>,
     /// Multiplications and additions of f32 per second, of which attention consists.
     #[serde(default)]
     pub(crate) f32_operations_per_second: Option<f64>,
@@ -55,6 +65,8 @@ pub(crate) struct Measured<'a> {
     pub(crate) memory: f64,
     /// By type, bytes of weights per second of all threads, and of those that compute while the drive is read.
     pub(crate) products: &'a [(WeightType, f64, f64)],
+    /// If there was a drive: the part of its rate that it had beside them, and the seconds that a burst took beyond its bytes ÷ bandwidth.
+    pub(crate) reads: Option<(f64, f64)>,
     /// Operations of f32 per second.
     pub(crate) operations: f64,
     /// Seconds of the smallest product.
@@ -63,7 +75,7 @@ pub(crate) struct Measured<'a> {
 
 impl MachineFile {
     pub(crate) fn new(
-        (ram, available, drive): (u64, u64, Option<f64>),
+        (ram, available, drive): (u64, u64, Option<DriveRate>),
         measured: &Measured<'_>,
         (isa, threads): (&str, usize),
     ) -> Self {
@@ -74,10 +86,13 @@ impl MachineFile {
             version: VERSION,
             ram,
             available: Some(available),
-            drive_bytes_per_second: drive,
+            drive_bytes_per_second: drive.map(|drive| drive.bytes_per_second),
+            drive_latency_seconds: drive.and_then(|drive| drive.latency),
             memory_bytes_per_second: measured.memory,
             product_bytes_per_second: by_name(&|product| product.1),
             beside_reads_bytes_per_second: by_name(&|product| product.2),
+            reads_beside_products: measured.reads.map(|(part, _)| part),
+            burst_latency_seconds: measured.reads.map(|(_, latency)| latency),
             f32_operations_per_second: Some(measured.operations),
             section_seconds: measured.section,
             isa: isa.to_owned(),
@@ -122,6 +137,13 @@ impl MachineFile {
         if !(0.0..1.0).contains(&machine.section_seconds) {
             return Err(wrong(format!("{} seconds are not what the smallest product takes", machine.section_seconds)));
         }
+        let latencies = [machine.drive_latency_seconds, machine.burst_latency_seconds];
+        if let Some(latency) = latencies.into_iter().flatten().find(|latency| !(0.0..1.0).contains(latency)) {
+            return Err(wrong(format!("{latency} seconds are not what a read waits for its first byte")));
+        }
+        if let Some(part) = machine.reads_beside_products.filter(|part| !(0.01..=1.0).contains(part)) {
+            return Err(wrong(format!("{part} is not a part of the drive's speed")));
+        }
         Ok(machine)
     }
 
@@ -148,6 +170,8 @@ impl MachineFile {
             experts_beside_reads: of(beside, experts).min(of(all, experts)),
             dense: of(all, rest),
             dense_beside_reads: of(beside, rest).min(of(all, rest)),
+            reads_beside: self.reads_beside_products.unwrap_or(1.0),
+            burst_latency: self.burst_latency_seconds,
             keys: self.memory_bytes_per_second,
             operations: self.f32_operations_per_second,
             section_seconds: self.section_seconds,
@@ -173,8 +197,9 @@ mod tests {
 
     fn machine() -> MachineFile {
         let products = &[(WeightType::Q8, 20e9, 18e9), (WeightType::Q4, 10e9, 8e9)];
-        let measured = Measured { memory: 25e9, products, operations: 1e11, section: 5e-6 };
-        MachineFile::new((8 << 30, 6 << 30, Some(3e9)), &measured, ("avx2", 4))
+        let measured = Measured { memory: 25e9, products, reads: Some((0.75, 2e-4)), operations: 1e11, section: 5e-6 };
+        let drive = DriveRate { bytes_per_second: 3e9, latency: Some(1e-4) };
+        MachineFile::new((8 << 30, 6 << 30, Some(drive)), &measured, ("avx2", 4))
     }
 
     #[test]
@@ -188,7 +213,10 @@ mod tests {
         fs::write(&path, text.replace("\"available\": 6442450944,", "")).unwrap();
         assert_eq!((machine().memory(), MachineFile::load(&path).unwrap().memory()), (6 << 30, 8 << 30));
         for (from, to, word) in [
-            ("\"version\": 2", "\"version\": 3", "version 3"),
+            ("\"version\": 3", "\"version\": 4", "version 4"),
+            ("0.75", "1.5", "part of the drive's speed"),
+            ("0.0001", "1.5", "first byte"),
+            ("0.0002", "-1.5", "first byte"),
             ("25000000000.0", "-1.0", "not a speed"),
             ("5e-6", "2.5", "smallest product"),
             ("\"isa\"", "\"isas\"", "isas"),
@@ -205,7 +233,7 @@ mod tests {
         fs::write(&path, older).unwrap();
         let cores = MachineFile::load(&path).unwrap().cores(Some("q4"), None);
         assert_eq!((cores.experts, cores.experts_beside_reads, cores.dense), (10e9, 10e9, 25e9));
-        assert_eq!((cores.operations, cores.section_seconds), (None, 0.0));
+        assert_eq!((cores.operations, cores.section_seconds, cores.reads_beside), (None, 0.0, 1.0));
     }
 
     #[test]
@@ -213,7 +241,7 @@ mod tests {
         let cores = machine().cores(Some("q4"), Some("fp8"));
         assert_eq!((cores.experts, cores.experts_beside_reads), (10e9, 8e9));
         assert_eq!((cores.dense, cores.dense_beside_reads, cores.keys), (25e9, 25e9, 25e9));
-        assert_eq!((cores.operations, cores.section_seconds), (Some(1e11), 5e-6));
+        assert_eq!((cores.operations, cores.section_seconds, cores.reads_beside), (Some(1e11), 5e-6, 0.75));
     }
 
     #[test]

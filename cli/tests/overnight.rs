@@ -381,7 +381,9 @@ fn progress_and_plan_are_there_for_programs() {
 
     let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 20}\nnonsense\n");
     let plan = sluice(&run.args(&["--dry-run"]));
-    let text = stdout(&plan);
+    // It ends as the run would.
+    assert_fails(&plan, 3, &["exit code 3", "1 request"]);
+    let text = String::from_utf8(plan.stdout).unwrap();
     for word in [
         "1 answer to give",
         " to read, and ",
@@ -413,7 +415,9 @@ fn a_plan_leaves_out_what_is_done_and_names_what_cannot_be_answered() {
     let plan = |more: &[&'static str]| {
         let mut args = run.args(&["--dry-run", "--json", "--context", "512"]);
         args.extend(more);
-        let said = stdout(&sluice(&args));
+        let dry = sluice(&args);
+        assert_fails(&dry, 3, &["exit code 3", "3 requests"]);
+        let said = String::from_utf8(dry.stdout).unwrap();
         serde_json::from_str::<Value>(&said).unwrap_or_else(|error| panic!("{error}: {said}"))
     };
     let whole = plan(&[]);
@@ -429,9 +433,12 @@ fn a_plan_leaves_out_what_is_done_and_names_what_cannot_be_answered() {
     assert!(0.0 < least && 0.0 < expected && expected <= longest, "{whole}");
     assert_eq!(run.files(), [""; 0]);
 
-    // All that can be answered is answered.
-    let done = sluice(&run.args(&["--context", "512"]));
+    // All that can be answered is answered, and the run plans for the same.
+    let done = sluice(&run.args(&["--context", "512", "--json"]));
     assert_fails(&done, 3, &["3 of 5 requests failed", "failed: line 2, custom_id \"hot\": "]);
+    let begin =
+        String::from_utf8(done.stdout).unwrap().lines().next().map(serde_json::from_str::<Value>).unwrap().unwrap();
+    assert_eq!((&begin["plan"]["load"], &begin["plan"]["rest"]), (&whole["load"], &whole["rest"]));
     let rest = plan(&[]);
     assert_eq!((rest["load"]["answers"].as_u64(), rest["rest"]["finished"].as_u64()), (Some(0), Some(5)));
     assert_eq!(rest["rest"]["failed"], 3);
@@ -445,6 +452,35 @@ fn a_plan_leaves_out_what_is_done_and_names_what_cannot_be_answered() {
     assert_eq!(rest["rest"]["finished"], 1);
     assert_eq!(fs::read(&run.output).unwrap().len(), first, "a plan changes nothing");
     assert_fails(&sluice(&run.args(&["--dry-run", "--context", "300"])), 2, &["other settings"]);
+}
+
+#[test]
+fn a_run_and_a_dry_run_say_the_same_of_the_machine_and_of_the_folder() {
+    let run = Run::new("{\"prompt\": \"A\", \"max_tokens\": 3}\n");
+    let place =
+        ["batch", model(), run.input.to_str().unwrap(), run.output.to_str().unwrap(), "--forget", "--threads", "2"];
+    let plan = |more: &[&'static str]| {
+        let said = stdout(&sluice(&[&place[..], more].concat()));
+        serde_json::from_str::<Value>(said.lines().next().unwrap()).unwrap()
+    };
+    let (dry, begin) = (plan(&["--dry-run", "--json"]), plan(&["--json"]));
+    for name in ["machine", "step", "expected", "expected_seconds", "expected_seconds_range", "least_seconds"] {
+        assert!(!dry[name].is_null() && !begin["plan"][name].is_null(), "{name} is missing: {dry}, {begin}");
+    }
+    // Where the number of answers was asked for, nothing is measured, and nothing is said of the time but how to know it.
+    let other = Run::new("{\"prompt\": \"A\", \"max_tokens\": 3}\n");
+    let said = stderr(&sluice(&other.args(&[])));
+    assert!(said.contains("--dry-run measures the machine") && !said.contains("expected"), "{said}");
+
+    let nowhere = run.input.with_file_name("nowhere").join("out.jsonl");
+    let args = ["batch", model(), run.input.to_str().unwrap(), nowhere.to_str().unwrap()];
+    let dry = sluice(&[&args[..], &["--dry-run"]].concat());
+    assert_fails(&dry, 1, &["out.jsonl", "nowhere", "Make it"]);
+    assert_eq!(stderr(&dry), stderr(&sluice(&args)));
+    assert!(!nowhere.parent().unwrap().exists());
+    let within = run.input.join("out.jsonl");
+    let args = ["batch", model(), run.input.to_str().unwrap(), within.to_str().unwrap(), "--dry-run"];
+    assert_fails(&sluice(&args), 1, &["is no folder"]);
 }
 
 #[test]

@@ -28,6 +28,9 @@ const WORTH_SECONDS: f64 = 1.0;
 pub struct Rates {
     /// Bytes that the drive reads.
     pub drive: f64,
+    /// Not in a second, but in seconds: what passes between the submission of a read and its first byte, where the drive has nothing else to
+    /// do.
+    pub latency: f64,
     /// Bytes that the memory reads.
     pub memory: f64,
     /// Multiplications and additions.
@@ -132,9 +135,10 @@ impl Width {
         let demand = Demand { sequences: planned, ..Demand::one(load.context, kv_type) };
         let plan = MemoryPlan::new(file, budget, demand).ok().filter(|plan| plan.rows >= sequences)?;
         let needs = Needs::of(file.spec(), file.extents(), tokens as usize, kv_type);
-        let union = union_of_experts(file.spec(), sequences as f64);
-        let experts = plan.experts.max(1) as f64;
-        let hit_rate = hit_rate(file.spec(), plan.slots as f64 / experts, union / experts);
+        let routing = Routing::of(file.spec());
+        let union = routing.union(sequences as f64);
+        let slots = plan.slots as f64;
+        let hit_rate = routing.hit_rate((slots, slots), sequences as f64);
         let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
         let missed = union * (1.0 - hit_rate) * stored + plan.dense_streamed as f64;
         let work = StepWork::of(file, sequences, union, tokens / 2.0, kv_type);
@@ -171,17 +175,17 @@ impl Width {
         let steps = decoding + self.pass(file, rates, kv_type, rows, per_prompt / 2.0) * load.prompt_tokens / rows;
         let needs = Needs::of(file.spec(), file.extents(), 1, kv_type);
         let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
-        let used = union_of_experts(file.spec(), load.prompt_tokens + load.answer_tokens);
+        let used = Routing::of(file.spec()).union(load.prompt_tokens + load.answer_tokens);
         steps.max((needs.dense_bytes as f64 + used * stored) / rates.drive)
     }
 
     /// Seconds of a pass that reads `rows` tokens of prompts at a mean `position`.
     fn pass(&self, file: &ModelFile, rates: &Rates, kv_type: KvType, rows: f64, position: f64) -> f64 {
-        let union = union_of_experts(file.spec(), rows);
+        let (routing, slots) = (Routing::of(file.spec()), self.slots as f64);
+        let union = routing.union(rows);
         let needs = Needs::of(file.spec(), file.extents(), (2.0 * position) as usize, kv_type);
         let stored = needs.token_cycle_stored as f64 / needs.experts_per_token.max(1) as f64;
-        let resident = self.slots as f64 / needs.experts.max(1) as f64;
-        let missed = union * (1.0 - resident.min(1.0)) * stored;
+        let missed = union * (1.0 - routing.hit_rate((slots, slots), rows)) * stored;
         let work = StepWork::of(file, rows as usize, union, position, kv_type);
         (missed / rates.drive).max(work.operations / rates.arithmetic)
     }
@@ -207,26 +211,110 @@ pub fn saved_bytes(file: &ModelFile, tokens: usize, kv_type: KvType) -> u64 {
     Needs::of(file.spec(), file.extents(), tokens, kv_type).kv_cache_bytes
 }
 
-/// Different experts that so many rows use, summed over the layers, if each chooses at random.
-pub(crate) fn union_of_experts(spec: &ModelSpec, rows: f64) -> f64 {
-    let layers = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref());
-    layers.map(|moe| union_of_layer(moe.experts, moe.top_k, rows)).sum()
+/// The experts of a model.
+#[derive(Clone, Debug)]
+pub(crate) struct Routing {
+    /// Layers that are alike: experts of each, experts of a token, and the number of such layers.
+    layers: Vec<(usize, usize, f64)>,
 }
 
-/// The same in one layer.
+impl Routing {
+    pub(crate) fn of(spec: &ModelSpec) -> Self {
+        let mut layers: Vec<(usize, usize, f64)> = Vec::new();
+        for moe in spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref()) {
+            match layers.iter_mut().find(|(experts, top_k, _)| (*experts, *top_k) == (moe.experts, moe.top_k)) {
+                Some((.., count)) => *count += 1.0,
+                None => layers.push((moe.experts, moe.top_k, 1.0)),
+            }
+        }
+        Routing { layers }
+    }
+
+    /// Experts of the model.
+    pub(crate) fn experts(&self) -> f64 {
+        self.layers.iter().map(|&(experts, _, count)| experts as f64 * count).sum()
+    }
+
+    /// Different experts that so many rows use, summed over the layers, if each chooses at random.
+    pub(crate) fn union(&self, rows: f64) -> f64 {
+        self.layers.iter().map(|&(experts, top_k, count)| count * union_of_layer(experts, top_k, rows)).sum()
+    }
+
+    /// The part of the experts of a step with so many rows that is in memory when their layer begins. Memory has room for so many experts, and
+    /// has been filled with so many (`(slots, held)`).
+    ///
+    /// One row finds what the traces of real models find. Of several, each finds in its part of the memory what it would find alone; of the
+    /// rest, it finds what lies by chance in the parts of the others. And what a layer misses has to be somewhere until it is computed: so much less of
+    /// all other layers is kept. Where the experts that a step uses in one layer do not fit, nothing is kept.
+    pub(crate) fn hit_rate(&self, (slots, held): (f64, f64), rows: f64) -> f64 {
+        let Some(&(experts, top_k, _)) = self.layers.iter().max_by_key(|(experts, ..)| *experts) else { return 1.0 };
+        let (all, rows) = (self.experts(), rows.max(1.0));
+        if held >= all {
+            return 1.0;
+        }
+        // If a part h of what is used is kept, a layer misses 1 - h of what it uses, and slots - (1 - h) × used hold h of all. What is missed by
+        // one row is part of what the traces say.
+        let used = (union_of_layer(experts, top_k, rows) - top_k as f64).max(0.0);
+        let most = if slots < all { ((slots - used) / (all - used).max(1.0)).max(0.0) } else { 1.0 };
+        let kept = (held / all).min(most);
+        let alone = Curve::nearest(top_k, experts).hit_rate(kept / rows);
+        let by_chance = kept * (1.0 - 1.0 / rows) / (1.0 - kept / rows);
+        let found = 1.0 - (1.0 - alone) * (1.0 - by_chance);
+        found.min(held / self.union(rows).max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
+    }
+}
+
+/// Different experts that so many rows use in one layer, if each chooses at random.
 pub(crate) fn union_of_layer(experts: usize, top_k: usize, rows: f64) -> f64 {
     let experts = experts.max(1) as f64;
     experts * (1.0 - (1.0 - top_k as f64 / experts).max(0.0).powf(rows))
 }
 
-/// The part of a step's experts that is in memory, if this part of all experts is: for one sequence, the hit rate of a trace; for a step that
-/// uses all experts, the part of them that fits; in between, an interpolation, but never more than there is in memory. `used`: the part of all
-/// experts that the step uses.
-pub(crate) fn hit_rate(spec: &ModelSpec, cached: f64, used: f64) -> f64 {
-    let moe = spec.layers.iter().filter_map(|layer| layer.ffn.moe.as_ref()).max_by_key(|moe| moe.experts);
-    let Some(moe) = moe else { return 1.0 };
-    let cached = cached.min(1.0);
-    let alone = Curve::nearest(moe.top_k, moe.experts).hit_rate(cached);
-    let between = alone + (cached - alone) * used.clamp(0.0, 1.0);
-    between.min(cached / used.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Twelve layers of `bench-34x128`, of which a token uses 8 of 128 experts each.
+    fn routing() -> Routing {
+        Routing { layers: vec![(128, 8, 12.0)] }
+    }
+
+    /// Rows of a step, experts that fit, and experts that a step has missed of those that it used: the measurements on simulated drives in
+    /// docs/notes/2026-11-30-benchmarks.md (megabytes missed per token × rows ÷ 2.65 MB). Where nothing was found, all that were used were missed.
+    #[test]
+    fn steps_find_what_they_were_measured_to_find() {
+        for (rows, slots, missed, used) in [
+            (8.0, 92.0, 552.0, 582.0),
+            (8.0, 215.0, 459.0, 582.0),
+            (8.0, 614.0, 225.0, 582.0),
+            (32.0, 92.0, 1220.0, 1220.0),
+            (32.0, 230.0, 1111.0, 1220.0),
+            (32.0, 568.0, 773.0, 1220.0),
+            (128.0, 107.0, 1497.0, 1497.0),
+            (128.0, 246.0, 1400.0, 1497.0),
+            (128.0, 584.0, 1014.0, 1497.0),
+        ] {
+            let (found, expected) = (1.0 - missed / used, routing().hit_rate((slots, slots), rows));
+            assert!((found - expected).abs() < 0.04, "{rows} rows, {slots} slots: {expected}, not {found}");
+        }
+    }
+
+    #[test]
+    fn one_row_finds_what_a_trace_says_and_all_find_what_there_is() {
+        let (routing, all) = (routing(), 1536.0);
+        let alone = Curve::nearest(8, 128).hit_rate(0.25);
+        assert!((routing.hit_rate((all / 4.0, all / 4.0), 1.0) - alone).abs() < 1e-12);
+        for rows in [1.0, 8.0, 1000.0] {
+            assert_eq!((routing.hit_rate((all, all), rows), routing.hit_rate((0.0, 0.0), rows)), (1.0, 0.0));
+            let rates =
+                (0..=48).map(|part| f64::from(part) * all / 48.0).map(|slots| routing.hit_rate((slots, slots), rows));
+            assert!(rates.clone().zip(rates.skip(1)).all(|(less, more)| less <= more), "{rows}");
+            // While memory fills, nothing has to leave.
+            let filling = routing.hit_rate((all / 2.0, all / 8.0), rows);
+            assert!(filling >= routing.hit_rate((all / 8.0, all / 8.0), rows), "{rows}");
+        }
+        assert_eq!(Routing { layers: Vec::new() }.hit_rate((0.0, 0.0), 1.0), 1.0);
+        // By hand: 12 layers × 128 × (1 - 0.9375 ** 8).
+        assert!((routing.union(8.0) - 12.0 * 51.62).abs() < 0.1, "{}", routing.union(8.0));
+    }
 }

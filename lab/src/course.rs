@@ -13,14 +13,17 @@ use sluice_kernels::KvType;
 use sluice_model::Sequence;
 use sluice_model::memory::{Demand, MemoryPlan};
 
-use crate::batch::{Load, Rates, hit_rate, union_of_experts, union_of_layer};
-use crate::schedule::{Cores, FFN_SECTIONS, LAYER_SECTIONS, Layer, Work, attention_operations, mean_seconds};
+use crate::batch::{Load, Rates, Routing, union_of_layer};
+use crate::schedule::{Cores, FFN_SECTIONS, LAYER_SECTIONS, Layer, Numbers, Work, attention_operations, mean_seconds};
 
 /// Tokens over which the time of a step is averaged, and the fewest steps.
 const TOKENS: f64 = 192.0;
 const STEPS: f64 = 4.0;
 /// Levels of the share of experts in memory at which steps are simulated.
 const LEVELS: f64 = 32.0;
+/// Most requests that are simulated, or as many as this many times those at a time.
+const MOST_SIMULATED: usize = 4096;
+const WAVES_SIMULATED: usize = 16;
 /// Numbers of rows at which passes are simulated, for each doubling.
 const ROWS_PER_DOUBLING: f64 = 8.0;
 
@@ -91,6 +94,8 @@ impl Rows {
 struct Steps<'a> {
     place: &'a Place<'a>,
     plan: MemoryPlan,
+    routing: Routing,
+    parts: Parts,
     /// Experts of the model, and a step's seconds by its rows and the share of experts in memory.
     known: HashMap<(usize, usize, usize), f64>,
     position: f64,
@@ -108,13 +113,38 @@ impl Course {
         let (prompt, answer) = (load.prompt_tokens / prompts, load.answer_tokens / answers);
         let opening = plan.dense as f64 * (1.0 / rates.drive + 1.0 / place.fresh);
         let mut course = Course { opening, ..Course::default() };
-        let steps = Steps { place, plan, known: HashMap::new(), position: prompt + answer / 2.0, prompt };
-        course.run(steps, sequences.max(1), items);
+        let (routing, parts) = (Routing::of(file.spec()), Parts::of(file));
+        let position = prompt + answer / 2.0;
+        let mut steps = Steps { place, plan, routing, parts, known: HashMap::new(), position, prompt };
+        course.run_sample(&mut steps, sequences.max(1), items);
         course.seconds = course.opening + course.reading + course.generating;
         Some(course)
     }
 
-    fn run(&mut self, mut steps: Steps<'_>, sequences: usize, items: &[Item]) {
+    /// The requests, or some of them if there are very many: the beginning, with an empty memory, and the end, with few answers left, take the same time
+    /// in any case, and what is between them takes as much longer as there are more tokens.
+    fn run_sample(&mut self, steps: &mut Steps<'_>, sequences: usize, items: &[Item]) {
+        let most = MOST_SIMULATED.max(WAVES_SIMULATED * sequences);
+        if items.len() <= most {
+            return self.run(steps, sequences, items);
+        }
+        // One out of each block, not always in the same place: requests can come in turns.
+        let (block, mut numbers) = (items.len().div_ceil(most), Numbers(1));
+        let choose = |block: &[Item]| block[((numbers.next() * block.len() as f64) as usize).min(block.len() - 1)];
+        let some: Vec<Item> = items.chunks(block).map(choose).collect();
+        let half: Vec<Item> = some.iter().copied().step_by(2).collect();
+        let rows =
+            |items: &[Item]| items.iter().map(|item| item.prompt + item.tokens * item.answers as f64).sum::<f64>();
+        let mut fewer = Course::default();
+        fewer.run(steps, sequences, &half);
+        self.run(steps, sequences, &some);
+        let more = (rows(items) - rows(&some)) / (rows(&some) - rows(&half)).max(1.0);
+        self.reading += more * (self.reading - fewer.reading).max(0.0);
+        self.generating += more * (self.generating - fewer.generating).max(0.0);
+        self.tokens = items.iter().map(|item| item.tokens * item.answers as f64).sum();
+    }
+
+    fn run(&mut self, steps: &mut Steps<'_>, sequences: usize, items: &[Item]) {
         let mut queue = items.iter();
         // When running answers end, in steps since the first.
         let mut ends: BinaryHeap<Reverse<u64>> = BinaryHeap::new();
@@ -161,7 +191,7 @@ impl Course {
 impl Steps<'_> {
     /// Experts in memory after so many rows: all that were used, if they fit.
     fn resident(&self, seen: f64) -> f64 {
-        union_of_experts(self.place.file.spec(), seen).min(self.plan.slots as f64)
+        self.routing.union(seen).min(self.plan.slots as f64)
     }
 
     /// Seconds for the memory of the slots that so many more rows fill for the first time.
@@ -187,8 +217,7 @@ impl Steps<'_> {
             return *seconds;
         }
         let rows = Rows { generating, position: self.position, reading, prompt: self.prompt };
-        let spec = self.place.file.spec();
-        let found = hit_rate(spec, self.resident(seen) / all, union_of_experts(spec, rows.all()) / all);
+        let found = self.routing.hit_rate((self.plan.slots as f64, self.resident(seen)), rows.all());
         let found = match found {
             _ if seen == 0.0 => 0.0,
             found if found < 1.0 => (found + self.place.more).clamp(0.0, 1.0),
@@ -206,7 +235,6 @@ impl Steps<'_> {
         let spec = file.spec();
         let n = rows.all();
         let count = spec.layers.len().max(1) as f64;
-        let parts = Parts::of(file);
         let product =
             |part: Part, rate: f64, rows: f64| (part.bytes / rate).max(2.0 * rows * part.weights / rates.arithmetic);
         // Keys are read once for all rows of a prompt.
@@ -214,7 +242,7 @@ impl Steps<'_> {
         let prompts = if rows.reading > 0.0 { (rows.reading / rows.prompt.max(1.0)).max(1.0) } else { 0.0 };
         let keys = rows.generating * touched(rows.position) + prompts * touched(rows.prompt);
         let layers = spec.layers.iter().enumerate().map(|(number, layer)| {
-            let of = |kind| parts.layers[number].get(&kind).copied().unwrap_or_default();
+            let of = |kind| self.parts.layers[number].get(&kind).copied().unwrap_or_default();
             let operations =
                 |rows: f64, position: f64| rows * attention_operations(&layer.attention, position as usize);
             let attending = operations(rows.generating, rows.position) + operations(rows.reading, rows.prompt / 2.0);
@@ -241,8 +269,8 @@ impl Steps<'_> {
             }
         });
         // Of a prompt, only the last token has logits.
-        let head = product(parts.head, cores.dense, rows.generating + prompts) + cores.section_seconds;
-        Work::new(layers.collect(), head, &cores)
+        let head = product(self.parts.head, cores.dense, rows.generating + prompts) + cores.section_seconds;
+        Work::new(layers.collect(), head, &cores, rates.latency)
     }
 }
 

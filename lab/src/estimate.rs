@@ -18,6 +18,8 @@ pub struct Machine {
     pub ram: u64,
     /// Bytes per second that the drive reads.
     pub ssd: u64,
+    /// Seconds between the submission of a read and its first byte, where the drive has nothing else to do.
+    pub ssd_latency: f64,
     /// Bytes per second that the memory reads.
     pub memory_bandwidth: u64,
 }

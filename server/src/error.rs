@@ -104,8 +104,19 @@ pub struct ApiError {
     pub code: Option<&'static str>,
     /// Seconds after which the client should try again.
     pub retry_after: Option<u32>,
-    /// Tokens of a prompt that is too long, and of the longest that would fit.
-    pub too_long: Option<(usize, usize)>,
+    /// If a prompt is too long: its length.
+    pub too_long: Option<TooLong>,
+}
+
+/// The length of a prompt that is too long, in tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLong {
+    /// Of the prompt.
+    pub prompt: usize,
+    /// Of the longest that fits.
+    pub context: usize,
+    /// Of the longest that would fit with all the context that the model takes.
+    pub most: usize,
 }
 
 impl ApiError {
@@ -155,13 +166,18 @@ impl ApiError {
     /// The message. Clients of each API look for that API's own words for a prompt that is too long, to shorten the conversation.
     fn words(&self, flavour: Flavour) -> String {
         match (self.too_long, flavour) {
-            (Some((prompt, most)), Flavour::Anthropic) => {
-                format!("prompt is too long: {prompt} tokens > {most} maximum")
+            (Some(TooLong { prompt, context, .. }), Flavour::Anthropic) => {
+                format!("prompt is too long: {prompt} tokens > {context} maximum")
             }
-            (Some((prompt, most)), _) => format!(
-                "this model's maximum context length is {most} tokens, and the prompt has {prompt}: shorten it, or start the server \
-                 with a larger --context"
-            ),
+            (Some(TooLong { prompt, context, most }), _) => {
+                let more = match context < most {
+                    true => format!(", or start the server with a larger --context, at most {most}"),
+                    false => String::new(),
+                };
+                format!(
+                    "this model's maximum context length is {context} tokens, and the prompt has {prompt}: shorten it{more}"
+                )
+            }
             (None, _) => self.message.clone(),
         }
     }
@@ -190,9 +206,9 @@ impl From<GenerationError> for ApiError {
     fn from(error: GenerationError) -> Self {
         let message = error.to_string();
         match error {
-            GenerationError::PromptTooLong { prompt, context } => {
+            GenerationError::PromptTooLong { prompt, context, most } => {
                 let error = Self::invalid(message).code("context_length_exceeded");
-                ApiError { too_long: Some((prompt, context)), ..error }
+                ApiError { too_long: Some(TooLong { prompt, context, most }), ..error }
             }
             GenerationError::QueueFull { queued, .. } => Self::busy(queued),
             GenerationError::Closed => Self::new(Kind::Closing, message),
@@ -259,11 +275,18 @@ mod tests {
 
     #[test]
     fn a_long_prompt_is_refused_in_the_words_that_clients_look_for() {
-        let error = ApiError::from(GenerationError::PromptTooLong { prompt: 9000, context: 4096 });
+        let long = |most| ApiError::from(GenerationError::PromptTooLong { prompt: 9000, context: 4096, most });
+        let error = long(8192);
         let message = |flavour| error.body(flavour)["error"]["message"].as_str().unwrap_or_default().to_owned();
         assert!(message(Flavour::OpenAi).contains("maximum context length is 4096 tokens"));
         assert_eq!(message(Flavour::Anthropic), "prompt is too long: 9000 tokens > 4096 maximum");
         assert_eq!(error.body(Flavour::OpenAi)["error"]["code"], "context_length_exceeded");
+        // More context is advised only where the model takes more.
+        assert!(message(Flavour::OpenAi).ends_with("or start the server with a larger --context, at most 8192"));
+        assert!(error.message.ends_with("with more context, at most 8192"), "{error}");
+        let error = long(4096);
+        assert_eq!(error.message, "the prompt has 9000 tokens, but the model takes at most 4096: shorten it");
+        assert!(error.body(Flavour::OpenAi)["error"]["message"].as_str().unwrap().ends_with("shorten it"));
     }
 
     #[test]

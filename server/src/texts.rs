@@ -45,8 +45,10 @@ pub struct Texts {
     /// State id and [`digest`] of the model file.
     of: (String, u64),
     vocab_size: usize,
-    /// Most tokens of a conversation.
+    /// Most tokens of a conversation, …
     context: usize,
+    /// … and of any, with all the context that the model takes.
+    most_context: usize,
     vocabulary: OnceLock<Result<Vocabulary, String>>,
     /// Bytes of the longest token.
     longest_token: OnceLock<usize>,
@@ -131,6 +133,7 @@ impl Texts {
             of: (file.state_id().to_string(), digest(file)),
             vocab_size: file.spec().vocab_size,
             context,
+            most_context: file.spec().max_positions,
             vocabulary: OnceLock::new(),
             longest_token: OnceLock::new(),
             files,
@@ -199,7 +202,13 @@ impl Texts {
 
     /// What a generation has to know about the model, except for how its numbers are made.
     fn shape(&self) -> Shape {
-        Shape { vocab: self.vocab_size, context: self.context, tokenizer: self.files.tokenizer.clone(), phases: false }
+        Shape {
+            vocab: self.vocab_size,
+            context: self.context,
+            most_context: self.most_context,
+            tokenizer: self.files.tokenizer.clone(),
+            phases: false,
+        }
     }
 
     /// A generation that answers a request with this prompt, without its grammar, and the strings that end only the text of an answer.
@@ -263,9 +272,14 @@ impl Texts {
         // Tokenizers may merge several bytes into one before they search for tokens.
         let fewest = bytes / longest / 4;
         match fewest > self.context {
-            true => Err(GenerationError::PromptTooLong { prompt: fewest, context: self.context }.into()),
+            true => Err(self.too_long(fewest)),
             false => Ok(()),
         }
+    }
+
+    /// The error for a prompt of so many tokens, or more.
+    fn too_long(&self, prompt: usize) -> ApiError {
+        GenerationError::PromptTooLong { prompt, context: self.context, most: self.most_context }.into()
     }
 
     /// The tokens of the text to continue, at this time (seconds since 1970).
@@ -276,7 +290,7 @@ impl Texts {
         // Each message adds tokens of its own.
         let messages = ask.messages();
         if messages > self.context {
-            return Err(GenerationError::PromptTooLong { prompt: messages, context: self.context }.into());
+            return Err(self.too_long(messages));
         }
         self.check_size(ask.text_bytes())?;
         match &ask.input {

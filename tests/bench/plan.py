@@ -8,8 +8,9 @@ Measures the machine (`bench disk`, `bench machine`; kept in DIR, not in the use
 random weights are made in DIR (1 to 3 GB); `run --trace` records the routing of a text that is sampled from fixed numbers; then for each budget,
 which holds so many per cent of the experts beside everything else, `plan --trace` is asked, and `run` generates the same text, of which the median
 of the rounds counts. Printed per budget: tokens per second as planned and as run, planned ÷ run, and for comparison what the plan says with
-hit rates of other models (random texts of random weights repeat themselves less than real ones do), and the bound. The drive is measured
-again before each budget, since shared drives change. Takes about seven minutes on two cores.
+hit rates of other models (random texts of random weights repeat themselves less than real ones do), and the bound. Drive and
+cores are measured again before each budget, since shared machines change within minutes: what was measured once can be off by a factor of two then, and
+that would be no fault of the plan. Takes about ten minutes on two cores.
 """
 
 import argparse
@@ -27,7 +28,7 @@ HEADROOM = 512 << 20
 
 class Sluice:
     def __init__(self, program, folder, threads):
-        self.program = program
+        self.program, self.folder = program, folder
         self.environment = {**os.environ, "XDG_CACHE_HOME": folder}
         self.threads = ["--threads", str(threads)] if threads else []
 
@@ -54,18 +55,29 @@ def forget_pages(path):
 
 
 class Drive:
-    """The drive, as it is now: read as `bench disk` has found best."""
+    """The drive, read as `bench disk` has found best."""
 
     def __init__(self, sluice, model, seconds):
         self.sluice = sluice
         report = sluice("bench", "disk", model, "--seconds", seconds, "--json")
-        self.knee = report["knee"] or max(report["points"], key=lambda point: point["bytes_per_second"])
+        self.knee = report["knee"]
+        if not report["saved"]:
+            sys.exit("plan: the drive could not be calibrated: give more --drive-seconds")
 
-    def rate(self, model):
-        point = self.knee
+    def measure(self, model):
+        """Calibrates the drive as it is now, without looking for the knee again: rate and latency."""
+        point, block = self.knee, self.knee["block_bytes"]
         report = self.sluice("bench", "disk", model, "--engine", "uring" if point["engine"].startswith("uring") else "pread", "--pattern",
-                             "random", "--block", point["block_bytes"], "--depth", point["depth"], "--seconds", 1.5, "--no-save", "--json")
-        return (report["finalists"] or report["points"])[0]["bytes_per_second"]
+                             "random", "--block", block, "--depth", f"1,{point['depth']}", "--seconds", 2, "--no-save", "--json")
+        rates = {found["depth"]: found["bytes_per_second"] for found in report["points"]}
+        rate = rates[point["depth"]]
+        path = os.path.join(self.sluice.folder, "sluice", "io.json")
+        with open(path, encoding="utf-8") as file:
+            kept = json.load(file)
+        kept["drives"][0].update(bytes_per_second=rate, latency=max(0, block / rates[1] - block / rate))
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(kept, file)
+        return kept["drives"][0]
 
 
 def measure(sluice, model, drive, part, args, trace):
@@ -74,8 +86,9 @@ def measure(sluice, model, drive, part, args, trace):
     budget = int(sizes["best_memory"] - experts * (1 - part / 100))
     # Of what is available, `plan` leaves a tenth, or this much, to the system.
     ram = max(budget + HEADROOM, -(-budget * 10 // 9))
-    ssd = drive.rate(model)
-    plan = ["plan", model, "--context", args.context, "--ram", ram, "--ssd", f"{ssd:.0f}B/s", "--json"]
+    found = drive.measure(model)
+    sluice("bench", "machine", model, *sluice.threads, "--save-anyway", "--json")
+    plan = ["plan", model, "--context", args.context, "--ram", ram, "--json"]
     with_trace = sluice(*plan, "--trace", trace)
     others = sluice(*plan)
     runs = [sluice.run(model, args.n, "--budget", budget, "--context", args.context) for _ in range(args.rounds)]
@@ -83,7 +96,7 @@ def measure(sluice, model, drive, part, args, trace):
     planned, rates = with_trace["forecast"], [phase["tokens_per_second"] for phase in decode]
     return {
         "part": part, "budget": budget, "slots": [with_trace["speed"]["memory"]["slots"], runs[0]["memory"]["slots"]],
-        "drive": ssd, "planned": planned["tokens_per_second"], "run": statistics.median(rates), "runs": rates,
+        "drive": found["bytes_per_second"], "latency": found["latency"], "planned": planned["tokens_per_second"], "run": statistics.median(rates), "runs": rates,
         "ratio": planned["tokens_per_second"] / statistics.median(rates), "hit_rate": planned["hit_rate"],
         "others": others["forecast"]["tokens_per_second"], "bound": with_trace["speed"]["tokens_per_second"],
         "computing": planned["computing_seconds"], "reading": planned["drive_seconds"], "profile": decode[0],
@@ -118,7 +131,6 @@ def main():
             forget_pages(model)
             if drive is None:
                 drive = Drive(sluice, model, args.drive_seconds)
-                sluice("bench", "machine", model, *sluice.threads, "--json")
             sluice.run(model, args.n, "--trace", trace, "--context", args.context)
             for part in map(float, args.parts.split(",")):
                 o = measure(sluice, model, drive, part, args, trace)

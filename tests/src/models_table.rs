@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use sluice_converter::synth::{Geometry, KindTypes, Layout, WeightTypes};
 use sluice_format::{PAGE_SIZES, WeightType};
 use sluice_lab::estimate::{Machine, Needs, Speed};
+use sluice_lab::schedule::USUAL_LATENCY;
 use sluice_model::KvType;
 use sluice_model::memory::{Demand, MemoryPlan};
 
@@ -232,7 +233,12 @@ fn row(model: &Model, types: KindTypes) -> Result<String, String> {
         gib(needs.best_memory),
     );
     for (ram, ssd, memory) in MACHINES {
-        let machine = Machine { ram: ram * GIB, ssd: ssd * 1_000_000_000, memory_bandwidth: memory * 1_000_000_000 };
+        let machine = Machine {
+            ram: ram * GIB,
+            ssd: ssd * 1_000_000_000,
+            ssd_latency: USUAL_LATENCY,
+            memory_bandwidth: memory * 1_000_000_000,
+        };
         let speed = Speed::of(spec, extents, machine, context, kv_type);
         out += &speed.map_or(" – |".to_owned(), |speed| format!(" {} |", digits(speed.tokens_per_second)));
     }

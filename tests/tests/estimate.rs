@@ -53,7 +53,7 @@ fn figures_of_deepseek_r1() {
     }
 
     let gib = |n: u64| n << 30;
-    let machine = Machine { ram: gib(64), ssd: 3_000_000_000, memory_bandwidth: 50_000_000_000 };
+    let machine = Machine { ram: gib(64), ssd: 3_000_000_000, ssd_latency: 80e-6, memory_bandwidth: 50_000_000_000 };
     let speed = Speed::of(spec, extents, machine, 4096, KvType::F32).unwrap();
     assert_eq!(speed.bound, Bound::Drive);
     assert_eq!(speed.streamed_bytes, 0);
@@ -81,7 +81,7 @@ fn a_forecast_lies_between_the_bound_and_doing_one_thing_after_the_other() {
     let layout = Layout::new(geometry.spec(), FOUR_BITS, 4096).unwrap();
     let model = (geometry.spec(), layout.extents());
     let on = |ram: u64, cores: Cores, replay: Option<&Replay>| {
-        let machine = Machine { ram, ssd: 3_000_000_000, memory_bandwidth: 50_000_000_000 };
+        let machine = Machine { ram, ssd: 3_000_000_000, ssd_latency: 80e-6, memory_bandwidth: 50_000_000_000 };
         let speed = Speed::of(model.0, model.1, machine, 4096, KvType::F32).unwrap();
         let forecast = Forecast::of(model, (&machine, &cores), &speed, (4096, KvType::F32), replay).unwrap();
         (speed, forecast)
@@ -157,7 +157,7 @@ fn sequences_are_saved_where_that_takes_less_than_reading_again() {
     let file = ModelFile::open(&model.path).unwrap();
     let load = Load { answers: 8, prompt_tokens: 800.0, answer_tokens: 800.0, unlimited: 0, context: 512 };
     let worth = |drive: f64, arithmetic: f64| {
-        let rates = Rates { drive, memory: 1e9, arithmetic };
+        let rates = Rates { drive, latency: 0.0, memory: 1e9, arithmetic };
         let width = Width::of(&file, None, KvType::F32, &load, &rates, 8).unwrap();
         width.worth_saving(&file, &load, &rates, KvType::F32)
     };
@@ -179,7 +179,7 @@ fn the_course_of_a_batch_takes_what_its_steps_take() {
     let file = ModelFile::open(&model.path).unwrap();
     let (answers, tokens) = (16, 40.0);
     let course = |drive: f64, arithmetic: f64, sequences: usize, items: &[Item]| {
-        let rates = Rates { drive, memory: 1e15, arithmetic };
+        let rates = Rates { drive, latency: 0.0, memory: 1e15, arithmetic };
         let cores = Cores::of_rate(1e15);
         let place = Place { file: &file, budget: None, kv_type: KvType::F32, rates, cores, fresh: 1e15, more: 0.0 };
         let sum = |part: &dyn Fn(&Item) -> f64| items.iter().map(part).sum();
@@ -218,6 +218,14 @@ fn the_course_of_a_batch_takes_what_its_steps_take() {
     let more = 360.0 * operations / 1e9;
     assert!((uneven.seconds - even.seconds) / more > 0.9 && (uneven.seconds - even.seconds) / more < 1.1);
     assert!(uneven.reading > 0.0 && uneven.generating > even.generating);
+    // Of very many requests, some are simulated: in turns short and long ones, and as many of each as there are.
+    let turns = |count: usize| -> Vec<Item> {
+        let lengths = [10.0, 90.0, 20.0, 40.0];
+        (0..count).map(|at| Item { prompt: 10.0, answers: 1, tokens: lengths[at % 4] }).collect()
+    };
+    let (few, many) = (course(1e15, 1e9, 4, &turns(4000)), course(1e15, 1e9, 4, &turns(40_000)));
+    assert_eq!(many.tokens, 10.0 * few.tokens);
+    assert!((many.seconds / few.seconds / 10.0 - 1.0).abs() < 0.03, "{few:?}, {many:?}");
     // Several answers to one prompt read it once.
     let shared = [Item { prompt: 10.0, answers, tokens }];
     assert!(course(1e15, 1e9, 16, &shared).reading < course(1e15, 1e9, 16, &items).reading);

@@ -210,7 +210,7 @@ fn what_makes_no_sense_is_refused_before_it_reaches_the_engine() {
     let refused = |request: Request| house.scheduler.submit(request, |_| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(refused(Request::new(vec![], 3)), GenerationError::EmptyPrompt));
     let long = refused(Request::new(vec![1; CONTEXT + 1], 3));
-    assert!(matches!(long, GenerationError::PromptTooLong { prompt: 401, context: 400 }), "{long}");
+    assert!(matches!(long, GenerationError::PromptTooLong { prompt: 401, context: 400, .. }), "{long}");
     assert!(matches!(refused(Request::new(vec![1, 99_999], 3)), GenerationError::PromptToken { id: 99_999, .. }));
     let hot = SamplerConfig { temperature: f32::NAN, ..SamplerConfig::default() };
     assert!(matches!(refused(Request { sampling: hot, ..Request::new(vec![1], 3) }), GenerationError::Sampler(_)));

@@ -155,9 +155,8 @@ impl Session {
             Err(Failure::Api(error)) => {
                 self.take_back(before)?;
                 let room = match error.kind {
-                    Kind::Invalid if error.too_long.is_some() => {
-                        ". /undo and /reset make room, and so does a larger --context"
-                    }
+                    // More context is advised by the error itself, where the model takes more.
+                    Kind::Invalid if error.too_long.is_some() => ". /undo and /reset make room",
                     _ => "",
                 };
                 self.refuse(format!("{error}{room}"))?;

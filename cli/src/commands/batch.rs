@@ -8,13 +8,14 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use sluice_batch::{Access, Batch, Earlier, Files as _, Index, Named, Options, Summary, Sync, SystemFiles};
 use sluice_format::ModelFile;
+use sluice_kernels::ThreadPool;
 use sluice_model::{EngineOptions, RuntimeError};
 use sluice_server::api::openai::line::known_fields;
 use sluice_server::batch::{BatchRun, identity};
 use sluice_server::models::name_of;
 
 use crate::batch_load::{Rest, Scale};
-use crate::batch_plan::Plan;
+use crate::batch_plan::{Plan, threads};
 use crate::batch_progress::Reporter;
 use crate::chat::nearest;
 use crate::engine_args::EngineArgs;
@@ -29,7 +30,7 @@ as {\"prompt\": \"…\"}. OUT gets a line for each as it is done, once, with its
 OUT.journal: if anything ends the run, the same command goes on, to the same results. docs/USAGE.md says more.
 
 Exit codes: 0 all answered; 1 the run could not go on, the same command goes on; 2 wrong usage; 3 all done, but some \
-requests failed; 130 interrupted, the same command goes on.
+requests failed; 130 interrupted, the same command goes on. --dry-run gives 3 if some requests cannot be answered.
 
 Examples:
   sluice batch r1.sluice questions.jsonl answers.jsonl
@@ -118,6 +119,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     for written in [args.output.clone(), options.journal()] {
         CliError::refuse_output(&written, &[&args.file, &args.input])?;
     }
+    refuse_folder(&args.output)?;
+    args.engine.refuse_preference("batch")?;
     let file = ModelFile::open(&args.file)?;
     let index = options.index(&SystemFiles)?;
     let scale = Scale::of(&file, &args.input, &index)?;
@@ -125,25 +128,23 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let identity = identity(&file, &args.engine.options(context), context);
     let longest_answer = u32::try_from(context).ok();
     let options = Options { sync: args.sync.policy(), identity, now: now(), longest_answer, ..options };
-    if !args.dry_run {
-        args.engine.refuse_preference("batch")?;
-    }
     let earlier = Earlier::look(&SystemFiles, &options, &index)?;
     let rest = Rest::estimate(&scale, &index, context, earlier);
-    if args.dry_run {
-        return dry_run(args, &file, &index, rest);
-    }
-    if rest.is_finished() {
+    if rest.is_finished() && !args.dry_run {
         let batch = Batch::open(&SystemFiles, options)?;
         Saved::remove(&args.output);
         return settle(&batch, &args.output, args.json);
     }
-    let plan = Plan::choose(&args.engine, &file, &rest, args.sequences)?.expected(&args.engine, &file, &rest, false)?;
+    let rest = rest.checked(&file, (&args.input, &index), &ThreadPool::new(threads(&args.engine)))?;
+    let plan = Plan::choose(&args.engine, &file, &rest, (args.sequences, args.dry_run))?;
     let engine = EngineOptions { sequences: Some(plan.planned), ..args.engine.options(context) };
     // What is refused here leaves nothing behind that would bind the next run to its settings.
     engine.check_memory(&file).map_err(RuntimeError::from)?;
-    args.engine.say_what_is_lossy();
     say_what_is_ignored(&args.input, &index)?;
+    if args.dry_run {
+        return end_dry_run(args, &plan, &rest);
+    }
+    args.engine.say_what_is_lossy();
     match args.json {
         true => {
             print_json_line(&json!({"event": "begin", "plan": plan.to_json(&rest), "state": state(&rest, &index)}))?
@@ -156,13 +157,38 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     answer(args, &file, (&plan, engine), batch)
 }
 
-/// Says what a run would do, and how long it would take.
-fn dry_run(args: &Args, file: &ModelFile, index: &Index, rest: Rest) -> Result<(), CliError> {
-    let rest = rest.checked(file, &args.input, index)?;
-    let plan = Plan::choose(&args.engine, file, &rest, args.sequences)?.measured(&args.engine, file)?;
-    let plan = plan.expected(&args.engine, file, &rest, true)?;
-    say_what_is_ignored(&args.input, index)?;
-    if args.json { print_json_line(&plan.to_json(&rest)) } else { print(&plan.describe(&rest)) }
+/// Refuses results for which there is no folder, before anything is measured for them.
+fn refuse_folder(output: &Path) -> Result<(), CliError> {
+    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match folder.metadata() {
+        Ok(found) if found.is_dir() => Ok(()),
+        Ok(_) => Err(CliError::Failure(format!(
+            "{}: {} is no folder: choose another place for the results",
+            output.display(),
+            folder.display()
+        ))),
+        Err(source) => Err(CliError::Failure(format!(
+            "{}: cannot look at the folder {}: {source}. Make it, or choose another place for the results",
+            output.display(),
+            folder.display()
+        ))),
+    }
+}
+
+/// Says what a run would do, and how long it would take; and ends as the run would, as far as that is known.
+fn end_dry_run(args: &Args, plan: &Plan, rest: &Rest) -> Result<(), CliError> {
+    if args.json {
+        print_json_line(&plan.to_json(rest))?
+    } else {
+        print(&plan.describe(rest))?
+    }
+    match rest.failures() {
+        0 => Ok(()),
+        failed => Err(CliError::SomeFailed(format!(
+            "a run would end with exit code 3: {} cannot be answered, or failed before",
+            counted(failed, "request")
+        ))),
+    }
 }
 
 /// Answers the requests.

@@ -15,7 +15,7 @@ use sluice_storage::io::bench::median;
 
 use super::bench_decode::{Args, Drive, bytes_read};
 use super::bench_kernels::{Bench, TAME};
-use super::bench_machine::threads_beside_reads;
+use super::bench_machine::{beside, drive_to_read, threads_beside_reads};
 use crate::error::CliError;
 use crate::profile::lossy;
 use crate::progress::step_bar;
@@ -220,22 +220,33 @@ pub(crate) fn fresh_memory() -> f64 {
     MEMORY_BYTES as f64 / started.elapsed().as_secs_f64().max(1e-9)
 }
 
-/// What so many threads do with the weights of a model, where memory gives so many bytes per second.
+/// What so many threads do with the weights of a model, where memory gives so many bytes per second: what `sluice bench machine` measures of
+/// all types, of those of this model. It is read meanwhile, if it can be.
 pub(crate) fn cores(file: &ModelFile, threads: usize, memory: f64) -> Result<Cores, CliError> {
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
     let data = vec![TAME; MEMORY_BYTES];
     let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
+    let (threads, fewer) = (bench.pool.threads(), threads_beside_reads(bench.pool.threads()));
+    let fewer = (fewer < threads).then(|| Bench { kernels, pool: ThreadPool::new(fewer), data: &data });
     let dense = largest_type(file, &[ExtentKind::Attention, ExtentKind::Head]).unwrap_or(WeightType::Bf16);
     let experts = largest_type(file, &[ExtentKind::Expert]).unwrap_or(dense);
-    let rate = bench.product_rate(experts);
-    let dense_rate = if dense == experts { rate } else { bench.product_rate(dense) };
-    let threads = bench.pool.threads();
-    let beside = threads_beside_reads(threads) as f64 / threads as f64;
+    let types = if dense == experts { vec![experts] } else { vec![experts, dense] };
+    let rates: Vec<f64> = types.iter().map(|&ty| bench.product_rate(ty)).collect();
+    let measured =
+        drive_to_read(file.path()).and_then(|mut drive| beside(&bench, fewer.as_ref(), &types, &mut drive).ok());
+    let (beside, reads) = match measured {
+        Some((rates, reads)) => (rates, Some(reads)),
+        None => (types.iter().map(|&ty| fewer.as_ref().unwrap_or(&bench).product_rate(ty)).collect(), None),
+    };
+    // That of the dense parts, which can be that of the experts too.
+    let last = types.len() - 1;
     Ok(Cores {
-        experts: rate,
-        experts_beside_reads: beside * rate,
-        dense: dense_rate,
-        dense_beside_reads: beside * dense_rate,
+        experts: rates[0],
+        experts_beside_reads: beside[0].min(rates[0]),
+        dense: rates[last],
+        dense_beside_reads: beside[last].min(rates[last]),
+        reads_beside: reads.map_or(1.0, |reads| reads.part()),
+        burst_latency: reads.map(|reads| reads.latency),
         keys: memory,
         operations: Some(1e9 * bench.gemm(WeightType::F32, GEMM_ROWS)),
         section_seconds: bench.section(),

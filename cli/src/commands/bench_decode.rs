@@ -1,7 +1,10 @@
 //! `sluice bench decode`: how fast tokens are generated, and how close that is to what drive and memory allow.
 
 use std::num::NonZeroUsize;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
@@ -452,13 +455,62 @@ impl Drive {
     }
 
     pub(crate) fn visit(&mut self) -> Result<(), CliError> {
+        let rate = self.read(Duration::from_millis(700)).map_err(unmeasured)?;
+        self.rates.push(rate);
+        Ok(())
+    }
+
+    /// Bytes per second of reads for so long from each drive.
+    pub(crate) fn read(&mut self, window: Duration) -> Result<f64, BenchError> {
         let mut slowest = f64::INFINITY;
         for (bench, share) in &mut self.benches {
-            let visit = bench.visit(&self.point, Duration::from_millis(700)).map_err(unmeasured)?;
+            let visit = bench.visit(&self.point, window)?;
             slowest = slowest.min(visit.bytes as f64 / visit.elapsed.as_secs_f64() / *share);
         }
-        self.rates.push(slowest);
-        Ok(())
+        Ok(slowest)
+    }
+
+    /// Reads for as long as `work` takes: what it gives, and the median of what the reads gave.
+    pub(crate) fn beside<T>(
+        &mut self,
+        read: fn(&mut Drive) -> Result<f64, BenchError>,
+        work: impl FnOnce() -> T,
+    ) -> Result<(T, f64), BenchError> {
+        let done = AtomicBool::new(false);
+        let (outcome, found) = thread::scope(|scope| {
+            let reads = scope.spawn(|| -> Result<Vec<f64>, BenchError> {
+                let mut found = vec![read(self)?];
+                while !done.load(Ordering::Relaxed) {
+                    found.push(read(self)?);
+                }
+                Ok(found)
+            });
+            let outcome = work();
+            done.store(true, Ordering::Relaxed);
+            (outcome, reads.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        });
+        Ok((outcome, median(&found?)))
+    }
+
+    /// Bytes per second of reads for a moment, so short that little is read after whatever is measured beside them.
+    pub(crate) fn moment(&mut self) -> Result<f64, BenchError> {
+        self.read(Duration::from_millis(50))
+    }
+
+    /// Seconds of a burst: as many reads as are in flight at a time, after a pause like those between the layers of a step.
+    pub(crate) fn burst(&mut self) -> Result<f64, BenchError> {
+        const PAUSE: Duration = Duration::from_millis(2);
+        thread::sleep(PAUSE);
+        let mut longest = 0.0f64;
+        for (bench, _) in &mut self.benches {
+            longest = longest.max(bench.visit(&self.point, Duration::ZERO)?.elapsed.as_secs_f64());
+        }
+        Ok(longest)
+    }
+
+    /// Bytes of a burst from one drive.
+    pub(crate) fn burst_bytes(&self) -> f64 {
+        self.point.in_flight_bytes() as f64
     }
 
     pub(crate) fn median(&self) -> f64 {

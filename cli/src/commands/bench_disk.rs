@@ -285,7 +285,7 @@ fn calibration(args: &Args, options: &SweepOptions, bench: &DiskBench, sweep: &S
         note(&"note: the time was too short to be sure of the knee, so it is not kept: give more --seconds");
         return None;
     }
-    Some(Calibration::from_knee(bench.device().clone(), &sweep.knee?))
+    Some(Calibration::from_knee(bench.device().clone(), &sweep.knee?, sweep.latency()))
 }
 
 /// Saves the calibration; returns the file, or reports why not.

@@ -4,14 +4,17 @@ use std::fmt::Write as _;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
+use std::time::Duration;
 
 use sluice_format::ModelFile;
 use sluice_kernels::{Kernels, ThreadPool, WeightType};
 use sluice_model::RuntimeError;
 use sluice_model::memory::{Bytes, SystemMemory, available_memory};
+use sluice_storage::io::bench::BenchError;
 use sluice_storage::io::calibration::DeviceId;
-use sluice_storage::io::{CalibrationStore, DataFile, DirectMode};
+use sluice_storage::io::{Calibration, CalibrationStore, DataFile, DirectMode, Tuning};
 
+use super::bench_decode::Drive;
 use super::bench_kernels::{Bench, TAME};
 use crate::error::CliError;
 use crate::machine::{MachineFile, Measured};
@@ -79,6 +82,8 @@ const TYPES: [WeightType; 9] = [
 /// Rows of the products that measure the arithmetic of attention: as many as there are keys in a block.
 const ATTENTION_ROWS: usize = 64;
 
+/// For how long a drive is read alone.
+const READING: Duration = Duration::from_millis(300);
 /// How often everything is measured.
 const ROUNDS: usize = 3;
 /// Part by which the worst round may be slower than the best one.
@@ -91,6 +96,8 @@ struct Round {
     memory: f64,
     /// By type, bytes of weights per second of all threads, and of those that compute while the drive is read.
     products: Vec<(WeightType, f64, f64)>,
+    /// The drive beside those threads, if there is one to be read.
+    reads: Option<Reads>,
     /// Operations of f32 per second.
     operations: f64,
     /// Seconds of the smallest product.
@@ -98,22 +105,24 @@ struct Round {
 }
 
 impl Round {
-    fn of(bench: &Bench<'_>, beside: Option<&Bench<'_>>, bar: &Meter) -> Round {
+    fn of(bench: &Bench<'_>, fewer: Option<&Bench<'_>>, drive: &mut Option<Drive>, bar: &Meter) -> Round {
         let memory = bench.read_rate();
         bar.inc(1);
-        let product = |ty| {
-            // Where as many threads compute, the rate is the same one, and not another measurement of it.
-            let rate = bench.product_rate(ty);
-            let beside = beside.map_or(rate, |beside| beside.product_rate(ty));
-            bar.inc(1);
-            (ty, rate, beside)
+        let rates = TYPES.map(|ty| (bench.product_rate(ty), bar.inc(1)).0);
+        let (beside, reads) = match drive.as_mut().map(|drive| beside(bench, fewer, &TYPES, drive)) {
+            Some(Ok((beside, reads))) => (beside, Some(reads)),
+            // A file that cannot be read says nothing about the cores. Where as many threads compute, the rate is the same one, and not another
+            // measurement of it.
+            _ => (fewer.map_or(rates.to_vec(), |fewer| TYPES.map(|ty| fewer.product_rate(ty)).to_vec()), None),
         };
-        let products = TYPES.map(product).to_vec();
+        bar.inc(TYPES.len() as u64);
+        let products =
+            TYPES.into_iter().zip(rates).zip(beside).map(|((ty, rate), beside)| (ty, rate, beside)).collect();
         let operations = 1e9 * bench.gemm(WeightType::F32, ATTENTION_ROWS);
         bar.inc(1);
         let section = bench.section();
         bar.inc(1);
-        Round { memory, products, operations, section }
+        Round { memory, products, reads, operations, section }
     }
 
     /// The rates, with what they are of.
@@ -129,8 +138,14 @@ impl Round {
     /// The better of each figure of both: whatever else runs can only make one worse.
     fn or_better(&self, other: &Round) -> Round {
         let products = self.products.iter().zip(&other.products);
+        let reads = self.reads.zip(other.reads).map(|(a, b)| Reads {
+            alone: a.alone.max(b.alone),
+            beside: a.beside.max(b.beside),
+            latency: a.latency.min(b.latency),
+        });
         Round {
             memory: self.memory.max(other.memory),
+            reads,
             products: products.map(|(a, b)| (a.0, a.1.max(b.1), a.2.max(b.2))).collect(),
             operations: self.operations.max(other.operations),
             section: self.section.min(other.section),
@@ -149,6 +164,46 @@ fn spread(rounds: &[Round]) -> (f64, String) {
         (1.0 - least / most, name.clone())
     };
     first.iter().enumerate().map(spread).max_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or_default()
+}
+
+/// What a drive gives.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Reads {
+    /// Bytes per second, alone …
+    alone: f64,
+    /// … and while threads compute.
+    beside: f64,
+    /// Seconds of a burst beyond its bytes ÷ bandwidth, while threads compute.
+    pub(super) latency: f64,
+}
+
+impl Reads {
+    /// The part of its rate that the drive has while threads compute.
+    pub(super) fn part(&self) -> f64 {
+        (self.beside / self.alone).clamp(0.01, 1.0)
+    }
+}
+
+/// Bytes of weights of these types per second in products with one token while the drive is read, by `fewer` threads if there are such, and what
+/// the drive gives meanwhile.
+pub(super) fn beside(
+    bench: &Bench<'_>,
+    fewer: Option<&Bench<'_>>,
+    types: &[WeightType],
+    drive: &mut Drive,
+) -> Result<(Vec<f64>, Reads), BenchError> {
+    let alone = drive.read(READING)?;
+    let rate = |ty: &WeightType| fewer.unwrap_or(bench).product_rate(*ty);
+    let (rates, beside) = drive.beside(Drive::moment, || types.iter().map(rate).collect())?;
+    let (_, burst) = drive.beside(Drive::burst, || types.iter().take(1).map(rate).sum::<f64>())?;
+    let latency = (burst - drive.burst_bytes() / beside).clamp(0.0, 0.5);
+    Ok((rates, Reads { alone, beside, latency }))
+}
+
+/// The drive below a file, to be read as the engine reads it; none if it cannot be measured.
+pub(crate) fn drive_to_read(file: &Path) -> Option<Drive> {
+    let store = CalibrationStore::of_user().ok();
+    Drive::open(file, &Tuning::choose(file, None, None, store.as_ref()).config).ok()
 }
 
 /// Of so many threads, those that compute while the drive is read: as the engine does it, one fewer if they take all cores.
@@ -196,7 +251,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 
 /// Measures in rounds: the best of each figure, and by how much the rounds differ, and in what.
 fn measure(args: &Args) -> Result<(MachineFile, (f64, String)), CliError> {
-    let (available, drive) = (available_memory(), args.file.as_deref().map(drive).transpose()?.flatten());
+    let (available, speed) = (available_memory(), args.file.as_deref().map(drive).transpose()?.flatten());
     let ram = SystemMemory::read(Path::new("/")).total.unwrap_or(available);
     let kernels = Kernels::detect().map_err(RuntimeError::from)?;
     let threads = args.threads.or_else(|| available_parallelism().ok()).map_or(1, NonZeroUsize::get);
@@ -207,25 +262,33 @@ fn measure(args: &Args) -> Result<(MachineFile, (f64, String)), CliError> {
         .map_err(|_| CliError::Failure(format!("the system has no {} of memory: lower --bytes", Bytes(args.bytes))))?;
     data.resize(bytes, TAME);
     let bench = Bench { kernels, pool: ThreadPool::new(threads), data: &data };
-    let bar = step_bar("measuring", (ROUNDS * (3 + TYPES.len())) as u64);
+    let bar = step_bar("measuring", (ROUNDS * (3 + 2 * TYPES.len())) as u64);
     let threads = bench.pool.threads();
     let fewer = threads_beside_reads(threads);
-    let beside = (fewer < threads).then(|| Bench { kernels, pool: ThreadPool::new(fewer), data: &data });
-    let rounds: Vec<Round> = (0..ROUNDS).map(|_| Round::of(&bench, beside.as_ref(), &bar)).collect();
+    let fewer = (fewer < threads).then(|| Bench { kernels, pool: ThreadPool::new(fewer), data: &data });
+    let mut reads = args.file.as_deref().and_then(drive_to_read);
+    let rounds: Vec<Round> = (0..ROUNDS).map(|_| Round::of(&bench, fewer.as_ref(), &mut reads, &bar)).collect();
     bar.finish_and_clear();
     let best = rounds[1..].iter().fold(rounds[0].clone(), |best, round| best.or_better(round));
-    let Round { memory, products, operations, section } = &best;
-    let measured = Measured { memory: *memory, products, operations: *operations, section: *section };
-    let machine = MachineFile::new((ram, available, drive), &measured, (kernels.isa_name(), threads));
+    let Round { memory, products, reads, operations, section } = &best;
+    let reads = reads.map(|reads| (reads.part(), reads.latency));
+    let measured = Measured { memory: *memory, products, reads, operations: *operations, section: *section };
+    let machine = MachineFile::new((ram, available, speed), &measured, (kernels.isa_name(), threads));
     Ok((machine, spread(&rounds)))
 }
 
 /// Bytes per second of the drive below a file, if it has been calibrated. Of a model that is striped over several drives: of all of them
 /// together, as fast as the one that needs longest for its part of an expert lets them be.
-pub(crate) fn drive(file: &Path) -> Result<Option<f64>, CliError> {
+pub(crate) fn drive(file: &Path) -> Result<Option<DriveRate>, CliError> {
     // Calibrations that cannot be read are as good as none.
     let Ok(store) = CalibrationStore::of_user() else { return Ok(None) };
-    let Some(model) = ModelFile::open(file).ok().filter(ModelFile::is_striped) else { return calibrated(&store, file) };
+    let known =
+        |path: &Path| -> Result<Option<Calibration>, CliError> { Ok(store.find(&device(path)?).ok().flatten()) };
+    let Some(model) = ModelFile::open(file).ok().filter(ModelFile::is_striped) else {
+        return Ok(
+            known(file)?.map(|known| DriveRate { bytes_per_second: known.bytes_per_second, latency: known.latency })
+        );
+    };
     let mut drives: Vec<(DeviceId, &Path, f64)> = Vec::new();
     for (volume, share) in model.volumes().iter().zip(model.expert_shares()) {
         let device = device(volume.path())?;
@@ -234,12 +297,21 @@ pub(crate) fn drive(file: &Path) -> Result<Option<f64>, CliError> {
             None => drives.push((device, volume.path(), share)),
         }
     }
-    let mut slowest = f64::INFINITY;
+    let (mut slowest, mut latency) = (f64::INFINITY, Some(0.0f64));
     for (_, path, share) in drives.into_iter().filter(|(.., share)| *share > 0.0) {
-        let Some(rate) = calibrated(&store, path)? else { return Ok(None) };
-        slowest = slowest.min(rate / share);
+        let Some(found) = known(path)? else { return Ok(None) };
+        slowest = slowest.min(found.bytes_per_second / share);
+        latency = latency.zip(found.latency).map(|(a, b)| a.max(b));
     }
-    Ok(slowest.is_finite().then_some(slowest))
+    Ok(slowest.is_finite().then_some(DriveRate { bytes_per_second: slowest, latency }))
+}
+
+/// What was measured of the drive, or the drives, below a file.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct DriveRate {
+    pub(crate) bytes_per_second: f64,
+    /// Seconds until the first byte of a read that is alone, if that is known.
+    pub(crate) latency: Option<f64>,
 }
 
 /// Bytes per second of the drive below a file or folder, if it has been calibrated.
@@ -257,15 +329,25 @@ pub(crate) fn device(path: &Path) -> Result<DeviceId, CliError> {
 fn describe(machine: &MachineFile) -> String {
     let rate = |rate: f64| format!("{:.1} GB/s", rate / 1e9);
     let mut out = format!("{:<12} {} with {}\n", "computes", machine.isa, counted(machine.threads, "thread"));
+    let latency = machine
+        .drive_latency_seconds
+        .map_or(String::new(), |latency| format!(", first byte after {:.0} µs", 1e6 * latency));
     let drive = machine
         .drive_bytes_per_second
-        .map_or("not known: name a file on a drive that `sluice bench disk` has measured".into(), rate);
+        .map_or("not known: name a file on a drive that `sluice bench disk` has measured".into(), |r| {
+            rate(r) + &latency
+        });
     let _ = writeln!(out, "{:<12} {drive}", "drive");
     let _ = writeln!(out, "{:<12} {}", "memory", rate(machine.memory_bytes_per_second));
     for (ty, product) in &machine.product_bytes_per_second {
         let share = 100.0 * product / machine.memory_bytes_per_second;
         let beside = machine.beside_reads_bytes_per_second.get(ty).map_or(String::new(), |beside| rate(*beside));
         let _ = writeln!(out, "{ty:<12} {} of weights, {share:.0} %; {beside} while the drive is read", rate(*product));
+    }
+    if let Some(part) = machine.reads_beside_products {
+        let wait =
+            machine.burst_latency_seconds.map_or(String::new(), |wait| format!(", bursts wait {:.0} µs", 1e6 * wait));
+        let _ = writeln!(out, "{:<12} {:.0} % of its rate while these compute{wait}", "drive", 100.0 * part);
     }
     let section = 1e6 * machine.section_seconds;
     if let Some(operations) = machine.f32_operations_per_second {
@@ -281,7 +363,8 @@ mod tests {
 
     fn round(memory: f64, q4: (f64, f64), operations: f64, section: f64) -> Round {
         let products = vec![(WeightType::Q8, 20e9, 18e9), (WeightType::Q4, q4.0, q4.1)];
-        Round { memory, products, operations, section }
+        let reads = Reads { alone: memory / 10.0, beside: q4.1 / 5.0, latency: 2.0 * section };
+        Round { memory, products, reads: Some(reads), operations, section }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use sluice_format::{
 use sluice_kernels::ThreadPool;
 use sluice_lab::compression::CompressionWorth;
 use sluice_lab::estimate::{Bound, HIT_RATE_SPREAD, Machine, Needs, Speed};
-use sluice_lab::schedule::{Cores, Forecast};
+use sluice_lab::schedule::{Cores, Forecast, USUAL_LATENCY};
 use sluice_lab::trace::Replay;
 use sluice_model::KvType;
 use sluice_model::memory::available_memory;
@@ -403,7 +403,11 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, Cores,
     // The drive of the model, if this is its machine.
     let own = if args.machine.is_none() && target.is_file() { bench_machine::drive(target)? } else { None };
     let of_file = measured.as_ref().map(|(machine, _)| machine);
-    let drive = own.or_else(|| of_file?.drive_bytes_per_second).map(|rate| rate as u64);
+    let kept = of_file.and_then(|file| Some((file.drive_bytes_per_second?, file.drive_latency_seconds)));
+    let known = own.map(|own| (own.bytes_per_second, own.latency)).or(kept);
+    let drive = known.map(|(rate, _)| rate as u64);
+    // Of a drive that is not there, only its speed was said.
+    let latency = known.filter(|_| args.ssd.is_none()).and_then(|(_, latency)| latency);
     let first = |types: &[&'static str]| types.first().copied();
     let experts = (needs.token_cycle_bytes, first(&types.experts));
     let memory = of_file.map(|machine| machine.weights_per_second(experts, (needs.dense_bytes, first(&types.dense))));
@@ -426,11 +430,16 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, Cores,
     let machine = Machine {
         ram: ram.unwrap_or_else(available_memory),
         ssd: args.ssd.or(drive).unwrap_or(USUAL_DRIVE),
+        ssd_latency: latency.unwrap_or(USUAL_LATENCY),
         memory_bandwidth: args.mem_bandwidth.or(memory.map(|rate| rate.round() as u64)).unwrap_or(USUAL_MEMORY),
     };
     // A speed that is asked for is that of everything, and of nothing more is known where nothing was measured.
     let cores = match of_file.filter(|_| args.mem_bandwidth.is_none()) {
-        Some(file) => file.cores(first(&types.experts), first(&types.dense)),
+        Some(file) => {
+            let cores = file.cores(first(&types.experts), first(&types.dense));
+            // How bursts fare was found on another drive than one whose speed was said.
+            Cores { burst_latency: cores.burst_latency.filter(|_| args.ssd.is_none()), ..cores }
+        }
         None => Cores::of_rate(machine.memory_bandwidth as f64),
     };
     Ok((machine, cores, speeds_from))

@@ -289,6 +289,7 @@ mod tests {
             depth: 4,
             prefetch_depth: 4,
             bytes_per_second: 3.0 * f64::from(1 << 30),
+            latency: None,
             made,
         };
         let of = |all: Vec<Calibration>, id: &str| calibration(&Ok(all), &device(id), 10 * OLD, Path::new("m.sluice"));

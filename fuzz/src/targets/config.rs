@@ -48,7 +48,7 @@ fn estimate(config: &str, choice: u64) {
         let needs = Needs::of(spec, layout.extents(), context, kv_type);
         serde_json::to_vec(&needs).expect("figures are JSON");
         for ram in [1 << 30, 64 << 30, u64::MAX / 2] {
-            let machine = Machine { ram, ssd: 3_000_000_000, memory_bandwidth: 50_000_000_000 };
+            let machine = Machine { ram, ssd: 3_000_000_000, ssd_latency: 80e-6, memory_bandwidth: 50_000_000_000 };
             match Speed::of(spec, layout.extents(), machine, context, kv_type) {
                 Ok(speed) => drop(serde_json::to_vec(&speed).expect("figures are JSON")),
                 Err(error) => drop(error.to_string()),

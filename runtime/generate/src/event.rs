@@ -87,6 +87,15 @@ pub enum Event {
     Failed(GenerationError),
 }
 
+/// What a prompt is too long for, and what can be done.
+fn longest(context: usize, most: usize) -> String {
+    if context < most {
+        format!("a sequence holds {context}: shorten it, or open the model with more context, at most {most}")
+    } else {
+        format!("the model takes at most {context}: shorten it")
+    }
+}
+
 /// Why something cannot be generated.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerationError {
@@ -94,14 +103,14 @@ pub enum GenerationError {
     #[error("the prompt is empty: give at least one token to continue")]
     EmptyPrompt,
     /// The prompt is longer than any sequence.
-    #[error(
-        "the prompt has {prompt} tokens, but a sequence holds {context}: shorten it or open the model with more context"
-    )]
+    #[error("the prompt has {prompt} tokens, but {}", longest(*context, *most))]
     PromptTooLong {
         /// Tokens of the prompt.
         prompt: usize,
         /// Tokens that a sequence can hold.
         context: usize,
+        /// Tokens that it could hold at most, if the model were opened with all the context that it takes.
+        most: usize,
     },
     /// Nothing can be dropped.
     #[error("a context of {context} tokens cannot keep the first {keep} and have room for more: keep fewer")]

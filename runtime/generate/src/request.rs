@@ -168,7 +168,8 @@ impl Request {
             return Err(GenerationError::EmptyPrompt);
         }
         if self.prompt.len() > shape.context {
-            return Err(GenerationError::PromptTooLong { prompt: self.prompt.len(), context: shape.context });
+            let (context, most) = (shape.context, shape.most_context);
+            return Err(GenerationError::PromptTooLong { prompt: self.prompt.len(), context, most });
         }
         if let WhenFull::DropOldest { keep } = self.when_full
             && keep >= shape.context
@@ -218,6 +219,8 @@ pub struct Shape {
     pub vocab: usize,
     /// Tokens that a sequence can hold.
     pub context: usize,
+    /// Tokens that a sequence of the model can hold at most, with whatever context it is opened.
+    pub most_context: usize,
     /// Turns tokens into text; without a tokenizer there is no text.
     pub tokenizer: Option<Tokenizer>,
     /// Whether the numbers of a token that was read differ from those of one that was generated, so that a generated token must not be

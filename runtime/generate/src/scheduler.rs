@@ -248,7 +248,8 @@ impl Scheduler {
     /// A scheduler for `engine`; each turn must be given this engine. Without a tokenizer there is no text.
     pub fn new(engine: &Engine, tokenizer: Option<Tokenizer>, options: SchedulerOptions) -> Self {
         let phases = engine.prompt_attention().tells_phases_apart();
-        let shape = Shape { vocab: engine.spec().vocab_size, context: engine.memory().context, tokenizer, phases };
+        let (vocab, most_context) = (engine.spec().vocab_size, engine.spec().max_positions);
+        let shape = Shape { vocab, context: engine.memory().context, most_context, tokenizer, phases };
         let forgets = engine.pages().iter().any(|pages| pages.kind.forgets());
         Scheduler {
             shared: Shared::new(shape, options.queue.map(|limit| limit.max(1))),

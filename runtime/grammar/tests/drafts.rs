@@ -50,7 +50,8 @@ fn proposals_change_nothing() {
     };
     let mut ranks: Vec<f32> = (0..tokenizer.vocab_size() as u32).map(rank).collect();
     ranks.push(0.0);
-    let shape = Shape { vocab: ranks.len(), context: 2000, tokenizer: Some(tokenizer.clone()), phases: false };
+    let (vocab, tokens) = (ranks.len(), Some(tokenizer.clone()));
+    let shape = Shape { vocab, context: 2000, most_context: 2000, tokenizer: tokens, phases: false };
     let schema = json!({
         "type": "array", "minItems": 3, "maxItems": 8,
         "items": {"type": "object", "properties": {"name": {"enum": ["first", "second"]}, "size": {"type": "integer"}},
@@ -86,8 +87,8 @@ fn a_generation_fails_where_nothing_can_follow() {
     // A constraint that has been told of a token that does not fit.
     let mut constraint = grammar.constraint();
     constraint.accept(tokenizer.token_id("z").unwrap());
-    let shape =
-        Shape { vocab: tokenizer.vocab_size(), context: 100, tokenizer: Some(tokenizer.clone()), phases: false };
+    let (vocab, tokens) = (tokenizer.vocab_size(), Some(tokenizer.clone()));
+    let shape = Shape { vocab, context: 100, most_context: 100, tokenizer: tokens, phases: false };
     let request = Request { constraint: Some(constraint), ..Request::new(vec![1], 10) };
     let mut generation = Generation::new(request, &shape).unwrap();
     assert!(generation.accept(&vec![0.0; shape.vocab], &mut |_| {}).is_err());

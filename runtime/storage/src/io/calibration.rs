@@ -92,15 +92,18 @@ pub struct Calibration {
     pub prefetch_depth: usize,
     /// Bandwidth of random reads at this setting, in bytes per second.
     pub bytes_per_second: f64,
+    /// Seconds between the submission of a read and its first byte, where nothing else is in flight; older programs did not say.
+    #[serde(default)]
+    pub latency: Option<f64>,
     /// When it was found, in seconds since 1970; older programs did not say.
     #[serde(default)]
     pub made: Option<u64>,
 }
 
 impl Calibration {
-    /// The calibration that follows from a knee.
+    /// The calibration that follows from a knee, and from the latency of reads that are alone ([`Sweep::latency`](super::bench::Sweep::latency)).
     #[must_use]
-    pub fn from_knee(device: DeviceId, knee: &Knee) -> Calibration {
+    pub fn from_knee(device: DeviceId, knee: &Knee, latency: Option<f64>) -> Calibration {
         let engine = match knee.point.engine {
             BenchEngine::Uring | BenchEngine::UringPlain => BenchEngine::Uring,
             BenchEngine::Pread => BenchEngine::Pread,
@@ -117,6 +120,7 @@ impl Calibration {
             depth,
             prefetch_depth,
             bytes_per_second: knee.bytes_per_second,
+            latency,
             made,
         }
     }
@@ -251,6 +255,9 @@ impl CalibrationStore {
         }
         for drive in &table.drives {
             drive.config().validate().map_err(|e| foreign(e.to_string()))?;
+            if let Some(latency) = drive.latency.filter(|latency| !(0.0..1.0).contains(latency)) {
+                return Err(foreign(format!("{latency} seconds are no latency")));
+            }
         }
         Ok(table.drives)
     }
@@ -344,6 +351,7 @@ mod tests {
             depth,
             prefetch_depth: depth.div_ceil(2),
             bytes_per_second: 1.5e9,
+            latency: None,
             made: None,
         }
     }

@@ -150,6 +150,19 @@ pub struct Sweep {
     pub proof: Proof,
 }
 
+impl Sweep {
+    /// Seconds between the submission of a read and its first byte, where nothing else is in flight: what a single read of the knee's block
+    /// takes beyond its share of the bandwidth. `None` if single reads were not measured.
+    #[must_use]
+    pub fn latency(&self) -> Option<f64> {
+        let Knee { point, bytes_per_second, .. } = self.knee?;
+        let single = self.points.iter().find(|m| m.point == Point { depth: 1, ..point } && !m.rates.is_empty())?;
+        let block = point.block_bytes as f64;
+        let latency = block / single.bytes_per_second - block / bytes_per_second;
+        Some(latency.max(0.0)).filter(|latency| latency.is_finite() && *latency < 1.0)
+    }
+}
+
 /// Measures. `progress` hears the part of the time that has passed, 0 to 1.
 ///
 /// # Errors
