@@ -17,8 +17,8 @@ use crate::ngrams::cached_sectors;
 use crate::{Model, dense_extents, opened_extents};
 use sluice_storage::pool::{LEAST_SLOTS, LayerSize, RING_SLOTS, SlotPlan};
 
-pub(crate) use self::passes::Reading;
 use self::passes::LongPasses;
+pub(crate) use self::passes::Reading;
 pub use available::{GroupLimit, SystemMemory, available_memory, group_limits};
 pub use pressure::{Pressure, PressureWatch, Sample, Wish};
 

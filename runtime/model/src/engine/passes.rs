@@ -23,16 +23,12 @@ impl Engine {
     /// How many rows would go through a layer together if a step read so many tokens of prompts, with so many tokens before them in
     /// their sequences. A caller that divides prompts among steps gives each step as many.
     pub fn rows_together(&self, tokens: usize, before: usize) -> usize {
-        self.memory.passes(Reading { rows: tokens, before }).0
+        self.memory.rows_together(tokens, before)
     }
 
     /// Calls `f` with the number of rows that go through a layer together in a step that reads this much, and with room for them: slots
     /// give it, and have it again afterwards. In a step of the prediction layer, for which `reading` is `None`, passes are as planned.
-    pub(super) fn with_rows_for<R>(
-        &mut self,
-        reading: Option<Reading>,
-        f: impl FnOnce(&mut Engine, usize) -> R,
-    ) -> R {
+    pub(super) fn with_rows_for<R>(&mut self, reading: Option<Reading>, f: impl FnOnce(&mut Engine, usize) -> R) -> R {
         match self.memory.passes(reading.unwrap_or_default()) {
             (rows, None) => f(self, rows),
             (rows, Some(slots)) => {

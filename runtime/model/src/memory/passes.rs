@@ -105,4 +105,10 @@ impl MemoryPlan {
         }
         (best.1, best.2)
     }
+
+    /// How many rows go through a layer together in a step that reads so many tokens of prompts, with so many tokens before them in their
+    /// sequences.
+    pub fn rows_together(&self, tokens: usize, before: usize) -> usize {
+        self.passes(Reading { rows: tokens, before }).0
+    }
 }
