@@ -325,7 +325,8 @@ fn measure(
         simulated_packed: held.packed.map(|(packed, _)| packed),
         ..args.engine.options(total)
     };
-    let batch = Batch { prompts: args.prompt.is_some(), ..Batch::open(&args.file, options, count, total)? };
+    let mut batch = Batch::open(&args.file, options, count, total)?;
+    batch.prompts = args.prompt.is_some();
     let mut bench = Bench { batch, drive, speeds: speeds.clone(), counts: Counts::default(), used: Vec::new() };
     let bar = step_bar(if args.prompt.is_some() { "reading" } else { "decoding" }, (args.warm_up + 2 * args.n) as u64);
     // What adapts to the drive needs some steps with it.
