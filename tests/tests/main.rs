@@ -31,6 +31,7 @@ mod models_doc;
 mod ngrams;
 mod pages;
 mod parity;
+mod passes;
 mod prediction;
 mod prompt_attention;
 mod quality;

@@ -10,7 +10,7 @@ use sluice_kernels::{Kernels, ThreadPool, WeightType};
 use sluice_lab::estimate::StepWork;
 use sluice_lab::schedule::Cores;
 use sluice_model::memory::Bytes;
-use sluice_model::{Control, Engine, EngineOptions, RuntimeError, Sequence, Span};
+use sluice_model::{Control, Engine, EngineOptions, RuntimeError, Sequence, Span, Want};
 use sluice_storage::io::bench::median;
 
 use super::bench_decode::{Args, Drive, bytes_read};
@@ -106,6 +106,8 @@ pub(super) struct Batch {
     pub(super) engine: Engine,
     sequences: Vec<Sequence>,
     streams: Vec<Vec<u32>>,
+    /// A step reads the streams from the beginning, instead of their next tokens.
+    pub(super) prompts: bool,
 }
 
 impl Batch {
@@ -115,20 +117,21 @@ impl Batch {
         engine.wait_for_dense()?;
         let vocab = engine.spec().vocab_size;
         let streams = (0..count as u64).map(|seed| token_stream(seed, tokens, vocab)).collect();
-        Ok(Batch { sequences: (0..count).map(|_| engine.new_sequence()).collect(), engine, streams })
+        Ok(Batch { sequences: (0..count).map(|_| engine.new_sequence()).collect(), engine, streams, prompts: false })
     }
 
-    /// Decodes one token of every sequence.
+    /// Decodes one token of every sequence, or reads all of them anew.
     pub(super) fn step(&mut self) -> Result<(), RuntimeError> {
-        let mut spans: Vec<_> = self
-            .sequences
-            .iter_mut()
-            .zip(&self.streams)
-            .map(|(sequence, stream)| {
+        let mut spans = Vec::with_capacity(self.sequences.len());
+        for (sequence, stream) in self.sequences.iter_mut().zip(&self.streams) {
+            spans.push(if self.prompts {
+                sequence.clear();
+                Span::prompt(sequence, stream, Want::Last)
+            } else {
                 let token = &stream[sequence.position()];
                 Span::decode(sequence, token)
-            })
-            .collect();
+            });
+        }
         self.engine.step(&mut spans, &mut Control::default(), &mut |_, _, _| ())
     }
 }

@@ -41,6 +41,7 @@ Examples:
   sluice bench decode r1.sluice --budget 8GiB --compare prefetch --pairs 8
   sluice bench decode r1.sluice --budget 32GiB --sequences 32 -n 16
   sluice bench decode r1.sluice --budget 16GiB --drive 7GB/s,80us
+  sluice bench decode r1.sluice --budget 16GiB --drive 7GB/s --prompt 1024 -n 8 --warm-up 1
   sluice bench decode /mnt/a/r1-00001-of-00002.sluice --budget 16GiB --drive 7GB/s --drive 3GB/s
   sluice bench decode bf16.sluice --budget 16GiB --drive 1GB/s --compressed";
 
@@ -67,6 +68,11 @@ pub(crate) struct Args {
     /// given once for all volumes, or once for each
     #[arg(long, value_name = "SPEED[,LATENCY]", value_parser = parse_drive, conflicts_with_all = ["compare", "plot", "engine"])]
     drive: Vec<DriveSpeed>,
+
+    /// Instead of decoding, read prompts of so many tokens, -n of them, from the simulated drive; each begins anew, with the experts in memory
+    /// that the one before has left
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count, requires = "drive")]
+    pub(crate) prompt: Option<NonZeroUsize>,
 
     /// Compress the experts on the simulated drive, whether the file compresses them or not
     #[arg(long, requires = "drive")]
@@ -330,6 +336,10 @@ impl Decoder {
 /// Tokens that go through one sequence, including warm-up, limited by what the model can take.
 fn total_tokens(args: &Args) -> Result<usize, CliError> {
     let most = ModelFile::open(&args.file)?.spec().max_positions;
+    if let Some(prompt) = args.prompt {
+        let too_long = || CliError::Usage(format!("the model takes at most {most} tokens: lower --prompt"));
+        return if prompt.get() <= most { Ok(prompt.get()) } else { Err(too_long()) };
+    }
     let measured = match (args.compare, args.drive.first()) {
         (Some(_), _) => args.n.checked_mul(args.pairs),
         // As many again, without waiting for the drive.

@@ -32,6 +32,8 @@ const WARM_UP_WITH_DRIVE: usize = 32;
 #[derive(Debug, Serialize)]
 struct Outcome {
     sequences: usize,
+    /// Tokens of the prompt that a step reads of each sequence, instead of decoding a token.
+    prompt: Option<usize>,
     budget: Option<u64>,
     memory_used: u64,
     slots: usize,
@@ -323,9 +325,10 @@ fn measure(
         simulated_packed: held.packed.map(|(packed, _)| packed),
         ..asked
     };
-    let batch = Batch::open(&args.file, options, count, total)?;
+    let mut batch = Batch::open(&args.file, options, count, total)?;
+    batch.prompts = args.prompt.is_some();
     let mut bench = Bench { batch, drive, speeds: speeds.clone(), counts: Counts::default(), used: Vec::new() };
-    let bar = step_bar("decoding", total as u64);
+    let bar = step_bar(if args.prompt.is_some() { "reading" } else { "decoding" }, (args.warm_up + 2 * args.n) as u64);
     // What adapts to the drive needs some steps with it.
     let with_drive = args.warm_up.min(WARM_UP_WITH_DRIVE);
     bench.steps(&[DriveSpeed::UNLIMITED], args.warm_up - with_drive, &|| bar.inc(1))?;
@@ -351,14 +354,17 @@ fn outcome(
     let drive = drive_report(bench);
     let Bench { batch: Batch { engine, .. }, speeds, counts, .. } = bench;
     let of_rounds = |value: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(value).collect::<Vec<_>>());
-    let (steps, tokens) = (args.n as f64, args.n * count);
+    let prompt = args.prompt.map(NonZeroUsize::get);
+    let rows = count * prompt.unwrap_or(1);
+    let (steps, tokens) = (args.n as f64, args.n * rows);
     let uses = (counts.hits + counts.misses) as f64;
-    let position = (total as f64 + args.warm_up as f64) / 2.0;
-    let work = StepWork::of(engine.file(), count, uses / steps, position, engine.memory().kv_type);
+    let position = prompt.map_or((total as f64 + args.warm_up as f64) / 2.0, |tokens| tokens as f64 / 2.0);
+    let work = StepWork::of(engine.file(), rows, uses / steps, position, engine.memory().kv_type);
     let bounds = Bounds::of(engine, counts.bytes as f64 / steps, speeds.bytes_per_second, &work)?;
     let step = of_rounds(&|round| round.step);
     Ok(Outcome {
         sequences: count,
+        prompt,
         budget,
         memory_used: engine.memory().used(),
         slots: engine.memory().slots,
@@ -368,8 +374,8 @@ fn outcome(
         compression: None,
         steps: args.n,
         tokens,
-        tokens_per_second: 1e3 * count as f64 / step,
-        milliseconds_per_token: step / count as f64,
+        tokens_per_second: 1e3 * rows as f64 / step,
+        milliseconds_per_token: step / rows as f64,
         milliseconds_per_step: step,
         computing_milliseconds: of_rounds(&|round| round.computing),
         drive_milliseconds: of_rounds(&|round| round.drive),
@@ -434,8 +440,9 @@ fn describe(o: &Outcome) -> String {
             rate(c.pays_below),
         )
     });
+    let prompt = o.prompt.map(|tokens| format!(", a prompt of {tokens} tokens of each in a step")).unwrap_or_default();
     format!(
-        "budget {budget}: {} in use, {} of {} experts fit; sequences: {}\n  \
+        "budget {budget}: {} in use, {} of {} experts fit; sequences: {}{prompt}\n  \
          {}: {} and {:.0} µs asked for; {reached}; {} × {} in flight\n{compression}  \
          {:.2} tokens/s in all; a step takes {:.1} ms and misses {}, {} per token\n  \
          a step uses {:.0} different experts, {:.1} % of them in memory; {} prefetched, {} of them used\n  \

@@ -6,6 +6,7 @@
 mod attention;
 mod chains;
 mod codebook;
+mod floats;
 pub(super) mod grouped;
 mod many;
 mod panels;
@@ -132,6 +133,9 @@ fn tile<const V: bool>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &
             _ => unreachable!("unblocked types have no integers"),
         };
     }
+    if !shape.int8 && shape.tokens >= floats::LEAST && w.ty().is_blocked() {
+        return of_floats(w, x, shape, out);
+    }
     for g in 0..shape.groups {
         let group = w.group(shape.group + g);
         match (w.ty(), shape.int8) {
@@ -159,6 +163,23 @@ fn many<const TY: u8, const V: bool>(w: &Matrix<'_>, x: &Activations, shape: Til
         many::tile::<TY, 2, V>(&[w.group(shape.group), w.group(shape.group + 1)], x, shape, out);
     } else {
         many::tile::<TY, 1, V>(&[w.group(shape.group)], x, shape, out);
+    }
+}
+
+/// Several tokens of f32, of a type whose integers have scales by the block.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn of_floats(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
+    for g in 0..shape.groups {
+        let group = &w.group(shape.group + g);
+        match w.ty() {
+            WeightType::Q8 => floats::tile::<Q8>(group, x, shape, g, out),
+            WeightType::Int4 => floats::tile::<INT4>(group, x, shape, g, out),
+            WeightType::Mxfp4 => floats::tile::<MXFP4>(group, x, shape, g, out),
+            WeightType::Q4 => floats::tile::<Q4>(group, x, shape, g, out),
+            WeightType::Q3 => floats::tile::<Q3>(group, x, shape, g, out),
+            WeightType::Q2 => floats::tile::<Q2>(group, x, shape, g, out),
+            _ => unreachable!("others have no such blocks"),
+        }
     }
 }
 

@@ -489,7 +489,7 @@ impl Scheduler {
         self.prepare(engine, only.is_none());
         self.save_running();
         let takes_part = |r: &Running| !r.is_over() && r.follows.is_none() && only.is_none_or(|id| id == r.id);
-        let rows = self.rows(engine.memory().rows, &takes_part);
+        let rows = self.rows(engine, &takes_part);
         self.room_for_step(engine, &rows);
         self.tokens.clear();
         for (running, &count) in self.running.iter().zip(&rows) {
@@ -571,8 +571,8 @@ impl Scheduler {
         }
     }
 
-    /// Rows of each running generation in a step that has room for `most`.
-    fn rows(&self, most: usize, takes_part: &dyn Fn(&Running) -> bool) -> Vec<usize> {
+    /// Rows of each running generation in a step.
+    fn rows(&self, engine: &Engine, takes_part: &dyn Fn(&Running) -> bool) -> Vec<usize> {
         let wanted = |prompt: bool| -> Vec<usize> {
             let of = |r: &Running| match r.generation.offer(r.sequence.position()) {
                 (tokens, phase) if phase.reads() == prompt && takes_part(r) => match prompt {
@@ -585,10 +585,16 @@ impl Scheduler {
         };
         let decoding = wanted(false);
         let decoded: usize = decoding.iter().sum();
-        let rows = if decoded > 0 { self.options.prompt_rows } else { most };
-        let rows = rows.min(most.saturating_sub(decoded)).max(1);
-        // Generations in the background read with the rows that the others leave.
         let wanted = wanted(true);
+        let rows = match decoded {
+            0 => {
+                let reading = self.running.iter().zip(&wanted).filter(|(_, wanted)| **wanted > 0);
+                let before = reading.map(|(r, _)| r.sequence.position()).sum();
+                engine.rows_together(wanted.iter().sum(), before).max(1)
+            }
+            _ => self.options.prompt_rows.min(engine.memory().rows.saturating_sub(decoded)).max(1),
+        };
+        // Generations in the background read with the rows that the others leave.
         let of = |background: bool, rows| {
             let each = self.running.iter().zip(&wanted);
             let each = each.map(|(r, &wanted)| if is_background(r.id) == background { wanted } else { 0 });

@@ -2,6 +2,7 @@
 
 mod budget;
 mod demand;
+mod passes;
 mod prediction;
 mod reading;
 mod residency;
@@ -591,7 +592,12 @@ impl Engine {
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
-        let outcome = self.passes(head_inputs, spans, control, sink);
+        let outcome = self.with_rows_for(head_inputs.is_none().then(|| passes::reading(spans)), |engine, rows| {
+            engine.passes(rows, head_inputs, spans, control, sink)
+        });
+        if outcome.is_err() {
+            self.storage.pool.stop_reading_ahead();
+        }
         spans.iter_mut().for_each(|span| span.sequence.settle());
         (self.compute.observer, self.compute.cancel) = (None, None);
         self.compute.threads.cancel_by(None);
@@ -605,9 +611,10 @@ impl Engine {
         room::check(pages, spans.iter().map(|span| (&*span.sequence, span.tokens.len())), self.memory.rows)
     }
 
-    /// Runs as many passes as the spans need.
+    /// Runs as many passes as the spans need, of at most `most` rows each.
     fn passes(
         &mut self,
+        most: usize,
         head_inputs: Option<&[&[f32]]>,
         spans: &mut [Span<'_>],
         control: &mut Control<'_>,
@@ -615,7 +622,7 @@ impl Engine {
     ) -> Result<(), ModelError> {
         let Engine { file, compute, storage, model, rows, wanted, sparing, .. } = self;
         let mut cursor = Cursor::default();
-        while rows.take(spans, &mut cursor, self.memory.rows) {
+        while rows.take(spans, &mut cursor, most) {
             prepare(rows, spans)?;
             let decodes = rows.wait_for_memory() && head_inputs.is_none();
             let pass = decodes.then(|| sparing.begin(storage.io.stats()));

@@ -197,6 +197,8 @@ pub struct FfnStep<'a> {
     pub residual: &'a [f32],
     /// The next layer, for prefetching its experts.
     pub ahead: Option<NextLayer<'a>>,
+    /// The layer whose experts are read after this one's, all of them.
+    pub then_read: Option<u32>,
 }
 
 impl FfnStep<'_> {
@@ -281,6 +283,9 @@ impl Ffn {
                 Some(pool.begin_layer(step.layer as u32, experts.distinct(), &routing)?)
             }
         };
+        if let (Some(pass), Some(next)) = (&mut pass, step.then_read) {
+            pass.then_read(next);
+        }
         // The reads are under way; meanwhile, compute what every token needs.
         match (&self.dense, step.dense) {
             (Some(dense), Some(bytes)) if begun => {

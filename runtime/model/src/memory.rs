@@ -1,6 +1,7 @@
 //! How the budget is spent. The plan is made when a model is opened; while it is open, the expert slots can shrink and grow back.
 
 mod available;
+mod passes;
 mod pressure;
 
 use std::collections::BTreeMap;
@@ -16,6 +17,8 @@ use crate::ngrams::cached_sectors;
 use crate::{Model, dense_extents, opened_extents};
 use sluice_storage::pool::{LEAST_SLOTS, LayerSize, RING_SLOTS, SlotPlan};
 
+use self::passes::LongPasses;
+pub(crate) use self::passes::Reading;
 pub use available::{GroupLimit, SystemMemory, available_memory, group_limits};
 pub use pressure::{Pressure, PressureWatch, Sample, Wish};
 
@@ -80,8 +83,11 @@ pub struct MemoryPlan {
     pub marks: usize,
     /// Scratch and cached rows of embedding and tables, as far as they are charged.
     pub scratch: u64,
-    /// Rows that go through a layer together.
+    /// Rows that go through a layer together; more while a long prompt is read, if that saves bytes.
     pub rows: usize,
+    /// What longer passes take and save.
+    #[serde(skip)]
+    long_passes: LongPasses,
     /// Most bytes of experts' outputs that wait to be summed; a part of `scratch`.
     #[serde(skip)]
     pub kept_outputs: u64,
@@ -244,6 +250,7 @@ impl MemoryPlan {
             marks: demand.marks,
             scratch,
             rows,
+            long_passes: LongPasses::new(&need, (rows, kept_outputs)),
             kept_outputs,
             slots: slots.slots(),
             slot_bytes: slots.bytes(),
@@ -510,7 +517,7 @@ impl Need<'_> {
 
     /// How many rows go through a layer together, and how many bytes of their outputs are kept, where the budget has `spare`
     /// bytes for slots and scratch: many rows read each expert once for a long prompt, slots save reads while decoding. Scratch
-    /// gets an eighth.
+    /// gets an eighth, or what all dense parts and experts leave.
     fn rows(&self, budget: u64, spare: u64) -> (usize, u64) {
         let least = (self.fewest_rows(), self.fewest_kept());
         let kept = (budget / KEPT_OUTPUTS.0).min(KEPT_OUTPUTS.1).max(least.1);
@@ -518,7 +525,12 @@ impl Need<'_> {
         let mut choices = std::iter::successors(Some(self.most_rows()), fewer).map(|rows| (rows, kept));
         // Rows also take pages of layers with a window, more than the least that was charged before.
         let charged = self.kv_cache(least.0);
-        choices.find(|&(rows, kept)| self.for_rows(rows, kept) - charged <= spare / 8).unwrap_or(least)
+        let left = budget.saturating_sub(self.dense_total().saturating_add(self.slots(u64::MAX).bytes()));
+        let fits = |&(rows, kept): &(usize, u64)| {
+            let bytes = self.for_rows(rows, kept);
+            bytes - charged <= spare / 8 || bytes <= left
+        };
+        choices.find(fits).unwrap_or(least)
     }
 
     /// Bytes of the head inputs of all sequences that wait for the prediction layer, if it is opened.

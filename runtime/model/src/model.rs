@@ -17,7 +17,7 @@ use crate::ffn::{Ffn, FfnScratch, FfnStep};
 use crate::ngrams::{self, NgramScratch, Ngrams};
 use crate::norm::{Norm, NormScratch};
 use crate::prediction::Prediction;
-use crate::prefetch::NextLayer;
+use crate::prefetch::{NextLayer, uses_all};
 use crate::residual::{self, Residual, ResidualScratch};
 use crate::rows::{Caches, Rows, Span};
 use crate::thrift::Thrift;
@@ -327,6 +327,28 @@ fn next_routed(layers: &[Layer], number: usize) -> Option<(usize, &LayerFfn)> {
     next.filter(|(_, part)| part.ffn.routed().is_some())
 }
 
+impl LayerFfn {
+    /// What prefetches of this layer's experts need, if it has any.
+    fn to_prefetch<'a>(&'a self, layer: usize, factor: f32, extent: &'a [u8]) -> Option<NextLayer<'a>> {
+        let norm = self.ffn.router_norm().or(self.residual.norm());
+        Some(NextLayer { layer, routed: self.ffn.routed()?, norm, factor, extent })
+    }
+}
+
+/// While a long prompt is read: starts to read the experts of this layer, or of the first one behind it that has any, and returns the layer
+/// whose turn it is then.
+fn read_ahead(layers: &[Layer], number: usize, rows: &Rows, experts: &mut Pool) -> Option<u32> {
+    layer_to_read(layers, number, rows).into_iter().for_each(|number| experts.read_ahead(number));
+    layer_to_read(layers, number + 1, rows)
+}
+
+/// The first layer from this number on that has experts, if a pass with these rows uses nearly all of them.
+fn layer_to_read(layers: &[Layer], number: usize, rows: &Rows) -> Option<u32> {
+    let mut later = layers.iter().enumerate().skip(number);
+    let (number, routed) = later.find_map(|(number, layer)| Some((number, layer.ffn.as_ref()?.ffn.routed()?)))?;
+    uses_all(routed, rows).then_some(number as u32)
+}
+
 /// The next routed layer after this number, if its router is in memory and some of its experts are not: otherwise there is nothing to read
 /// or to learn.
 fn next_to_read<'l>(layers: &'l [Layer], number: usize, weights: &Weights<'_>) -> Option<(usize, &'l LayerFfn)> {
@@ -588,6 +610,8 @@ impl Model {
 
         let dense_parts = weights.dense;
         let (started, waited) = (Instant::now(), dense_parts.stats().wait + weights.tables.wait());
+        let decoder = &self.layers[..self.spec.layers.len()];
+        let then_read = if ffn.prefetches() { read_ahead(decoder, index, rows, weights.experts) } else { None };
         layer.prefetch_own(index, compute, weights, (rows, &*x), ffn)?;
         let attention = dense_parts.dense(layer.attention_extent)?;
         let step = Step { compute, rows, extent: attention.bytes() };
@@ -613,14 +637,11 @@ impl Model {
         let dense = part.dense.map(|handle| dense_parts.dense(handle)).transpose()?;
         part.residual.read(compute, router.bytes(), x, residual, normed);
         let input = part.residual.joined(x, len, residual).unwrap_or(normed);
-        // A prompt needs most experts of the next layer anyway.
+        // A long prompt needs most experts of the next layer anyway.
         let wanted = rows.generate() && ffn.prefetches();
-        let next = wanted.then(|| next_to_read(&self.layers[..self.spec.layers.len()], index, weights)).flatten();
+        let next = wanted.then(|| next_to_read(decoder, index, weights)).flatten();
         let next_router = next.map(|(_, l)| dense_parts.dense(l.router)).transpose()?;
-        let prefetch = next.zip(next_router.as_ref()).and_then(|((number, l), router)| {
-            let (norm, extent) = (l.ffn.router_norm().or(l.residual.norm()), router.bytes());
-            Some(NextLayer { layer: number, routed: l.ffn.routed()?, norm, factor, extent })
-        });
+        let next = next.zip(next_router.as_ref());
         let step = FfnStep {
             compute,
             rows,
@@ -628,7 +649,8 @@ impl Model {
             router: router.bytes(),
             dense: dense.as_ref().map(|d| d.bytes()),
             residual: input,
-            ahead: prefetch,
+            ahead: next.and_then(|((number, next), router)| next.to_prefetch(number, factor, router.bytes())),
+            then_read,
         };
         let experts = part.ffn.forward(&step, weights.experts, normed, ffn, delta)?;
         if let Some(post) = &part.post_norm {

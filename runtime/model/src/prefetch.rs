@@ -8,6 +8,9 @@
 //! A layer is looked at twice: while the layer before it computes its experts, and before its own attention, if the drive has nothing to
 //! do then. By then the state has all that the layer before adds, so it names some of the experts that were not named earlier; and the
 //! first layer with experts has no other layer to name its own.
+//!
+//! A long prompt uses nearly all experts of every layer ([`uses_all`]), so no router is asked: the pool reads those of the next layer when
+//! those of this one are on their way.
 
 use sluice_kernels::Activations;
 
@@ -15,6 +18,7 @@ use super::compute::{Compute, sized};
 use super::experts::Routed;
 use super::norm::{Norm, NormScratch};
 use super::router::{RouterScratch, rank};
+use super::rows::Rows;
 use sluice_storage::pool::{LayerPass, Pool};
 
 /// Ranks beyond the router's top-k that are watched: if they turn out to be likely enough, they are read too.
@@ -26,6 +30,14 @@ const LEARNING_RATE: f32 = 1.0 / 64.0;
 const LEAST_PROBABILITY: f32 = 0.75;
 /// The probabilities that are assumed before anything was observed: for the router's top-k, and for the ranks beyond it.
 const FIRST_BELIEF: (f32, f32) = (0.6, 0.3);
+
+/// Choices of a pass for each expert of a layer with which nearly all of them are chosen: by chance, 98 %.
+const CHOICES_FOR_ALL: usize = 4;
+
+/// Whether a pass that reads a prompt is so long that it uses nearly all experts of a layer.
+pub fn uses_all(routed: &Routed, rows: &Rows) -> bool {
+    !rows.generate() && rows.len() * routed.top_k() >= CHOICES_FOR_ALL * routed.experts()
+}
 
 /// The parts of a layer that prefetches of its experts need.
 pub struct NextLayer<'a> {

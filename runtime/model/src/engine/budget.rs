@@ -90,7 +90,7 @@ impl Engine {
         Ok(())
     }
 
-    fn resize(&mut self, slots: &SlotPlan) {
+    pub(super) fn resize(&mut self, slots: &SlotPlan) {
         self.storage.pool.resize(&slots.counts());
         let slots = slots.with_counts(self.storage.pool.slot_counts());
         self.memory.set_slots(slots);

@@ -185,6 +185,8 @@ struct PassState {
     failed: Option<PoolError>,
     /// Whether experts are handed out in ascending order.
     in_order: bool,
+    /// The layer whose experts are read once all reads of this pass have begun.
+    next: Option<u32>,
 }
 
 impl Pool {
@@ -250,6 +252,7 @@ impl Pool {
             damaged: Vec::new(),
             failed: None,
             in_order: false,
+            next: None,
         };
         Pool {
             io,
@@ -258,7 +261,7 @@ impl Pool {
             classes,
             class_of_layer,
             new_bytes: u64::MAX,
-            prefetches: Prefetches::new(slots.len(), directory.shape().keys()),
+            prefetches: Prefetches::new(slots.len(), directory.shape()),
             warming: Warming::default(),
             slots,
             staging,
@@ -468,18 +471,24 @@ impl Pool {
         &mut self.classes[at]
     }
 
-    /// An empty slot of a size class, by eviction if need be; `None` if every slot is in use.
-    fn vacate(&mut self, class: u8) -> Option<u32> {
+    /// Whether there is an empty slot of a size class that may be filled.
+    fn has_empty(&self, class: u8) -> bool {
         // Slots with memory are at the end of the list.
         let slots = &self.classes[usize::from(class)];
-        if let Some(&number) = slots.free.last() {
+        slots.free.last().is_some_and(|&number| {
+            !self.is_absent(number) || self.new_bytes >= slots.bytes as u64 || !self.is_in_use(class)
+        })
+    }
+
+    /// An empty slot of a size class, by eviction if need be; `None` if every slot is in use.
+    fn vacate(&mut self, class: u8) -> Option<u32> {
+        if self.has_empty(class) {
+            let Slots { bytes, free, .. } = &mut self.classes[usize::from(class)];
+            let (bytes, number) = (*bytes as u64, free.pop()?);
             let is_new = self.is_absent(number);
-            let bytes = slots.bytes as u64;
-            if !is_new || self.new_bytes >= bytes || !self.is_in_use(class) {
-                self.new_bytes = self.new_bytes.saturating_sub(if is_new { bytes } else { 0 });
-                self.stats.new_slots += u64::from(is_new);
-                return self.classes[usize::from(class)].free.pop();
-            }
+            self.new_bytes = self.new_bytes.saturating_sub(if is_new { bytes } else { 0 });
+            self.stats.new_slots += u64::from(is_new);
+            return Some(number);
         }
         let victim = self.policy.victim_in(class)?;
         self.policy.evict(victim);
@@ -647,6 +656,13 @@ impl Pool {
         }
     }
 
+    /// Starts the reads of the layer that [`LayerPass::then_read`] has named, as far as possible.
+    fn read_next(&mut self) {
+        if let Some(layer) = self.pass.next.filter(|_| self.pass.todo.is_empty()) {
+            self.read_ahead(layer);
+        }
+    }
+
     /// Whether a compressed expert is being read for this slot.
     fn is_packed(&self, number: u32) -> bool {
         matches!(&self.slots[number as usize], Content::Loading { target: Some(_), .. })
@@ -656,6 +672,7 @@ impl Pool {
     /// that. Afterwards no slot is pinned or in flight, except for prefetches.
     fn end_pass(&mut self) {
         self.pass.todo.clear();
+        self.pass.next = None;
         self.pass.failed = None;
         while let Some(number) = self.pass.ready.pop_front() {
             self.unpin(number);
@@ -730,6 +747,13 @@ impl LayerPass<'_> {
     /// need. The drive serves them only while there are no demand reads.
     pub fn prefetch(&mut self, layer: u32, experts: &[u32]) {
         self.pool.prefetch(layer, experts);
+    }
+
+    /// Says that the tokens of the pass will need nearly all experts of a later layer, as those of a long prompt do. Once all reads of this
+    /// pass have begun, and as experts leave slots, those of that layer are read while the drive would otherwise idle.
+    pub fn then_read(&mut self, layer: u32) {
+        self.pool.pass.next = Some(layer);
+        self.pool.read_next();
     }
 
     /// The experts that are in memory, verified, and have not been handed out: their numbers and bytes, in the order in which they

@@ -4,34 +4,50 @@
 //! be idle. When the layer's turn comes, prefetches that were right are used, however far their reads are; those that were
 //! wrong and are still being read are given up. Wrong prefetches that were read completely are experts in memory like all
 //! others.
+//!
+//! A long prompt uses nearly all experts of a layer, so nobody has to say which: once all reads of a layer have begun, those of the next
+//! one follow ([`LayerPass::then_read`]), and the drive goes on while the cores compute.
+//!
+//! [`LayerPass::then_read`]: super::LayerPass::then_read
 
 use super::parts::Pending;
-use super::policy::Key;
+use super::policy::{Key, Shape};
 use super::{ABSENT, Content, ExpertKey, Pool};
 use crate::io::{Check, Class};
 
 /// Most prefetches at once: more than a layer's worth would build on prefetches that may be wrong.
 const OPEN_MAX: usize = 16;
+/// While a prompt is read, prefetches may take the slots of this part of all experts. More would keep fewer experts from one pass to the
+/// next, and so more would have to be read.
+const AHEAD: usize = 16;
 
 /// The prefetches of a pool.
 pub(super) struct Prefetches {
     /// Slots that are being read into by a prefetch.
-    open: Vec<u32>,
+    pub(super) open: Vec<u32>,
     /// For each slot, whether the prefetch that is being read into it was given up.
     given_up: Vec<bool>,
     /// For each expert, whether it was prefetched and has not been requested since.
     unproven: Vec<bool>,
     /// Slots of a size that are reserved for passes: where there are fewer, none of them is prefetched into.
     least_slots: usize,
+    /// Most prefetches for a prompt, as far as they take slots from other experts, and as far as slots are empty.
+    ahead: (usize, usize),
+    /// Experts that must not lose their slots to others of their layer. Empty between calls.
+    pub(super) held: Vec<Key>,
 }
 
 impl Prefetches {
-    pub(super) fn new(slots: usize, keys: usize) -> Self {
+    pub(super) fn new(slots: usize, shape: Shape) -> Self {
+        let ahead = OPEN_MAX.max(shape.keys() / AHEAD);
+        let most = ahead.max(shape.experts as usize);
         Prefetches {
-            open: Vec::with_capacity(slots.min(OPEN_MAX)),
+            open: Vec::with_capacity(slots.min(most)),
             given_up: vec![false; slots],
-            unproven: vec![false; keys],
+            unproven: vec![false; shape.keys()],
             least_slots: 2 * OPEN_MAX,
+            ahead: (ahead, most),
+            held: Vec::with_capacity(shape.experts as usize),
         }
     }
 }
@@ -67,12 +83,72 @@ impl Pool {
                 return;
             }
             let Some(number) = self.vacate(class) else { return };
-            // A read that cannot be submitted now fails again when the expert is requested, and then a caller gets
-            // the error.
-            if self.start_read(number, index, Class::Prefetch, Check::ByReceiver).is_ok() {
-                self.prefetches.open.push(number);
-                self.prefetches.unproven[index.index()] = true;
-                self.stats.prefetched += 1;
+            self.start_prefetch(number, index);
+        }
+    }
+
+    fn start_prefetch(&mut self, number: u32, index: Key) {
+        // A read that cannot be submitted now fails again when the expert is requested, and then a caller gets the error.
+        if self.start_read(number, index, Class::Prefetch, Check::ByReceiver).is_ok() {
+            self.prefetches.open.push(number);
+            self.prefetches.unproven[index.index()] = true;
+            self.stats.prefetched += 1;
+        }
+    }
+
+    /// Starts reading all experts of a layer that are absent, in ascending order, because a prompt that will soon come to it needs nearly
+    /// all of them; as far as there are slots, and once the current pass has begun all of its reads. What has been read stays pinned until
+    /// the layer begins.
+    pub fn read_ahead(&mut self, layer: u32) {
+        let routed = self.directory.routed_layer(layer);
+        let class = self.class_of_layer[routed as usize];
+        let slots = self.classes[usize::from(class)].count();
+        let (most, most_into_empty) = self.prefetches.ahead;
+        // Some slots stay for experts that are computed and read in the meantime.
+        let most = most.min(slots.saturating_sub(2 * OPEN_MAX).max(OPEN_MAX));
+        if slots < self.prefetches.least_slots || !self.pass.todo.is_empty() {
+            return;
+        }
+        for expert in 0..self.directory.shape().experts {
+            let room = if self.has_empty(class) { most_into_empty } else { most };
+            if self.prefetches.open.len() >= room {
+                break;
+            }
+            let index = self.directory.shape().key(routed, expert);
+            if self.table[index.index()] != ABSENT || !self.directory.exists(index) {
+                continue;
+            }
+            if self.directory.location(index).packed.is_some() && self.staging.len() < 2 {
+                break;
+            }
+            let Some(number) = self.vacate_for(class, routed) else { break };
+            self.start_prefetch(number, index);
+        }
+        while let Some(held) = self.prefetches.held.pop() {
+            self.policy.unpin(held);
+        }
+    }
+
+    /// An empty slot of a size class for an expert of a routed layer, but none that another expert of this layer has. Those that the
+    /// policy would have evicted are pinned, and in `prefetches.held`.
+    fn vacate_for(&mut self, class: u8, routed_layer: u32) -> Option<u32> {
+        while !self.has_empty(class) {
+            let victim = self.policy.victim_in(class)?;
+            if self.directory.shape().expert(victim).0 != routed_layer {
+                break;
+            }
+            self.policy.pin(victim);
+            self.prefetches.held.push(victim);
+        }
+        self.vacate(class)
+    }
+
+    /// Gives up all prefetches that are still being read.
+    pub fn stop_reading_ahead(&mut self) {
+        for &number in &self.prefetches.open {
+            if let Content::Loading { read, .. } = &self.slots[number as usize] {
+                read.cancel();
+                self.prefetches.given_up[number as usize] = true;
             }
         }
     }

@@ -129,6 +129,7 @@ impl Drop for Pinned<'_> {
             false => self.pool.unpin(self.number),
         }
         self.pool.submit_missing();
+        self.pool.read_next();
     }
 }
 

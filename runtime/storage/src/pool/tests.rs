@@ -9,6 +9,7 @@ use super::*;
 use crate::io::sim::{Fault, FaultKind, SimDrive};
 use crate::io::{DirectMode, IoConfig, PAGE_BYTES, ReadError, Tuning};
 
+mod ahead;
 mod load;
 mod sizes;
 mod warm;
