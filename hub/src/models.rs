@@ -165,6 +165,23 @@ impl Models {
         all.into_iter().filter(is_meant).collect()
     }
 
+    /// The models that a name without a folder stands for: as in [`named`](Self::named), or else the name on the hub without its owner. A model
+    /// of the default types goes before others, and interrupted conversions are no models yet.
+    pub fn called(&self, name: &str) -> Vec<Entry> {
+        let whole = |entries: Vec<Entry>| entries.into_iter().filter(|e| !e.interrupted).collect::<Vec<_>>();
+        let named = whole(self.named(name));
+        if !named.is_empty() {
+            return named;
+        }
+        let short = |entry: &Entry| Some(entry.name.strip_prefix(PREFIX)?.split_once('/')?.1.to_owned());
+        let all: Vec<(String, Entry)> = whole(self.list()).into_iter().filter_map(|e| Some((short(&e)?, e))).collect();
+        let of = |is_meant: &dyn Fn(&str) -> bool| -> Vec<Entry> {
+            all.iter().filter(|(short, _)| is_meant(short)).map(|(_, entry)| entry.clone()).collect()
+        };
+        let exact = of(&|short| short == name);
+        if exact.is_empty() { of(&|short| short.split(':').next() == Some(name)) } else { exact }
+    }
+
     /// Removes a model, or what an interrupted conversion has left of one; returns the bytes that this frees.
     ///
     /// # Errors
@@ -338,6 +355,15 @@ mod tests {
         assert_eq!(names, expected);
         assert_eq!(models.named("a/b").len(), 1);
         assert_eq!(models.named("mine").len(), 1);
+        let called = |name| models.called(name).into_iter().map(|e| e.name).collect::<Vec<_>>();
+        assert_eq!(
+            [called("mine"), called("mine.sluice"), called("b"), called("b-c")].map(|names| names.concat()),
+            ["mine", "mine", "hf:a/b", "hf:a/b-c"]
+        );
+        assert_eq!(
+            (called("b:Q4_K_M"), called("d"), called("none")),
+            (vec!["hf:a/b:Q4_K_M".to_owned()], vec![], vec![])
+        );
         let [left] = &models.named("hf:a/d")[..] else { panic!("one is there") };
         assert!(left.interrupted);
         let running = File::open(&left.path).unwrap();
