@@ -1,6 +1,7 @@
 //! The opened model: file, pool, layers and kernels, and the steps that it takes with sequences.
 
 mod budget;
+mod context;
 mod demand;
 mod prediction;
 mod reading;
@@ -24,7 +25,7 @@ use crate::cache::{PageCount, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
-use crate::memory::{BudgetError, MemoryPlan, PressureWatch};
+use crate::memory::{BudgetError, MemoryPlan, PressureWatch, available_memory};
 use crate::model::HeadStep;
 use crate::ngrams;
 use crate::room;
@@ -215,6 +216,8 @@ pub struct Stats {
 /// An opened model.
 pub struct Engine {
     file: ModelFile,
+    /// How it was opened.
+    options: EngineOptions,
     memory: MemoryPlan,
     compute: Compute,
     storage: Storage,
@@ -265,7 +268,7 @@ impl Engine {
         }
         let prompt_attention = options.prompt_attention.in_model(file.spec());
         let demand = options.demand(&file);
-        let memory = plan_memory(&file, options, demand)?;
+        let memory = plan_memory(&file, options, demand, available_memory())?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
         let paths: Vec<PathBuf> = file.volumes().iter().map(|volume| volume.path().to_owned()).collect();
@@ -305,6 +308,7 @@ impl Engine {
         let allowed_slots = memory.slot_plan.clone();
         Ok(Engine {
             file,
+            options: options.clone(),
             memory,
             compute,
             storage,
@@ -335,6 +339,11 @@ impl Engine {
     /// The file.
     pub fn file(&self) -> &ModelFile {
         &self.file
+    }
+
+    /// Closes the model, and returns its file, to open it in another way.
+    pub fn into_file(self) -> ModelFile {
+        self.file
     }
 
     /// How experts are chosen otherwise than by the routers: the part of [`EngineOptions::thrift`] that makes a difference in this
