@@ -316,6 +316,30 @@ mod tests {
     }
 
     #[test]
+    fn a_short_name_is_enough() {
+        let folder = tempfile::tempdir().unwrap();
+        let models = Models { folder: folder.path().to_owned() };
+        for name in ["a/b", "a/b-c", "a/b:Q4_K_M", "e/f:Q8_0"] {
+            fs::write(models.path(&name.parse().unwrap(), None), "x").unwrap();
+        }
+        fs::write(folder.path().join("mine.sluice"), "x").unwrap();
+        fs::write(folder.path().join("a--d.sluice.partial"), "x").unwrap();
+        let called = |name: &str| models.called(name).into_iter().map(|e| e.name).collect::<Vec<_>>().join(" ");
+        for (name, found) in [
+            ("mine", "mine"),
+            ("mine.sluice", "mine"),
+            ("b", "hf:a/b"),
+            ("b-c", "hf:a/b-c"),
+            ("b:Q4_K_M", "hf:a/b:Q4_K_M"),
+            ("f", "hf:e/f:Q8_0"),
+            ("d", ""),
+            ("none", ""),
+        ] {
+            assert_eq!(called(name), found, "{name}");
+        }
+    }
+
+    #[test]
     fn names_lead_to_files_and_back() {
         let folder = tempfile::tempdir().unwrap();
         let models = Models { folder: folder.path().to_owned() };
@@ -355,15 +379,6 @@ mod tests {
         assert_eq!(names, expected);
         assert_eq!(models.named("a/b").len(), 1);
         assert_eq!(models.named("mine").len(), 1);
-        let called = |name| models.called(name).into_iter().map(|e| e.name).collect::<Vec<_>>();
-        assert_eq!(
-            [called("mine"), called("mine.sluice"), called("b"), called("b-c")].map(|names| names.concat()),
-            ["mine", "mine", "hf:a/b", "hf:a/b-c"]
-        );
-        assert_eq!(
-            (called("b:Q4_K_M"), called("d"), called("none")),
-            (vec!["hf:a/b:Q4_K_M".to_owned()], vec![], vec![])
-        );
         let [left] = &models.named("hf:a/d")[..] else { panic!("one is there") };
         assert!(left.interrupted);
         let running = File::open(&left.path).unwrap();
