@@ -78,7 +78,7 @@ pub enum ModelsError {
         /// The model file.
         path: PathBuf,
         /// What it needs.
-        source: BudgetError,
+        source: Box<BudgetError>,
         /// The least budget for one conversation at a time, in bytes, if memory was planned for several.
         one: Option<u64>,
     },
@@ -128,7 +128,7 @@ impl Models {
             plan.map_err(|source| {
                 let alone = EngineOptions { sequences: Some(1), budget: Some(0), ..with_prediction.clone() };
                 let one = alone.check_memory(&file).err().map(|error| error.least).filter(|_| source.sequences > 1);
-                ModelsError::Memory { path: path.clone(), source, one }
+                ModelsError::Memory { path: path.clone(), source: Box::new(source), one }
             })?;
             let taken = |id: &str| entries.iter().any(|entry| entry.id == id);
             let more = (2..).map(|n| format!("{name}-{n}"));
