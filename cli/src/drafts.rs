@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 use sluice_format::ModelFile;
 use sluice_generate::{Drafts, SchedulerOptions};
-use sluice_model::EngineOptions;
+use sluice_model::{Engine, EngineOptions};
 
 use crate::size::parse_count;
 
@@ -14,11 +14,12 @@ use crate::size::parse_count;
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Drafts")]
 pub(crate) struct DraftArgs {
-    /// Source of proposed tokens, which one step checks together; the text is the same
+    /// Source of proposed tokens, which one step checks together; the text is the same [default: lookup for run and chat, off for serve]
     ///
-    /// How many are proposed, often none, is learned from the time of steps and from how many proposals come true.
-    #[arg(long, value_name = "WHO", default_value = "off")]
-    drafts: DraftChoice,
+    /// How many are proposed, often none, is learned from the time of steps and from how many proposals come true. Nothing is proposed by
+    /// default with --trace, which records the routing of every row, and with --expert-preference, where the text depends on the steps.
+    #[arg(long, value_name = "WHO")]
+    drafts: Option<DraftChoice>,
 
     /// Always propose this many tokens, instead of as many as pay
     #[arg(long, value_name = "N", value_parser = parse_count, hide_short_help = true)]
@@ -39,28 +40,41 @@ enum DraftChoice {
 }
 
 impl DraftArgs {
-    pub(crate) fn drafts(&self) -> Drafts {
-        match self.drafts {
-            DraftChoice::Off => Drafts::Off,
-            DraftChoice::Lookup => Drafts::Lookup,
-            DraftChoice::Mtp => Drafts::Prediction,
-            DraftChoice::Auto => Drafts::Auto,
-        }
+    /// What was asked for; `usual` if nothing was.
+    pub(crate) fn or(&self, usual: Drafts) -> Drafting {
+        let drafts = match self.drafts {
+            None => usual,
+            Some(DraftChoice::Off) => Drafts::Off,
+            Some(DraftChoice::Lookup) => Drafts::Lookup,
+            Some(DraftChoice::Mtp) => Drafts::Prediction,
+            Some(DraftChoice::Auto) => Drafts::Auto,
+        };
+        Drafting { drafts, tokens: self.draft_tokens.map(NonZeroUsize::get) }
     }
+}
 
-    /// The fixed number of proposed tokens, if any.
-    pub(crate) fn tokens(&self) -> Option<usize> {
-        self.draft_tokens.map(NonZeroUsize::get)
-    }
+/// Who proposes tokens, and how many.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Drafting {
+    pub(crate) drafts: Drafts,
+    /// A fixed number, if one was asked for.
+    pub(crate) tokens: Option<usize>,
+}
 
+impl Drafting {
     /// Whether the prediction layer of a model is to be opened, which is opened with these options otherwise.
-    pub(crate) fn predicts(&self, file: &ModelFile, options: &EngineOptions) -> bool {
-        self.drafts().opens_prediction(|| options.holds_prediction(file))
+    pub(crate) fn predicts(self, file: &ModelFile, options: &EngineOptions) -> bool {
+        self.drafts.opens_prediction(|| options.holds_prediction(file))
+    }
+
+    /// Whether a model that is open can propose so: the prediction layer must not take memory from experts unless it was asked for by name.
+    pub(crate) fn suits(self, engine: &Engine) -> bool {
+        self.drafts != Drafts::Auto || !engine.predicts() || engine.memory().holds_all()
     }
 
     /// For a scheduler.
-    pub(crate) fn options(&self) -> SchedulerOptions {
-        SchedulerOptions { drafts: self.drafts(), draft_tokens: self.tokens(), ..SchedulerOptions::default() }
+    pub(crate) fn options(self) -> SchedulerOptions {
+        SchedulerOptions { drafts: self.drafts, draft_tokens: self.tokens, ..SchedulerOptions::default() }
     }
 }
 

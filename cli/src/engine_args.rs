@@ -6,6 +6,7 @@ use std::path::Path;
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use sluice_format::ModelFile;
+use sluice_generate::Drafts;
 use sluice_model::memory::Bytes;
 use sluice_model::{
     Engine, EngineOptions, KvType, Preference, Prefetch, PromptAttention, ReadEngineKind, RuntimeError, Thrift, Yields,
@@ -144,19 +145,23 @@ impl EngineArgs {
     /// As [`open_as`](Self::open_as), of a file that is open already: one of a large model has tables and a tokenizer of many megabytes, which
     /// are read and checked once.
     pub(crate) fn open_file(&self, file: ModelFile, options: &EngineOptions) -> Result<Engine, CliError> {
-        let path = file.path().to_owned();
-        let engine = self.opened(&path, options, || Engine::of(file, options))?;
+        let engine = self.opened(options, || Engine::of(file, options))?;
         self.say_what_is_lossy_with(engine.thrift(), engine.prompt_attention());
         Ok(engine)
     }
 
+    /// Prints the notes that [`open_file`](Self::open_file) prints, for an engine that was opened with these options without them.
+    pub(crate) fn say_how_it_was_opened(&self, engine: &Engine, options: &EngineOptions) {
+        say_what_is_different(engine, options);
+        self.say_what_is_lossy_with(engine.thrift(), engine.prompt_attention());
+    }
+
     fn open_with(&self, path: &Path, options: &EngineOptions) -> Result<Engine, CliError> {
-        self.opened(path, options, || Engine::open(path, options))
+        self.opened(options, || Engine::open(path, options))
     }
 
     fn opened(
         &self,
-        path: &Path,
         options: &EngineOptions,
         open: impl FnOnce() -> Result<Engine, RuntimeError>,
     ) -> Result<Engine, CliError> {
@@ -164,20 +169,7 @@ impl EngineArgs {
         let engine = open();
         spinner.finish_and_clear();
         let engine = engine?;
-        if engine.thrift() != options.thrift {
-            note(&format_args!("note: in {}, {}", path.display(), engine.thrift()));
-        }
-        if engine.prompt_attention() != options.prompt_attention {
-            note(&format_args!("note: {} has no latent attention: --prompt-attention has no effect", path.display()));
-        }
-        let memory = engine.memory();
-        if let Some(requested) = memory.requested.filter(|&requested| memory.effective < requested) {
-            note(&format_args!(
-                "note: the budget is {} instead of {}: no more memory is available",
-                Bytes(memory.effective),
-                Bytes(requested)
-            ));
-        }
+        say_what_is_different(&engine, options);
         Ok(engine)
     }
 
@@ -238,6 +230,12 @@ impl EngineArgs {
         Err(CliError::Usage(message))
     }
 
+    /// Who proposes tokens to one sequence, unless the command says so. If experts in memory are preferred, the text depends on what steps have
+    /// read, and nobody does.
+    pub(crate) fn usual_drafts(&self) -> Drafts {
+        if self.thrift().preference.is_none() { Drafts::Lookup } else { Drafts::Off }
+    }
+
     /// How experts are chosen otherwise than by the model's routers.
     fn thrift(&self) -> Thrift {
         Thrift { preference: self.expert_preference.unwrap_or_default(), top_k: self.top_k_experts }
@@ -271,6 +269,25 @@ impl EngineArgs {
             thrift: self.thrift(),
             prompt_attention: self.prompt_attention.into(),
         }
+    }
+}
+
+/// Prints a note for each option that this model or this machine does not follow.
+fn say_what_is_different(engine: &Engine, options: &EngineOptions) {
+    let path = engine.file().path().display();
+    if engine.thrift() != options.thrift {
+        note(&format_args!("note: in {path}, {}", engine.thrift()));
+    }
+    if engine.prompt_attention() != options.prompt_attention {
+        note(&format_args!("note: {path} has no latent attention: --prompt-attention has no effect"));
+    }
+    let memory = engine.memory();
+    if let Some(requested) = memory.requested.filter(|&requested| memory.effective < requested) {
+        note(&format_args!(
+            "note: the budget is {} instead of {}: no more memory is available",
+            Bytes(memory.effective),
+            Bytes(requested)
+        ));
     }
 }
 

@@ -241,10 +241,20 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// The model file that an argument names: the file itself, its first volume, or the file made from a name on the hub. If there is
-/// none yet, it is made after the user has agreed, by `yes` or at the terminal.
+/// The model file that an argument names: the file itself, its first volume, a model in the folder of models if it is a name without a
+/// folder, or the file made from a name on the hub. If there is none of the latter yet, it is made after the user has agreed, by `yes` or at
+/// the terminal.
 pub(crate) fn model_file(argument: &Path, yes: bool) -> Result<PathBuf, CliError> {
-    let Some(reference) = reference(argument)? else { return Ok(model_path(argument)?) };
+    let Some(reference) = reference(argument)? else {
+        let Some((path, folder)) = in_folder(argument)? else { return Ok(model_path(argument)?) };
+        return path.ok_or_else(|| {
+            CliError::Failure(format!(
+                "{}: there is no such file, and no model of that name in {} (`sluice list` shows its models)",
+                argument.display(),
+                folder.display()
+            ))
+        });
+    };
     let models = Models::of_user()?;
     models.check()?;
     let found = models.find(&reference);
@@ -272,6 +282,40 @@ pub(crate) fn model_file(argument: &Path, yes: bool) -> Result<PathBuf, CliError
     let job = Job { options: Options::default(), confirm: !yes };
     convert_file(&reference, &dst, &job)?;
     Ok(dst)
+}
+
+/// As [`model_file`], of an argument that can also be something else.
+pub(crate) fn model_file_or(argument: &Path) -> Result<PathBuf, CliError> {
+    match reference(argument)? {
+        Some(_) => model_file(argument, false),
+        None => match in_folder(argument)? {
+            Some((Some(found), _)) => Ok(found),
+            _ => Ok(model_path(argument)?),
+        },
+    }
+}
+
+/// The model of the folder of models that a name stands for, and the folder. `None` for what names a file, or a place for one, and where no
+/// variable says where the folder is.
+fn in_folder(argument: &Path) -> Result<Option<(Option<PathBuf>, PathBuf)>, CliError> {
+    let name = match (argument.to_str(), argument.file_name()) {
+        (Some(text), Some(name)) if name == text => text,
+        _ => return Ok(None),
+    };
+    if model_path(argument)?.symlink_metadata().is_ok() {
+        return Ok(None);
+    }
+    let Ok(models) = Models::of_user() else { return Ok(None) };
+    models.check()?;
+    let folder = models.folder().to_owned();
+    match &models.called(name)[..] {
+        [] => Ok(Some((None, folder))),
+        [one] => Ok(Some((Some(one.path.clone()), folder))),
+        several => {
+            let names: Vec<String> = several.iter().map(|entry| format!("\n  {}", entry.path.display())).collect();
+            Err(CliError::Usage(format!("{name} is there several times; name one of these files:{}", names.concat())))
+        }
+    }
 }
 
 /// Asks at the terminal.

@@ -9,6 +9,7 @@ mod chat;
 mod commands;
 mod doctor;
 mod drafts;
+mod early;
 mod engine_args;
 mod error;
 mod feed;

@@ -35,6 +35,8 @@ fn greedy_ids_and_text_are_the_references() {
 #[test]
 fn the_profile_adds_up() {
     let args = ["run", demo_model(), "--prompt", "ROMEO:\n", "-n", "20", "--temperature", "0", "--budget", "8MiB"];
+    // Rows of proposals that do not come true use experts too.
+    let args = [&args[..], &["--drafts", "off"]].concat();
     let report = json(&sluice(&[&args[..], &["--json", "--engine", "pread", "--threads", "2"]].concat()));
     let profile = &report["profile"];
     assert_eq!((&report["prompt_tokens"], &profile["prefill"]["tokens"]), (&3.into(), &3.into()));
@@ -99,8 +101,9 @@ fn other_experts_are_asked_for_and_said() {
         json(&sluice(&["inspect", demo_model(), "--json", "--context", "64"]))["least_budget"].as_u64().unwrap();
     let budget = (least + (5 << 20)).to_string();
     let args = ["run", demo_model(), "--prompt", "ROMEO:\n", "-n", "40", "--temperature", "0", "--budget", &budget];
-    let run =
-        |more: &[&str]| sluice(&[&args[..], &["--json", "--profile", "--forget", "--no-prefetch"], more].concat());
+    let run = |more: &[&str]| {
+        sluice(&[&args[..], &["--json", "--profile", "--forget", "--no-prefetch", "--drafts", "off"], more].concat())
+    };
     let own = run(&[]);
     assert_eq!(json(&own)["profile"]["lossy"], Value::Null);
     let missed = |output: &Output| json(output)["profile"]["decode"]["misses"].as_u64().unwrap();
@@ -177,18 +180,27 @@ fn the_form_of_prompts_is_asked_for_and_said() {
 fn drafts_are_counted_and_change_no_text() {
     let args = ["run", demo_model(), "--prompt", "ROMEO:\nROMEO:\n", "-n", "48", "--json", "--profile"];
     let run = |more: &[&str]| sluice(&[&args[..], more].concat());
-    let own = json(&run(&[]));
-    assert_eq!(own["profile"]["drafts"], serde_json::json!({"proposed": 0, "accepted": 0}));
-    for more in [&["--drafts", "lookup", "--draft-tokens", "3"][..], &["--drafts", "lookup"], &["--drafts", "auto"]] {
+    let own = json(&run(&["--drafts", "off"]));
+    let none = serde_json::json!({"proposed": 0, "accepted": 0});
+    assert_eq!(own["profile"]["drafts"], none);
+    for more in
+        [&["--drafts", "lookup", "--draft-tokens", "3"][..], &["--drafts", "lookup"], &["--drafts", "auto"], &[]]
+    {
         let output = run(more);
         let report = json(&output);
         assert_eq!((&report["ids"], &report["text"]), (&own["ids"], &own["text"]), "{more:?}");
         assert_eq!(report["profile"]["decode"]["tokens"], own["profile"]["decode"]["tokens"], "{more:?}");
         let proposed = report["profile"]["drafts"]["proposed"].as_u64().unwrap();
-        assert!(more.len() < 4 || proposed > 0, "{report}");
+        assert!(!more.contains(&"--draft-tokens") || proposed > 0, "{report}");
         let said = format!("{proposed} tokens were proposed");
         assert_eq!(stderr(&output).contains(&said), proposed > 0, "{}", stderr(&output));
     }
+    // Unless something else is said, the text itself proposes; but neither where all rows are recorded, nor where the text depends on steps.
+    let proposed = |more: &[&str]| json(&run(&[&["--draft-tokens", "3"], more].concat()))["profile"]["drafts"].take();
+    assert_ne!(proposed(&[]), none);
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(proposed(&["--trace", folder.path().join("t.jsonl").to_str().unwrap()]), none);
+    assert_eq!(proposed(&["--expert-preference", "0.1"]), none);
     assert_fails(&run(&["--drafts", "mtp"]), 1, &["multi-token prediction"]);
     assert_fails(&run(&["--drafts", "always"]), 2, &["--drafts", "lookup"]);
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::common::{assert_fails, copy_checkpoint, demo_checkpoint, demo_model, json, sluice, stderr, stdout};
 
@@ -316,4 +316,38 @@ fn a_trace_without_routing_is_named() {
     for command in ["replay", "stats"] {
         assert_fails(&sluice(&["trace", command, trace.to_str().unwrap()]), 1, &["empty.jsonl", "no routing"]);
     }
+}
+
+/// A name without a folder that is no file is that of a model in the folder of models.
+#[test]
+fn a_bare_name_is_looked_for_in_the_folder_of_models() {
+    let folder = tempfile::tempdir().unwrap();
+    let (here, models) = (folder.path().join("here"), folder.path().join("home/models"));
+    fs::create_dir_all(&here).unwrap();
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+        command.env("SLUICE_HOME", folder.path().join("home")).current_dir(&here);
+        command.args(args).stdin(Stdio::null()).output().unwrap()
+    };
+    let both = ["mine: there is no such file", models.to_str().unwrap(), "`sluice list`"];
+    assert_fails(&run(&["inspect", "mine"]), 1, &both);
+    fs::create_dir_all(&models).unwrap();
+    for name in ["mine.sluice", "them--small.sluice", "us--small+q4-q8.sluice"] {
+        fs::copy(demo_model(), models.join(name)).unwrap();
+    }
+    let ids = ["--prompt-ids", "838,29", "-n", "3", "--ids", "--forget"];
+    let want = stdout(&sluice(&[&["run", demo_model()], &ids[..]].concat()));
+    for name in ["mine", "mine.sluice", "small"] {
+        assert_eq!(stdout(&run(&[&["run", name], &ids[..]].concat())), want, "{name}");
+    }
+    assert_eq!(json(&run(&["plan", "mine", "--json"]))["target"], models.join("mine.sluice").to_str().unwrap());
+    // A file goes before a model of the folder, and a path is a path.
+    fs::write(here.join("mine"), "no model").unwrap();
+    assert_fails(&run(&["inspect", "mine"]), 1, &["mine is not a Sluice model file"]);
+    for path in ["./small", "nowhere/mine"] {
+        assert_fails(&run(&["inspect", path]), 1, &[path, "No such file"]);
+    }
+    // Which of two is meant has to be said.
+    fs::copy(demo_model(), models.join("us--small.sluice")).unwrap();
+    assert_fails(&run(&["inspect", "small"]), 2, &["several times", "them--small.sluice", "us--small.sluice"]);
 }

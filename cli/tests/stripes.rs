@@ -127,6 +127,7 @@ fn a_volume_that_is_missing_moved_foreign_or_damaged_is_named() {
     // Its drive is mounted elsewhere.
     fs::rename(drives.at("b"), drives.at("c")).unwrap();
     assert_fails(&sluice(&["inspect", &first]), 1, &[&second, "is missing", "SLUICE_VOLUMES"]);
+    assert_fails(&sluice(&["inspect", &second]), 1, &[&second, "it is one of the 2 volumes", "SLUICE_VOLUMES"]);
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     let folders = format!("{}:{}", drives.at("nowhere"), drives.at("c"));
     command.args(["run", &first]).args(RUN).env("SLUICE_VOLUMES", folders).stdin(Stdio::null());

@@ -129,8 +129,9 @@ pub enum FormatError {
     },
     /// A volume is missing.
     #[error(
-        "{path} is missing: {named} is one of the {count} volumes of a model, and all are needed. Put it there or beside the first \
-         one, or a link to it; if its drive is mounted elsewhere now, name its folder in the variable SLUICE_VOLUMES: {source}"
+        "{path} is missing: {} is one of the {count} volumes of a model, and all are needed. Put it there or beside the first \
+         one, or a link to it; if its drive is mounted elsewhere now, name its folder in the variable SLUICE_VOLUMES: {source}",
+        if path == named { "it".to_owned() } else { named.display().to_string() }
     )]
     MissingVolume {
         /// The missing file.

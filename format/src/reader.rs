@@ -20,7 +20,7 @@ use crate::state_id::StateId;
 use crate::stripes::{ExtentTable, Stripe};
 use crate::superblock::{ModelId, Superblock, SuperblockError, TableRef};
 use crate::tensor::TensorRecord;
-use crate::volumes::{Volume, VolumeName, model_path};
+use crate::volumes::{Volume, VolumeName, missing, model_path};
 
 /// An opened model, whose superblocks, tables and metadata have passed every check.
 #[derive(Debug)]
@@ -39,8 +39,11 @@ impl ModelFile {
     /// The first check that fails, as its own variant of [`FormatError`].
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let path = &model_path(path)?;
-        Volume::open(path).and_then(Volume::with_others).and_then(|volumes| Self::check(volumes, None)).map_err(
-            |refused| {
+        Volume::open(path)
+            .map_err(missing)
+            .and_then(Volume::with_others)
+            .and_then(|volumes| Self::check(volumes, None))
+            .map_err(|refused| {
                 // Only the first volume's file is ever changed.
                 let first = VolumeName::parse(path).map_or_else(|| path.to_owned(), |name| name.path_of(0));
                 let changed = [path.as_path(), first.as_path()]
@@ -52,8 +55,7 @@ impl ModelFile {
                     }
                     _ => refused,
                 }
-            },
-        )
+            })
     }
 
     /// Checks a model with these volumes, the content of their superblocks, and these stored bytes of the metadata, if any.

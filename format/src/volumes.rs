@@ -247,6 +247,22 @@ fn other(places: Places, named: &Path, count: u16) -> Result<Volume, FormatError
     Err(FormatError::MissingVolume { path: places.expected, named: named.to_owned(), count, source })
 }
 
+/// What is wrong where the file that was named could not be opened: if it has the name of a volume and is not there, its drive may be mounted
+/// elsewhere.
+pub(crate) fn missing(error: FormatError) -> FormatError {
+    match error {
+        FormatError::Io { path, action, source } if source.kind() == std::io::ErrorKind::NotFound => {
+            match VolumeName::parse(&path) {
+                Some(VolumeName { count, .. }) => {
+                    FormatError::MissingVolume { named: path.clone(), path, count, source }
+                }
+                None => FormatError::Io { path, action, source },
+            }
+        }
+        other => other,
+    }
+}
+
 /// Why a superblock is not that of volume `number` of the model that has this one.
 fn difference(reference: &Superblock, other: &Superblock, number: u16) -> Option<&'static str> {
     let table = |t: crate::TableRef| (t.stored_len, t.logical_len, t.checksum);

@@ -54,11 +54,17 @@ fn the_name_without_numbers_opens_the_model() {
     assert_eq!(model_path(&whole).unwrap(), paths[0]);
     assert_eq!(ModelFile::open(&whole).unwrap().path(), paths[0]);
     assert!(recover(&whole).unwrap().is_none());
-    for other in ["n.sluice", "m", "m.sluice.partial", "m-00009-of-00009.sluice"] {
+    for other in ["n.sluice", "m", "m.sluice.partial"] {
         let other = dir.path().join(other);
         assert_eq!(model_path(&other).unwrap(), other);
         assert!(matches!(refusal(&other), FormatError::Io { .. }));
     }
+    // What is not there and is called like a volume may be on a drive that is mounted elsewhere.
+    let other = dir.path().join("m-00009-of-00009.sluice");
+    assert_eq!(model_path(&other).unwrap(), other);
+    let refused = refusal(&other);
+    assert!(matches!(&refused, FormatError::MissingVolume { path, count: 9, .. } if *path == other), "{refused}");
+    assert!(refused.to_string().contains("it is one of the 9") && refused.to_string().contains("SLUICE_VOLUMES"));
     // Without the first one, it is said which is missing.
     let hidden = dir.path().join("hidden");
     fs::rename(&paths[0], &hidden).unwrap();

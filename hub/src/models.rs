@@ -165,6 +165,23 @@ impl Models {
         all.into_iter().filter(is_meant).collect()
     }
 
+    /// The models that a name without a folder stands for: as in [`named`](Self::named), or else the name on the hub without its owner. A model
+    /// of the default types goes before others, and interrupted conversions are no models yet.
+    pub fn called(&self, name: &str) -> Vec<Entry> {
+        let whole = |entries: Vec<Entry>| entries.into_iter().filter(|e| !e.interrupted).collect::<Vec<_>>();
+        let named = whole(self.named(name));
+        if !named.is_empty() {
+            return named;
+        }
+        let short = |entry: &Entry| Some(entry.name.strip_prefix(PREFIX)?.split_once('/')?.1.to_owned());
+        let all: Vec<(String, Entry)> = whole(self.list()).into_iter().filter_map(|e| Some((short(&e)?, e))).collect();
+        let of = |is_meant: &dyn Fn(&str) -> bool| -> Vec<Entry> {
+            all.iter().filter(|(short, _)| is_meant(short)).map(|(_, entry)| entry.clone()).collect()
+        };
+        let exact = of(&|short| short == name);
+        if exact.is_empty() { of(&|short| short.split(':').next() == Some(name)) } else { exact }
+    }
+
     /// Removes a model, or what an interrupted conversion has left of one; returns the bytes that this frees.
     ///
     /// # Errors
@@ -296,6 +313,30 @@ mod tests {
         models.check().unwrap();
         fs::write(models.folder(), "no folder").unwrap();
         assert!(matches!(models.check(), Err(HubError::Io { .. })));
+    }
+
+    #[test]
+    fn a_short_name_is_enough() {
+        let folder = tempfile::tempdir().unwrap();
+        let models = Models { folder: folder.path().to_owned() };
+        for name in ["a/b", "a/b-c", "a/b:Q4_K_M", "e/f:Q8_0"] {
+            fs::write(models.path(&name.parse().unwrap(), None), "x").unwrap();
+        }
+        fs::write(folder.path().join("mine.sluice"), "x").unwrap();
+        fs::write(folder.path().join("a--d.sluice.partial"), "x").unwrap();
+        let called = |name: &str| models.called(name).into_iter().map(|e| e.name).collect::<Vec<_>>().join(" ");
+        for (name, found) in [
+            ("mine", "mine"),
+            ("mine.sluice", "mine"),
+            ("b", "hf:a/b"),
+            ("b-c", "hf:a/b-c"),
+            ("b:Q4_K_M", "hf:a/b:Q4_K_M"),
+            ("f", "hf:e/f:Q8_0"),
+            ("d", ""),
+            ("none", ""),
+        ] {
+            assert_eq!(called(name), found, "{name}");
+        }
     }
 
     #[test]

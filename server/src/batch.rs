@@ -13,7 +13,7 @@ use sluice_batch::{
 };
 use sluice_dialect::Piece;
 use sluice_format::ModelFile;
-use sluice_generate::{GenerationError, Logprob, Priority, Report, Sampled, SchedulerOptions, Status};
+use sluice_generate::{Drafts, GenerationError, Logprob, Priority, Report, Sampled, SchedulerOptions, Status};
 use sluice_model::PromptAttention;
 use sluice_model::engine::EngineOptions;
 use sluice_sessions::Store;
@@ -301,6 +301,8 @@ pub struct BatchRun {
     pub pieces: Option<Pieces>,
     /// Where sequences are saved, if they are.
     pub saving: Option<Saving>,
+    /// Who proposes tokens.
+    pub drafts: Drafts,
 }
 
 impl BatchRun {
@@ -325,6 +327,7 @@ impl BatchRun {
             running: Some(self.at_a_time),
             // Nobody waits for the next token: prompts are read with as many rows as there are.
             prompt_rows: usize::MAX,
+            drafts: self.drafts,
             ..saving_options(self.saving)
         };
         let served = Arc::new(Served::open(self.name, &self.file, &self.engine, scheduling, None)?);

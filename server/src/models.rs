@@ -9,7 +9,7 @@ use sluice_format::{FormatError, ModelFile, VolumeName};
 use sluice_generate::{GenerationError, SchedulerOptions};
 use sluice_model::PromptAttention;
 use sluice_model::engine::{EngineOptions, RuntimeError};
-use sluice_model::memory::BudgetError;
+use sluice_model::memory::{BudgetError, Bytes};
 use sluice_text::ChatTemplate;
 
 use crate::error::{ApiError, Kind};
@@ -25,6 +25,8 @@ pub struct Entry {
     /// The name that clients see.
     pub id: String,
     path: PathBuf,
+    /// Where its file is, without links, if the system says so.
+    place: Option<PathBuf>,
     /// What its file says about it.
     pub facts: Facts,
     loaded: Mutex<Option<Loaded>>,
@@ -71,13 +73,30 @@ pub enum ModelsError {
     #[error(transparent)]
     Format(#[from] FormatError),
     /// The memory does not suffice for a model, even if it is the only one that is loaded.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}{}", path.display(), fewer(source.sequences, *one))]
     Memory {
         /// The model file.
         path: PathBuf,
         /// What it needs.
-        source: BudgetError,
+        source: Box<BudgetError>,
+        /// The least budget for one conversation at a time, in bytes, if memory was planned for several.
+        one: Option<u64>,
     },
+    /// A file is given twice.
+    #[error("{} is given twice, and one model needs to be loaded only once: leave one of them out", path.display())]
+    Twice {
+        /// The model file.
+        path: PathBuf,
+    },
+}
+
+/// What to do about memory that is planned for `sequences` conversations.
+fn fewer(sequences: usize, one: Option<u64>) -> String {
+    let advice = |least| {
+        let least = Bytes::at_least(least);
+        format!(". With --parallel 1, for one conversation at a time instead of {sequences}, the least is {least}")
+    };
+    one.map(advice).unwrap_or_default()
 }
 
 /// All models.
@@ -98,16 +117,26 @@ impl Models {
         let mut entries: Vec<Entry> = Vec::new();
         for path in &options.files {
             let file = ModelFile::open(path)?;
+            let name = name_of(path);
+            let here = std::fs::canonicalize(file.path()).ok();
+            let is_same = |entry: &Entry| name_of(&entry.path) == name && here.is_some() && entry.place == here;
+            if entries.iter().any(is_same) {
+                return Err(ModelsError::Twice { path: path.clone() });
+            }
             let with_prediction = opened(&options.engine, &scheduling, Some(&file), file.spec().prediction.is_some());
             let plan = with_prediction.check_memory(&file);
-            plan.map_err(|source| ModelsError::Memory { path: path.clone(), source })?;
-            let name = name_of(path);
+            plan.map_err(|source| {
+                let alone = EngineOptions { sequences: Some(1), budget: Some(0), ..with_prediction.clone() };
+                let one = alone.check_memory(&file).err().map(|error| error.least).filter(|_| source.sequences > 1);
+                ModelsError::Memory { path: path.clone(), source: Box::new(source), one }
+            })?;
             let taken = |id: &str| entries.iter().any(|entry| entry.id == id);
             let more = (2..).map(|n| format!("{name}-{n}"));
             let id = std::iter::once(name.clone()).chain(more).find(|id| !taken(id)).unwrap_or(name);
             entries.push(Entry {
                 id,
                 path: path.clone(),
+                place: here,
                 facts: Facts::of(&file, &options.engine),
                 loaded: Mutex::default(),
                 texts: Mutex::default(),

@@ -58,31 +58,16 @@ impl Served {
         let engine = Engine::open(path, options)?;
         // The file may be another one by now.
         let texts = texts.filter(|texts| texts.are_of(engine.file(), engine.memory().context));
-        let texts = texts.map_or_else(|| Self::texts_of(&engine, None), Ok)?;
-        Self::with_texts(id, engine, scheduling, !options.forget, texts)
+        let read = || Texts::of(engine.file(), engine.memory().context, None).map(Arc::new);
+        let texts = texts.map_or_else(read, Ok)?;
+        Self::of(id, engine, scheduling, !options.forget, texts)
     }
 
-    /// A model on top of an engine. `learn`: whether to save what is learned about the experts; `template`: a chat template to use
-    /// instead of the model's own.
+    /// A model on top of an engine, whose texts these are. `learn`: whether to save what is learned about the experts.
     ///
     /// # Errors
-    /// If the model's text files are invalid, or the system refuses to start a thread.
+    /// If the system refuses to start a thread.
     pub fn of(
-        id: String,
-        engine: Engine,
-        scheduling: SchedulerOptions,
-        learn: bool,
-        template: Option<ChatTemplate>,
-    ) -> Result<Self, GenerationError> {
-        let texts = Self::texts_of(&engine, template)?;
-        Self::with_texts(id, engine, scheduling, learn, texts)
-    }
-
-    fn texts_of(engine: &Engine, template: Option<ChatTemplate>) -> Result<Arc<Texts>, GenerationError> {
-        Texts::of(engine.file(), engine.memory().context, template).map(Arc::new)
-    }
-
-    fn with_texts(
         id: String,
         engine: Engine,
         scheduling: SchedulerOptions,

@@ -112,7 +112,19 @@ impl Texts {
     /// # Errors
     /// What is wrong with a file.
     pub fn of(file: &ModelFile, context: usize, template: Option<ChatTemplate>) -> Result<Self, GenerationError> {
-        let files = TextFiles::of(file.metadata())?;
+        Self::with_files(file, TextFiles::of(file.metadata())?, context, template)
+    }
+
+    /// As [`of`](Self::of), where somebody has read the text files already.
+    ///
+    /// # Errors
+    /// What is wrong with the template.
+    pub fn with_files(
+        file: &ModelFile,
+        files: TextFiles,
+        context: usize,
+        template: Option<ChatTemplate>,
+    ) -> Result<Self, GenerationError> {
         let family = file.spec().family.as_str();
         let tokenizer = files.tokenizer.as_ref();
         let has_token = |text: &str| tokenizer.is_some_and(|t| t.token_id(text).is_some());

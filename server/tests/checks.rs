@@ -58,11 +58,40 @@ fn a_budget_that_is_too_small_is_refused_at_the_start() {
     let engine = EngineOptions { budget: Some(100 << 10), ..EngineOptions::default() };
     let options = ServerOptions { files: vec![model().to_owned()], engine, ..ServerOptions::default() };
     let Err(refused) = Models::new(&options, SchedulerOptions::default()) else { panic!("it is much too small") };
-    assert!(matches!(refused, ModelsError::Memory { .. }));
+    assert!(matches!(refused, ModelsError::Memory { one: None, .. }));
     let said = refused.to_string();
     for word in ["demo.sluice: ", "the budget of 100.0 KiB is too small", "needs at least"] {
         assert!(said.contains(word), "`{word}` is not in: {said}");
     }
+    assert!(!said.contains("--parallel"), "{said}");
+    // What is planned for many conversations may suffice for one.
+    let with = |sequences, budget| {
+        let engine = EngineOptions { sequences: Some(sequences), budget: Some(budget), ..EngineOptions::default() };
+        let options = ServerOptions { files: vec![model().to_owned()], engine, ..ServerOptions::default() };
+        Models::new(&options, SchedulerOptions::default()).err()
+    };
+    let Some(refused) = with(8, 100 << 10) else { panic!("it is much too small") };
+    let ModelsError::Memory { ref source, one: Some(one), .. } = refused else { panic!("{refused}") };
+    assert!(one < source.least && refused.to_string().contains("With --parallel 1, "), "{refused}");
+    assert!(with(1, one).is_none() && with(8, one).is_some());
+}
+
+#[test]
+fn a_model_that_is_given_twice_is_refused_and_copies_are_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let (copy, link) = (folder.path().join("demo.sluice"), folder.path().join("other.sluice"));
+    std::fs::copy(model(), &copy).unwrap();
+    std::os::unix::fs::symlink(model(), &link).unwrap();
+    let names = |files: &[&std::path::Path]| {
+        let files = files.iter().map(|file| (*file).to_owned()).collect();
+        let models = Models::new(&ServerOptions { files, ..ServerOptions::default() }, SchedulerOptions::default())?;
+        Ok::<_, ModelsError>(models.entries().iter().map(|entry| entry.id.clone()).collect::<Vec<_>>())
+    };
+    let refused = names(&[model(), &copy, model()]).unwrap_err();
+    assert!(matches!(&refused, ModelsError::Twice { path } if path == model()), "{refused}");
+    assert!(refused.to_string().contains("demo.sluice is given twice"), "{refused}");
+    // A link gives a model a second name.
+    assert_eq!(names(&[model(), &copy, &link]).unwrap(), ["demo", "demo-2", "other"]);
 }
 
 /// What is logged.

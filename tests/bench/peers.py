@@ -55,7 +55,7 @@ def measured(command, enter):
 def sluice(args, ids, enter):
     """One turn of Sluice: tokens per second of the prompt and of the answer, and bytes read."""
     command = [args.sluice, "run", str(args.model), "--prompt-ids", ids, "-n", str(args.tokens), "--ignore-eos", "--temperature", "0",
-               "--json", "--forget", "--threads", str(args.threads), "--budget", str(args.memory * 9 // 10)]
+               "--json", "--forget", "--drafts", "off", "--threads", str(args.threads), "--budget", str(args.memory * 9 // 10)]
     out, read = measured(command, enter)
     profile = json.loads(out)["profile"]
     return profile["prefill"]["tokens_per_second"], profile["decode"]["tokens_per_second"], read

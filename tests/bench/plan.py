@@ -40,7 +40,7 @@ class Sluice:
         return json.loads(done.stdout) if done.stdout.lstrip().startswith(("{", "[")) else done.stdout
 
     def run(self, model, tokens, *more):
-        return self("run", model, "--prompt-ids", PROMPT, "-n", tokens, "--ignore-eos", "--temperature", 1, "--seed", 1, "--forget",
+        return self("run", model, "--prompt-ids", PROMPT, "-n", tokens, "--ignore-eos", "--temperature", 1, "--seed", 1, "--drafts", "off", "--forget",
                     "--json", *self.threads, *more)["profile"]
 
 

@@ -76,7 +76,7 @@ def by_server(args, prompt, tokens):
 def by_run(args, prompt, tokens):
     """Tokens per second."""
     command = [args.sluice, "run", args.file, "--prompt-ids", ",".join(map(str, prompt)), "-n", str(tokens + 1), "--temperature", "0",
-               "--json", "--context", str(args.prefix + 512)]
+               "--drafts", "off", "--json", "--context", str(args.prefix + 512)]
     command += ["--budget", args.budget] if args.budget else []
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)["profile"]["decode"]["tokens_per_second"]

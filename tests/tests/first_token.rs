@@ -4,6 +4,7 @@ use std::path::Path;
 
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, WeightType};
 use sluice_generate::{Model, Request};
+use sluice_model::memory::MemoryPlan;
 use sluice_model::{Engine, EngineOptions, ModelError, ReadEngineKind, RuntimeError};
 use sluice_storage::io::ReadError;
 use sluice_storage::pool::PoolError;
@@ -90,6 +91,57 @@ fn a_first_step_gives_the_same_bits_whether_the_weights_are_there_or_not() {
             assert!(greedy(&mut engine, &prompt, 4) == want, "{name}, {budget:?}");
         }
     }
+}
+
+#[test]
+fn a_context_that_is_decided_while_the_drive_reads_is_as_good_as_one_from_the_start() {
+    let prompt: Vec<u32> = (0..10).map(|i| (i * 37 + 5) % 128).collect();
+    let with = |context, budget| EngineOptions { context: Some(context), budget, ..options() };
+    for (name, ty) in [("demo-model", Some(WeightType::Q4)), ("golden/gpt_oss", None), ("golden/qwen3_next", None)] {
+        let model = Converted::new(name, ty);
+        let mut kept = 0;
+        let contexts = [12, 16, 120];
+        for context in contexts {
+            let least = model.least_budget_for(&with(context, None));
+            for budget in [None, Some(least), Some(least + least / 4), Some(2 * least), Some(4 * least)] {
+                let mut direct = model.open(&with(context, budget));
+                let mut engine = model.open(&with(12, budget));
+                let (before, foreign) = (engine.memory().clone(), engine.new_sequence());
+                let available = before.available;
+                let fits = engine.set_context(context).unwrap();
+                if fits {
+                    kept += 1;
+                    let error = engine.forward(&mut { foreign }, &prompt, &mut Vec::new()).unwrap_err();
+                    assert!(matches!(error, RuntimeError::Model(ModelError::ForeignSequence)), "{error}");
+                } else {
+                    assert!(budget.is_some(), "{name}: everything fits");
+                    assert_eq!(engine.memory(), &before);
+                    drop(foreign);
+                    engine = Engine::of(engine.into_file(), &with(context, budget)).unwrap();
+                }
+                // What the system had differs from moment to moment.
+                let plan = |engine: &Engine| MemoryPlan { available, ..engine.memory().clone() };
+                assert_eq!(plan(&engine), plan(&direct), "{name}, {context} tokens in {budget:?}");
+                assert_eq!((engine.pages(), engine.pages().is_empty()), (direct.pages(), false));
+                assert!(greedy(&mut engine, &prompt, 3) == greedy(&mut direct, &prompt, 3), "{name}, {budget:?}");
+                assert_eq!(engine.stats().expert_bytes_read, direct.stats().expert_bytes_read, "{name}, {budget:?}");
+            }
+        }
+        assert!(kept >= 2 * contexts.len(), "{name}: {kept}");
+    }
+}
+
+#[test]
+fn a_context_that_does_not_fit_changes_nothing() {
+    let model = Converted::new("demo-model", Some(WeightType::Q8));
+    let budget = Some(model.least_budget_for(&options()));
+    let mut engine = model.open(&EngineOptions { budget, ..options() });
+    let plan = engine.memory().clone();
+    let error = engine.set_context(4096).unwrap_err();
+    assert!(error.to_string().contains("--budget") && error.least > error.effective, "{error}");
+    assert_eq!(engine.memory(), &plan);
+    assert!(engine.set_context(64).unwrap());
+    assert_eq!(greedy(&mut engine, &PROMPT, 3), greedy(&mut model.open(&options()), &PROMPT, 3));
 }
 
 #[test]

@@ -52,7 +52,7 @@ Examples:
 #[command(after_help = EXAMPLES)]
 #[command(group = clap::ArgGroup::new("kept").args(["overnight", "resume"]).multiple(true))]
 pub(crate) struct Args {
-    /// The model file, or hf:NAME for what was made of a model of the hub
+    /// The model file, its name in the folder of models, or hf:NAME for the file made from a model on the hub
     pub(crate) file: PathBuf,
 
     /// The question [default: standard input]
@@ -314,6 +314,7 @@ fn answer(args: &Args, options: Options, overnight: bool) -> Result<(), CliError
         at_a_time: 1,
         pieces: Some(pieces(&so_far)),
         saving: saved.as_ref().map(Saved::saving),
+        drafts: args.engine.usual_drafts(),
     };
     let shown = if overnight { Shown::file(&args.out) } else { Shown::terminal() };
     let mut show = Show { shown, so_far, failed: None, bar: message_line(), told: None };

@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use sluice_batch::{Access, Batch, Earlier, Files as _, Index, Named, Options, Summary, Sync, SystemFiles};
 use sluice_format::ModelFile;
+use sluice_generate::Drafts;
 use sluice_kernels::ThreadPool;
 use sluice_model::{EngineOptions, RuntimeError};
 use sluice_server::api::openai::line::known_fields;
@@ -41,7 +42,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file, or hf:NAME for what was made of a model of the hub
+    /// The model file, its name in the folder of models, or hf:NAME for the file made from a model on the hub
     pub(crate) file: PathBuf,
 
     /// The requests, one JSON object a line
@@ -208,6 +209,7 @@ fn answer(
         at_a_time: plan.sequences,
         pieces: None,
         saving: saved.as_ref().map(Saved::saving),
+        drafts: Drafts::Off,
     };
     let mut reporter = Reporter::new(args.json);
     let mut failed = None;

@@ -49,7 +49,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Model file, or hf:NAME
+    /// Model file, its name in the folder of models, or hf:NAME
     pub(crate) file: PathBuf,
 
     /// Number of tokens to decode and measure, for each budget

@@ -8,8 +8,9 @@ use sluice_format::ModelFile;
 use sluice_generate::SchedulerOptions;
 use sluice_model::EngineOptions;
 use sluice_server::served::Served;
+use sluice_server::texts::Texts;
 use sluice_sessions::{Store, StoreError, StoreOptions};
-use sluice_text::{ChatTemplate, TextError};
+use sluice_text::{ChatTemplate, TextError, TextFiles};
 
 use crate::chat::Session;
 use crate::chat::conversation::{Conversation, Folder, Kept};
@@ -18,6 +19,7 @@ use crate::chat::input::Input;
 use crate::chat::screen::{Kind, Screen};
 use crate::chat::settings::Choices;
 use crate::chat::talk::Talk;
+use crate::drafts::DraftArgs;
 use crate::engine_args::{EngineArgs, tokenizer};
 use crate::error::CliError;
 use crate::sampling::SamplingArgs;
@@ -41,7 +43,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file, or hf:NAME for the file made from a model on the hub
+    /// The model file, its name in the folder of models, or hf:NAME for the file made from a model on the hub
     pub(crate) file: PathBuf,
 
     /// Make the model file of hf:NAME if it does not exist, without asking
@@ -88,6 +90,9 @@ pub(crate) struct Args {
     sampling: SamplingArgs,
 
     #[command(flatten)]
+    drafts: DraftArgs,
+
+    #[command(flatten)]
     engine: EngineArgs,
 }
 
@@ -104,7 +109,7 @@ const HISTORY: &str = "history.jsonl";
 
 pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let screen = Screen::new(Kind::of_stdout());
-    let template = prepare(args)?;
+    let (model, template) = prepare(args)?;
     let sessions = if args.private { None } else { Some(sessions_folder(args)?) };
     let folder = sessions.as_ref().map(|sessions| Folder::open(&sessions.join(CONVERSATIONS))).transpose()?;
     let (mut conversation, kept) = match resumed(args, folder.as_ref())? {
@@ -115,7 +120,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let history = History::new(sessions.as_ref().map(|sessions| sessions.join(CONVERSATIONS).join(HISTORY)));
     let input = Input::new(screen.kind(), history)?;
     let store = sessions.map(|sessions| open_store(args, sessions)).transpose()?.flatten();
-    let served = open_model(args, template, store.clone())?;
+    let served = open_model(args, model, template, store.clone())?;
     let model = served.model().state_id();
     let file = args.file.display().to_string();
     let talk = Talk::new(served)?;
@@ -124,10 +129,10 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     session.run()
 }
 
-/// Checks everything that can be wrong before weights are read, and finds the chat template that was given.
-fn prepare(args: &Args) -> Result<Option<ChatTemplate>, CliError> {
+/// Opens the model's file, checks everything else that can be wrong before weights are read, and finds the chat template that was given.
+fn prepare(args: &Args) -> Result<(ModelFile, Option<ChatTemplate>), CliError> {
     let file = ModelFile::open(&args.file)?;
-    let Some(path) = &args.chat_template else { return Ok(None) };
+    let Some(path) = &args.chat_template else { return Ok((file, None)) };
     let given = read_template(path)?;
     let wrong = |error: TextError| CliError::Failure(format!("{}: {error}", path.display()));
     let template = ChatTemplate::find(|name| match name {
@@ -136,7 +141,7 @@ fn prepare(args: &Args) -> Result<Option<ChatTemplate>, CliError> {
     });
     let template = template.map_err(wrong)?;
     template.iter().try_for_each(try_out).map_err(wrong)?;
-    Ok(template)
+    Ok((file, template))
 }
 
 /// The folder of the sessions.
@@ -197,20 +202,29 @@ fn open_store(args: &Args, folder: PathBuf) -> Result<Option<Arc<Store>>, CliErr
     }
 }
 
-fn open_model(args: &Args, template: Option<ChatTemplate>, store: Option<Arc<Store>>) -> Result<Served, CliError> {
+fn open_model(
+    args: &Args,
+    file: ModelFile,
+    template: Option<ChatTemplate>,
+    store: Option<Arc<Store>>,
+) -> Result<Served, CliError> {
     let context = args.context.map_or(CONTEXT, NonZeroUsize::get);
     let options = EngineOptions { sequences: Some(1), marks: MARKS, ..args.engine.options(context) };
-    let engine = args.engine.open_as(&args.file, &options)?;
+    let drafting = args.drafts.or(args.engine.usual_drafts());
+    let prediction = drafting.predicts(&file, &options);
+    let engine = args.engine.open_file(file, &EngineOptions { prediction, ..options })?;
     // The drive reads dense weights meanwhile.
-    if tokenizer(engine.file())?.is_none() {
+    let Some(tokenizer) = tokenizer(engine.file())? else {
         let name = args.file.display();
         return Err(CliError::Usage(format!(
             "{name} has no tokenizer, so it cannot chat: add one with `sluice set {name} --tokenizer FILE`"
         )));
-    }
-    let scheduling = SchedulerOptions { store, save_every: SAVE_EVERY, ..SchedulerOptions::default() };
+    };
+    let files = TextFiles::with_tokenizer(Some(tokenizer), engine.file().metadata())?;
+    let texts = Texts::with_files(engine.file(), files, engine.memory().context, template)?;
+    let scheduling = SchedulerOptions { store, save_every: SAVE_EVERY, ..drafting.options() };
     let id = name_of(&args.file);
-    let served = Served::of(id, engine, scheduling, !args.engine.forget, template)?;
+    let served = Served::of(id, engine, scheduling, !args.engine.forget, Arc::new(texts))?;
     if served.template().is_none() {
         let name = args.file.display();
         return Err(CliError::Usage(format!(

@@ -23,7 +23,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file, or hf:NAME
+    /// The model file, its name in the folder of models, or hf:NAME
     pub(crate) file: PathBuf,
 
     /// Token ids, such as 1,2,3

@@ -26,7 +26,7 @@ use super::synth::type_parser;
 use super::trace;
 use crate::engine_args::kv_type_parser;
 use crate::error::CliError;
-use crate::fetch::model_file;
+use crate::fetch::model_file_or;
 use crate::machine::MachineFile;
 use crate::size::{parse_size, parse_speed};
 use crate::terminal::{counted, each, note, print, print_json, seconds};
@@ -150,7 +150,11 @@ struct Compression {
 impl Args {
     /// Replaces a name on the hub by the model file that was made from it.
     pub(crate) fn find_model(&mut self) -> Result<(), CliError> {
-        let file = model_file(Path::new(&self.target), false)?;
+        // A published model goes before a file in the folder of models.
+        if Geometry::presets().any(|name| name == self.target) {
+            return Ok(());
+        }
+        let file = model_file_or(Path::new(&self.target))?;
         if let Some(found) = file.to_str().filter(|found| *found != self.target) {
             found.clone_into(&mut self.target);
         }
@@ -412,20 +416,11 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, Cores,
     let experts = (needs.token_cycle_bytes, first(&types.experts));
     let memory = of_file.map(|machine| machine.weights_per_second(experts, (needs.dense_bytes, first(&types.dense))));
     let ram = args.ram.or_else(|| args.machine.as_ref().and(of_file).map(MachineFile::memory));
-    let from = |asked: bool, measured: Option<&str>| match (asked, measured) {
-        (true, _) => "as requested".to_owned(),
-        (false, Some(source)) => format!("measured ({source})"),
-        (false, None) => "assumed: `sluice bench disk` and `sluice bench machine` measure".to_owned(),
-    };
     let source = measured.as_ref().map(|(_, source)| source.as_str());
     let drive_source = own.map(|_| "`sluice bench disk`").or(source.filter(|_| drive.is_some()));
-    let speeds_from = format!(
-        "drive {}, memory {}",
-        from(args.ssd.is_some(), drive_source),
-        match (args.mem_bandwidth, source) {
-            (None, Some(source)) => format!("and cores, with weights of these types, measured ({source})"),
-            (asked, source) => from(asked.is_some(), source),
-        }
+    let speeds_from = speeds_from(
+        SpeedFrom::of(args.ssd.is_some(), drive_source),
+        SpeedFrom::of(args.mem_bandwidth.is_some(), source),
     );
     let machine = Machine {
         ram: ram.unwrap_or_else(available_memory),
@@ -443,6 +438,38 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, Cores,
         None => Cores::of_rate(machine.memory_bandwidth as f64),
     };
     Ok((machine, cores, speeds_from))
+}
+
+/// Where a speed comes from.
+#[derive(Clone, Copy, Debug)]
+enum SpeedFrom<'a> {
+    Asked,
+    Measured(&'a str),
+    Assumed,
+}
+
+impl<'a> SpeedFrom<'a> {
+    fn of(asked: bool, measured: Option<&'a str>) -> Self {
+        if asked { SpeedFrom::Asked } else { measured.map_or(SpeedFrom::Assumed, SpeedFrom::Measured) }
+    }
+}
+
+/// Where the speeds of drive and memory come from, in words.
+fn speeds_from(drive: SpeedFrom<'_>, memory: SpeedFrom<'_>) -> String {
+    if let (SpeedFrom::Assumed, SpeedFrom::Assumed) = (drive, memory) {
+        return "assumed: `sluice bench disk` and `sluice bench machine` measure them".into();
+    }
+    let drive = match drive {
+        SpeedFrom::Asked => "as requested".into(),
+        SpeedFrom::Measured(source) => format!("measured ({source})"),
+        SpeedFrom::Assumed => "assumed (`sluice bench disk` measures it)".to_owned(),
+    };
+    let memory = match memory {
+        SpeedFrom::Asked => "as requested".into(),
+        SpeedFrom::Measured(source) => format!("and cores, with weights of these types, measured ({source})"),
+        SpeedFrom::Assumed => "assumed (`sluice bench machine` measures it)".to_owned(),
+    };
+    format!("drive {drive}, memory {memory}")
 }
 
 /// What compression of the experts is, or would be, worth here; `None` for types that it does not shorten.

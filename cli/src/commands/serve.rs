@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use sluice_generate::Drafts;
 use sluice_model::EngineOptions;
 use sluice_server::logs::{self, LogFormat};
 use sluice_server::{BatchOptions, Guard, ServerOptions, SessionOptions, serve_until_told};
@@ -29,7 +30,7 @@ Examples:
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Model files, or hf:NAME; each is loaded on its first request, and they share the budget
+    /// Model files, their names in the folder of models, or hf:NAME; each is loaded on its first request, and they share the budget
     #[arg(required = true, value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
 
@@ -135,6 +136,7 @@ fn options(args: &Args) -> Result<ServerOptions, CliError> {
     }
     let context = args.context.map_or(CONTEXT, NonZeroUsize::get);
     let engine = EngineOptions { sequences: Some(args.parallel.get()), marks: MARKS, ..args.engine.options(context) };
+    let drafting = args.drafts.or(Drafts::Off);
     let days = Duration::from_secs(args.sessions_days.saturating_mul(24 * 60 * 60));
     let sessions = |folder: &PathBuf| SessionOptions {
         folder: folder.clone(),
@@ -150,8 +152,8 @@ fn options(args: &Args) -> Result<ServerOptions, CliError> {
         sessions: args.sessions.as_ref().map(sessions),
         batches: args.batches.clone().map(BatchOptions::new),
         grace: Duration::from_secs(args.grace),
-        drafts: args.drafts.drafts(),
-        draft_tokens: args.drafts.tokens(),
+        drafts: drafting.drafts,
+        draft_tokens: drafting.tokens,
         log_prompts: args.log_prompts,
         normalise: args.normalise_agents,
         ..ServerOptions::default()

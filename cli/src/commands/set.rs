@@ -31,7 +31,7 @@ const TIKTOKEN: &str = "tiktoken.model";
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The model file, which is changed, or hf:NAME
+    /// The model file, which is changed, its name in the folder of models, or hf:NAME
     pub(crate) file: PathBuf,
 
     /// A tokenizer.json or tiktoken.model, or a folder with all files of a tokenizer, which replace all existing ones

@@ -33,16 +33,22 @@ impl Default for PromptLookup {
 
 impl Draft for PromptLookup {
     fn propose(&mut self, context: &[u32], out: &mut Vec<u32>) {
-        for length in (self.least.max(1)..=self.longest).rev() {
-            let Some((before, latest)) = context.len().checked_sub(length).map(|at| context.split_at(at)) else {
-                continue;
-            };
-            // The newest place with at least one token after it.
-            let found = (0..before.len()).rev().find(|&at| context[at..].starts_with(latest));
-            if let Some(at) = found {
-                out.extend(context[at + length..].iter().take(self.most));
-                return;
+        let Some((last, before)) = context.split_last() else { return };
+        // How many tokens at most agree with the latest ones, and the place behind the newest that do. One search finds them, since all of
+        // them end with the last token: contexts are long, and this is done for every token.
+        let (mut agree, mut behind) = (0, 0);
+        for (end, _) in before.iter().enumerate().rev().filter(|(_, token)| *token == last) {
+            let pairs = context[..=end].iter().rev().zip(context.iter().rev());
+            let found = pairs.take(self.longest).take_while(|(earlier, latest)| earlier == latest).count();
+            if found > agree {
+                (agree, behind) = (found, end + 1);
+                if found == self.longest {
+                    break;
+                }
             }
+        }
+        if agree >= self.least.max(1) {
+            out.extend(context[behind..].iter().take(self.most));
         }
     }
 }
@@ -56,6 +62,30 @@ mod tests {
         let mut out = Vec::new();
         lookup.propose(context, &mut out);
         out
+    }
+
+    /// As it is described: for each number of tokens a search of its own.
+    fn described(lookup: PromptLookup, context: &[u32]) -> Vec<u32> {
+        for length in (lookup.least.max(1)..=lookup.longest).rev() {
+            let Some((before, latest)) = context.len().checked_sub(length).map(|at| context.split_at(at)) else {
+                continue;
+            };
+            if let Some(at) = (0..before.len()).rev().find(|&at| context[at..].starts_with(latest)) {
+                return context[at + length..].iter().take(lookup.most).copied().collect();
+            }
+        }
+        Vec::new()
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn one_search_finds_what_many_would(
+            context in proptest::collection::vec(0u32..3, 0..40),
+            (most, longest, least) in (0usize..6, 0usize..6, 0usize..4),
+        ) {
+            let lookup = PromptLookup { most, longest, least };
+            proptest::prop_assert_eq!(propose(lookup, &context), described(lookup, &context));
+        }
     }
 
     #[test]

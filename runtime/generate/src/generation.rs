@@ -10,6 +10,7 @@ use sluice_model::rows::Phase;
 use super::guard::guarded;
 use super::request::{Constraint, Penalties, Shape, WhenFull};
 use super::text::TextStream;
+use super::worth::DEEPEST;
 use super::{Draft, Event, Finish, GenerationError, Priority, Request, Sampled, Usage};
 
 /// Receives the events of a generation.
@@ -182,6 +183,12 @@ impl Generation {
                 left => (&rest[..left], Phase::Prompt),
             },
         }
+    }
+
+    /// Whether it reads at `position` what it has not seen before, or has lost: not a token that it has just chosen, nor a few that it has
+    /// chosen and must read again because a proposal between them did not come true.
+    pub(super) fn is_reading(&self, position: usize) -> bool {
+        position < self.to_read || self.tokens.len().saturating_sub(position) > DEEPEST + 1
     }
 
     /// Whether the logits after tokens of the prompt are needed, to [score](Self::score) the tokens after them.

@@ -133,7 +133,7 @@ impl Scheduler {
         (proposer.measures, proposer.seconds) = (false, 0.0);
         let mut taking: Vec<&mut Running> =
             running.iter_mut().filter(|r| !r.is_over() && r.follows.is_none()).collect();
-        let reads = |r: &&mut Running| r.generation.offer(r.sequence.position()).1.reads();
+        let reads = |r: &&mut Running| r.generation.is_reading(r.sequence.position());
         if proposer.drafts == Drafts::Off || taking.iter().any(|r| reads(r) || r.generation.has_draft()) {
             return;
         }
@@ -229,6 +229,7 @@ impl Running {
         };
         let most = if ahead.source == Some(Source::Lookup) { ahead.proposals.len() } else { most };
         let waiting = ahead.predicted.as_ref().map_or(0, Predicted::waiting);
-        ahead.source.map(|source| Offer { source, most, waiting })
+        let rereads = !sequence.gives_back();
+        ahead.source.map(|source| Offer { source, most, waiting, rereads })
     }
 }

@@ -22,6 +22,8 @@ const CREDIT_STEPS: f64 = 8.0;
 const FIRST_CREDIT: f64 = 0.4;
 /// How much faster tokens must be expected to come.
 const MARGIN: f64 = 1.03;
+/// The same where tokens are read again: then few steps have one row for each sequence, and what they take is known less well.
+const MARGIN_REREADING: f64 = 1.12;
 /// What a row more is believed to take, of a step with one row for each sequence, before it was measured. Half of what two rows need from
 /// the drive in the worst case, so that it is tried.
 const ROW: f64 = 0.4;
@@ -53,6 +55,8 @@ pub(super) struct Offer {
     pub(super) most: usize,
     /// Tokens that the prediction layer has to be given first.
     pub(super) waiting: usize,
+    /// Whether a proposal that does not come true has the tokens of its step read again: recurrent states cannot give tokens back.
+    pub(super) rereads: bool,
 }
 
 /// An average of the latest observations.
@@ -133,8 +137,14 @@ impl Worth {
         let asked = || offers.iter().flatten().filter(predicts);
         let predicting =
             |depth: usize| if asked().next().is_some() { depth as f64 * self.predicting.value * plain } else { 0.0 };
+        // What is read again is read by the next step, beside its own token. Where that happens, few steps have one row for each sequence, and
+        // the others may seem faster only because steps have become faster since one was measured: no row makes a step faster.
+        let rereads = offers.iter().flatten().any(|offer| offer.rereads);
+        let again = |depth: usize| offers.iter().flatten().map(|offer| self.read_again(*offer, depth)).sum::<f64>();
         let seconds = |depth: usize, row: f64| {
-            self.seconds(offers.len(), offers.len() + rows(depth), row).unwrap_or(plain) + predicting(depth)
+            let step = |rows: usize| self.seconds(offers.len(), offers.len() + rows, row).unwrap_or(plain);
+            let (step, next) = (step(rows(depth)), (step(1) - plain).max(0.0));
+            step.max(if rereads { plain } else { 0.0 }) + again(depth) * next + predicting(depth)
         };
         let rate = |depth: usize| tokens(depth) / seconds(depth, ROW);
         let behind = asked().map(|offer| offer.waiting.saturating_sub(1)).max().unwrap_or(0) as f64;
@@ -145,7 +155,9 @@ impl Worth {
         };
         let affordable = (1..=DEEPEST).filter(|&depth| risk(depth) <= self.credit);
         let best = affordable.map(|depth| (depth, rate(depth))).max_by(|a, b| a.1.total_cmp(&b.1));
-        best.filter(|best| best.1 > MARGIN * tokens(0) / plain).map_or(0, |best| best.0)
+        let is_known = self.steps.contains_key(&(offers.len(), offers.len() + 1));
+        let margin = if is_known && rereads { MARGIN_REREADING } else { MARGIN };
+        best.filter(|best| best.1 > margin * tokens(0) / plain).map_or(0, |best| best.0)
     }
 
     /// Whether the next step may have proposals: nothing is owed, and steps without have been measured lately.
@@ -210,6 +222,20 @@ impl Worth {
         both.sum()
     }
 
+    /// Tokens that are expected to be read again.
+    fn read_again(&self, offer: Offer, depth: usize) -> f64 {
+        if !offer.rereads {
+            return 0.0;
+        }
+        // One that does not come true behind `place` others: those, and the token before them.
+        let (mut all, mut again) = (1.0, 0.0);
+        for (place, average) in self.comes_true[offer.source as usize].iter().enumerate().take(offer.most.min(depth)) {
+            again += all * (1.0 - average.value) * (place + 1) as f64;
+            all *= average.value;
+        }
+        again
+    }
+
     /// What a step takes; `None` until one without proposals has been measured. Rows beyond what was measured are believed to take as much as
     /// those before them, and what is known of a width fades to what fewer rows make believe; where nothing is known, to `row` of a step.
     fn seconds(&self, sequences: usize, rows: usize, row: f64) -> Option<f64> {
@@ -243,9 +269,12 @@ mod tests {
         later: f64,
         /// By how much the time of a step differs from step to step: bursts of misses.
         noise: f64,
+        /// Whether the model has recurrent states.
+        rereads: bool,
     }
 
-    const STEADY: Regime = Regime { source: Source::Lookup, row: 0.3, chance: 0.5, later: 1.0, noise: 0.0 };
+    const STEADY: Regime =
+        Regime { source: Source::Lookup, row: 0.3, chance: 0.5, later: 1.0, noise: 0.0, rereads: false };
 
     /// What the prediction layer takes for a proposal, and for a token that it has to catch up with.
     const PREDICTING: (f64, f64) = (0.06, 0.01);
@@ -276,7 +305,8 @@ mod tests {
             let mut numbers = Numbers(seed | 1);
             let (mut seconds, mut done, mut waiting) = (0.0, 0, WAITING);
             while done < tokens {
-                let depth = worth.depth(&[Some(Offer { source: self.source, most: DEEPEST, waiting })]);
+                let offer = Offer { source: self.source, most: DEEPEST, waiting, rereads: self.rereads };
+                let depth = worth.depth(&[Some(offer)]);
                 let right = (0..DEEPEST).take_while(|_| numbers.next() < self.chance).count();
                 let gained = right.min(depth);
                 let noise = 1.0 + self.noise * (2.0 * numbers.next() - 1.0);
@@ -299,6 +329,13 @@ mod tests {
                 seconds += step + proposing;
                 done += 1 + gained;
                 waiting = (waiting + 1 + gained).min(WAITING);
+                if self.rereads && gained < depth {
+                    // The next step has the tokens of this one, and gives one token.
+                    let step = self.step(2 + gained, done);
+                    worth.record(1, 2 + gained, (1.0 + self.noise * (2.0 * numbers.next() - 1.0)) * step, 0.0, 0);
+                    seconds += step;
+                    done += 1;
+                }
             }
             let without: f64 = (0..done).map(|token| self.step(1, token)).sum();
             seconds / without
@@ -309,7 +346,14 @@ mod tests {
             let of_depth = |depth: usize| {
                 let tokens: f64 = (0..=depth).map(|place| self.chance.powi(place as i32)).sum();
                 let proposing = if self.source == Source::Prediction { depth as f64 * PREDICTING.0 } else { 0.0 };
-                (1.0 + self.row * depth as f64 + proposing) / tokens
+                let step = 1.0 + self.row * depth as f64 + proposing;
+                if !self.rereads {
+                    return step / tokens;
+                }
+                let wrong = |place: usize| self.chance.powi(place as i32) * (1.0 - self.chance);
+                let again: f64 = (0..depth).map(|place| wrong(place) * (1.0 + self.row * (place + 1) as f64)).sum();
+                let more: f64 = (0..depth).map(wrong).sum();
+                (step + again) / (tokens + more)
             };
             (0..=DEEPEST).map(of_depth).fold(f64::INFINITY, f64::min)
         }
@@ -328,13 +372,17 @@ mod tests {
         let rows = [0.05, 0.3, 0.6, 0.85, 1.0];
         let chances = [0.0, 0.1, 0.3, 0.5, 0.7, 0.85, 0.97];
         let drifts = [(1.0, 0.0), (1.0, 0.4), (0.4, 0.2), (2.0, 0.2)];
-        sources.into_iter().flat_map(move |source| {
-            rows.into_iter().flat_map(move |row| {
-                chances
-                    .into_iter()
-                    .flat_map(move |chance| drifts.map(|(later, noise)| Regime { source, row, chance, later, noise }))
+        sources
+            .into_iter()
+            .flat_map(move |source| {
+                rows.into_iter().flat_map(move |row| {
+                    let drifting = move |chance| {
+                        drifts.map(|(later, noise)| Regime { source, row, chance, later, noise, rereads: false })
+                    };
+                    chances.into_iter().flat_map(drifting)
+                })
             })
-        })
+            .flat_map(|regime| [regime, Regime { rereads: true, ..regime }])
     }
 
     #[test]
@@ -354,7 +402,8 @@ mod tests {
             // Of what the best fixed number of proposals gains; while steps become faster, what they are compared with is measured too slow or
             // too seldom for more.
             if best < 0.8 {
-                let (part, least) = ((1.0 - cost) / (1.0 - best), if regime.later < 1.0 { 0.25 } else { 0.5 });
+                let seldom = regime.later < 1.0 || regime.rereads;
+                let (part, least) = ((1.0 - cost) / (1.0 - best), if seldom { 0.25 } else { 0.5 });
                 assert!(part > least, "{part} of {best} in {regime:?}");
             }
         }
@@ -375,7 +424,7 @@ mod tests {
 
     #[test]
     fn nothing_is_proposed_before_a_step_was_measured() {
-        let offer = Some(Offer { source: Source::Lookup, most: DEEPEST, waiting: 0 });
+        let offer = Some(Offer { source: Source::Lookup, most: DEEPEST, waiting: 0, rereads: false });
         let mut worth = Worth::new();
         assert_eq!(worth.depth(&[offer]), 0);
         worth.record(1, 1, 1.0, 0.0, 0);
@@ -388,7 +437,7 @@ mod tests {
 
     #[test]
     fn a_layer_that_is_far_behind_must_be_worth_that_too() {
-        let offer = |waiting| [Some(Offer { source: Source::Prediction, most: DEEPEST, waiting })];
+        let offer = |waiting| [Some(Offer { source: Source::Prediction, most: DEEPEST, waiting, rereads: false })];
         let mut worth = Worth::new();
         worth.record(1, 1, 1.0, 0.0, 0);
         assert!(worth.depth(&offer(1)) > 0);

@@ -1,6 +1,7 @@
 //! The opened model: file, pool, layers and kernels, and the steps that it takes with sequences.
 
 mod budget;
+mod context;
 mod demand;
 mod passes;
 mod prediction;
@@ -25,7 +26,7 @@ use crate::cache::{PageCount, PagePool, PagesFull};
 use crate::compute::Compute;
 use crate::control::{Cancel, Control};
 use crate::counts;
-use crate::memory::{BudgetError, MemoryPlan, PressureWatch};
+use crate::memory::{BudgetError, MemoryPlan, PressureWatch, available_memory};
 use crate::model::HeadStep;
 use crate::ngrams;
 use crate::room;
@@ -216,6 +217,8 @@ pub struct Stats {
 /// An opened model.
 pub struct Engine {
     file: ModelFile,
+    /// How it was opened.
+    options: EngineOptions,
     memory: MemoryPlan,
     compute: Compute,
     storage: Storage,
@@ -266,7 +269,7 @@ impl Engine {
         }
         let prompt_attention = options.prompt_attention.in_model(file.spec());
         let demand = options.demand(&file);
-        let memory = plan_memory(&file, options, demand)?;
+        let memory = plan_memory(&file, options, demand, available_memory())?;
         let kernels = Kernels::detect()?;
         let store = if options.no_calibration { None } else { CalibrationStore::of_user().ok() };
         let paths: Vec<PathBuf> = file.volumes().iter().map(|volume| volume.path().to_owned()).collect();
@@ -306,6 +309,7 @@ impl Engine {
         let allowed_slots = memory.slot_plan.clone();
         Ok(Engine {
             file,
+            options: options.clone(),
             memory,
             compute,
             storage,
@@ -336,6 +340,11 @@ impl Engine {
     /// The file.
     pub fn file(&self) -> &ModelFile {
         &self.file
+    }
+
+    /// Closes the model, and returns its file, to open it in another way.
+    pub fn into_file(self) -> ModelFile {
+        self.file
     }
 
     /// How experts are chosen otherwise than by the routers: the part of [`EngineOptions::thrift`] that makes a difference in this

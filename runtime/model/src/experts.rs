@@ -203,6 +203,11 @@ impl ExpertScratch {
         ExpertScratch { replaced: self.replaced, ..ExpertScratch::new(compute, self.outputs.most_kept()) }
     }
 
+    /// Changes how many bytes of outputs may wait to be summed, from the next pass on.
+    pub fn keep_at_most(&mut self, bytes: u64) {
+        self.outputs.keep_at_most(bytes);
+    }
+
     /// Forgets the last pass.
     pub fn begin(&mut self) {
         self.choices.clear();

@@ -154,6 +154,11 @@ impl FfnScratch {
         prefetcher.give_back(compute);
     }
 
+    /// Changes how many bytes of experts' outputs may wait to be summed, from the next pass on.
+    pub(super) fn keep_at_most(&mut self, bytes: u64) {
+        self.experts.keep_at_most(bytes);
+    }
+
     /// Whether the next layer's experts will be prefetched.
     pub(super) fn prefetches(&self) -> bool {
         self.prefetcher.enabled()

@@ -283,6 +283,11 @@ impl MemoryPlan {
         }
     }
 
+    /// Whether all dense parts and all experts stay in memory.
+    pub fn holds_all(&self) -> bool {
+        self.slots == self.experts && self.dense_streamed == 0
+    }
+
     /// Bytes that will be allocated.
     pub fn used(&self) -> u64 {
         self.dense + self.dense_ring + self.kv_cache + self.scratch + self.staging + self.slot_bytes

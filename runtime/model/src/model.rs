@@ -461,6 +461,11 @@ impl Model {
         &self.spec
     }
 
+    /// Changes [`ModelOptions::most_kept`], from the next pass on.
+    pub fn keep_at_most(&mut self, bytes: u64) {
+        self.scratch.ffn.keep_at_most(bytes);
+    }
+
     /// How many experts were chosen instead of the routers' own since the model was opened.
     pub fn replaced(&self) -> u64 {
         self.scratch.ffn.replaced()

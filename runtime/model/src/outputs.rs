@@ -169,6 +169,11 @@ impl Outputs {
         self.most_kept
     }
 
+    /// Changes how many bytes of outputs may be kept, from the next pass on.
+    pub(super) fn keep_at_most(&mut self, bytes: u64) {
+        self.most_kept = bytes;
+    }
+
     /// How outputs of `bytes` will be combined: they are kept if there is room, because then nothing has to wait.
     pub(super) fn combine(&mut self, bytes: u64) -> Combining {
         self.combining = if bytes <= self.most_kept { Combining::Kept } else { Combining::InOrder };

@@ -324,6 +324,12 @@ impl Sequence {
         Ok(reached)
     }
 
+    /// Whether it can forget its latest tokens, [`WINDOW_SLACK`](crate::WINDOW_SLACK) at least, and need not read any of the others again:
+    /// not if a layer is recurrent.
+    pub fn gives_back(&self) -> bool {
+        self.tables.iter().all(|table| !table.is_state())
+    }
+
     /// The position to which [`Sequence::rewind_to`] would go.
     ///
     /// # Errors

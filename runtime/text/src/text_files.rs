@@ -23,7 +23,14 @@ impl TextFiles {
     /// # Errors
     /// What is wrong with one of them.
     pub fn of(metadata: &Metadata) -> Result<Self, TextError> {
-        let tokenizer = Tokenizer::of(metadata)?;
+        Self::with_tokenizer(Tokenizer::of(metadata)?, metadata)
+    }
+
+    /// The same with the [`Tokenizer::of`] these files, which somebody has built already: a large one takes some tenths of a second.
+    ///
+    /// # Errors
+    /// What is wrong with one of the other files.
+    pub fn with_tokenizer(tokenizer: Option<Tokenizer>, metadata: &Metadata) -> Result<Self, TextError> {
         let template = ChatTemplate::find(|name| metadata.get(name))?;
         let defaults = GenerationDefaults::of(metadata)?;
         // Fine-tuned models often name a new end token only in the tokenizer's files.

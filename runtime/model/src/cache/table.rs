@@ -350,6 +350,11 @@ impl Table {
         }
     }
 
+    /// Whether it keeps a recurrent state, in which no token can be told from those before it.
+    pub fn is_state(&self) -> bool {
+        matches!(self, Table::State(_))
+    }
+
     /// The positions to which a recurrent state can go.
     pub fn state_positions(&self) -> impl Iterator<Item = usize> {
         let state = if let Table::State(state) = self { Some(state) } else { None };

@@ -6,9 +6,7 @@ use sluice_format::{ModelFile, ModelSpec};
 
 use super::{EngineOptions, thread_count};
 use crate::PromptAttention;
-#[cfg(feature = "sim")]
-use crate::memory::available_memory;
-use crate::memory::{BudgetError, Demand, MemoryPlan};
+use crate::memory::{BudgetError, Demand, MemoryPlan, available_memory};
 
 impl EngineOptions {
     /// Tokens that a sequence of this model can have.
@@ -21,7 +19,7 @@ impl EngineOptions {
     /// # Errors
     /// If the budget, or the memory that is available now, does not suffice.
     pub fn check_memory(&self, file: &ModelFile) -> Result<MemoryPlan, BudgetError> {
-        plan_memory(file, self, self.demand(file))
+        plan_memory(file, self, self.demand(file), available_memory())
     }
 
     /// What the memory has to hold of sequences of a model.
@@ -37,16 +35,18 @@ impl EngineOptions {
     /// experts stay in memory. Otherwise experts would make room for it, and be read for every token instead.
     pub fn holds_prediction(&self, file: &ModelFile) -> bool {
         let demand = Demand { prediction: true, ..self.demand(file) };
-        let holds_all = |memory: &MemoryPlan| memory.slots == memory.experts && memory.dense_streamed == 0;
-        file.spec().prediction.is_some() && plan_memory(file, self, demand).is_ok_and(|memory| holds_all(&memory))
+        let plan = || plan_memory(file, self, demand, available_memory());
+        file.spec().prediction.is_some() && plan().is_ok_and(|memory| memory.holds_all())
     }
 }
 
-/// Plans the memory of a model. On a simulated drive with compressed contents, experts are compressed, whatever the file says.
+/// Plans the memory of a model where `available` bytes are. On a simulated drive with compressed contents, experts are compressed, whatever
+/// the file says.
 pub(super) fn plan_memory(
     file: &ModelFile,
     options: &EngineOptions,
     demand: Demand,
+    available: u64,
 ) -> Result<MemoryPlan, BudgetError> {
     #[cfg(feature = "sim")]
     if let Some(drive) = &options.simulated {
@@ -55,7 +55,7 @@ pub(super) fn plan_memory(
             e.codec = if options.simulated_packed.is_some() { Codec::Planes } else { Codec::Raw };
             e.stored_len = drive.contents().len() as u64;
         }
-        return MemoryPlan::of_extents(file.spec(), &extents, options.budget, demand, available_memory());
+        return MemoryPlan::of_extents(file.spec(), &extents, options.budget, demand, available);
     }
-    MemoryPlan::new(file, options.budget, demand)
+    MemoryPlan::of_extents(file.spec(), file.extents(), options.budget, demand, available)
 }

@@ -79,6 +79,18 @@ pub fn document() -> Value {
     })
 }
 
+/// The fields that an object for a POST to this path must have; a few of those that it can have if none is needed.
+pub fn fields_of(path: &str) -> Vec<&'static str> {
+    let body = OPERATIONS.iter().find(|o| o.path == path && o.method == "post").and_then(|o| o.body);
+    let document: &'static Value = &DOCUMENT;
+    let Some(schema) = body.map(|body| &document["components"]["schemas"][body]) else { return Vec::new() };
+    let required: Vec<&str> = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    match (required.is_empty(), schema["properties"].as_object()) {
+        (true, Some(properties)) => properties.keys().map(String::as_str).take(3).collect(),
+        _ => required,
+    }
+}
+
 fn describe(operation: &Operation) -> Value {
     let mut described = json!({
         "tags": [operation.tag()],
