@@ -203,7 +203,7 @@ pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) ->
     let mut notes = Vec::new();
     let identity = identity(plan, hash);
     let mut found = Found::Nothing;
-    let record = |notes: &mut Vec<String>, used: &[PathBuf]| {
+    let record = |notes: &mut Vec<String>, used: &[PathBuf]| -> Result<(), ConvertError> {
         found = Journal::open(&journal_path, identity)?;
         // While the journal is there that says where they are.
         notes.extend(notes_of_others(destination, used));
