@@ -72,7 +72,7 @@ fn one_of_two_thousand_texts_is_written_to_its_end() {
     let (tokenizer, vocabulary) = published("qwen2");
     let random = Random::new(&tokenizer, &vocabulary);
     let parts = ["an", "er", "con", "tion", "ba", "но", "中", "ka", "é", "st", "gr", "ol", "\\", "\"", "/", " "];
-    let part = |number: usize, shift: usize| parts[number * 31 >> shift & 15];
+    let part = |number: usize, shift: usize| parts[((number * 31) >> shift) % 16];
     let text = |number| format!("{}{}{} {number}", part(number, 0), part(number, 4), part(number, 8));
     let texts: Vec<String> = (0..2000).map(text).collect();
     let schema = Grammar::compile(&vocabulary, &Form::JsonSchema(json!({"enum": texts}))).unwrap();
