@@ -51,14 +51,14 @@ const ABOUT: &str =
 const EXAMPLES: &str = "\
 Start here:
   sluice demo                                          a small model, start to end, in seconds
-  sluice plan deepseek-r1 --ram 64GiB                  what a model would need and reach here
+  sluice plan deepseek-r1 --ram 64GiB                  what a model would need, and how fast it would be
   sluice convert DeepSeek-R1/ r1.sluice                a Hugging Face checkpoint becomes one file
   sluice convert hf:deepseek-ai/DeepSeek-R1 r1.sluice  the same straight from the hub
   sluice inspect r1.sluice                             what it holds and what it needs
   sluice run r1.sluice --prompt 'Once upon a time'     text
   sluice chat r1.sluice                                a conversation
   sluice serve r1.sluice                               the same over HTTP, for clients and for people
-  sluice batch r1.sluice in.jsonl out.jsonl            many requests, which nothing that happens can lose
+  sluice batch r1.sluice in.jsonl out.jsonl            many requests; a crash loses none of them
 
 Exit codes: 0 success, 1 failure, 2 wrong usage; `batch` and `ask` have more.";
 
@@ -67,7 +67,7 @@ const WELCOME: &str = "\
 Five commands do most of the work:
 
   sluice demo                                          a small model, start to end, in seconds
-  sluice plan deepseek-r1 --ram 64GiB                  what a model would need and reach here, before the download
+  sluice plan deepseek-r1 --ram 64GiB                  what a model would need, and how fast it would be
   sluice convert hf:Qwen/Qwen3-30B-A3B qwen.sluice     a model of the Hugging Face hub, or a folder, becomes one file
   sluice chat qwen.sluice                              a conversation in the terminal
   sluice serve qwen.sluice                             the same over HTTP, for editors, agents and people

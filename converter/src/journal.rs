@@ -6,8 +6,9 @@
 //! been seen unchanged: so what a journal says holds for the sources that its header names. Whatever follows the last whole
 //! record, such as the half of one that a power cut left, is cut off.
 //!
-//! The journal of a striped model begins with a record of the folders of its other volumes. It can be read without the plan, so that a
-//! conversion to other folders finds what it replaces. Without the record, as earlier programs wrote it, a journal says the same.
+//! The journal of a striped model begins with a record of its other volumes ([`Elsewhere`]): their folders, and the number that is in the
+//! names of its partial files there. It can be read without the plan, so that a conversion to other folders finds what it replaces. It is
+//! written before any of these files is made.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -35,7 +36,8 @@ const CHECKSUM: usize = 8;
 /// What a record is, in its first byte.
 const EXTENT: u8 = 1;
 const PART: u8 = 2;
-const FOLDERS: u8 = 3;
+/// 3 was the record of an earlier program, without the number.
+const ELSEWHERE: u8 = 4;
 /// Kind, extent, what has become of it (codec, stored bytes, their checksum, that of the padded bytes), digest, source bytes; the
 /// errors and the record's own checksum follow.
 const EXTENT_FIXED: usize = 1 + 8 + WRITTEN + 16 + 8;
@@ -43,9 +45,9 @@ const WRITTEN: usize = 2 + 8 + 8 + 8;
 const ERROR_LEN: usize = 24;
 /// Kind, part, digest, and the record's own checksum.
 const PART_LEN: usize = 1 + 8 + 16 + CHECKSUM;
-/// Kind, and bytes of the folders; then of each its bytes and its path, and the record's own checksum.
-const FOLDERS_FIXED: usize = 1 + 4;
-/// Most bytes of the folders. More are not recorded: then what is left in them stays.
+/// Kind, bytes of the folders, and the number; then of each folder its bytes and its path, and the record's own checksum.
+const ELSEWHERE_FIXED: usize = 1 + 4 + 8;
+/// Most bytes of the folders: paths are shorter on every system, and there are no more than 15.
 const FOLDERS_MOST: usize = 1 << 17;
 /// Most bytes of a header that is read without its plan.
 const HEADER_MOST: usize = 1 << 24;
@@ -62,13 +64,21 @@ pub(crate) struct Identity {
     pub(crate) files: usize,
 }
 
+/// Where the volumes behind the first are, of a striped model that is not finished.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Elsewhere {
+    /// Stands in the names of its partial files in these folders, so that models of one name which share a folder are told apart.
+    pub(crate) id: u64,
+    pub(crate) folders: Vec<PathBuf>,
+}
+
 /// What a journal says.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Content {
     /// Identity of every source file before anything was read.
     pub(crate) stamps: Vec<Stamp>,
-    /// Of a striped model, the folders of the volumes behind the first.
-    pub(crate) folders: Vec<PathBuf>,
+    /// Of a striped model.
+    pub(crate) elsewhere: Option<Elsewhere>,
     /// Finished extents, each once.
     pub(crate) outcomes: Vec<Outcome>,
     /// Digests of parts of the source, by number.
@@ -97,8 +107,8 @@ impl Identity {
 
     /// No journal of ours is longer.
     fn longest(&self) -> usize {
-        let folders = FOLDERS_FIXED + FOLDERS_MOST + CHECKSUM;
-        self.header_len() + folders + self.extents * self.extent_len() + self.parts * PART_LEN
+        let elsewhere = ELSEWHERE_FIXED + FOLDERS_MOST + CHECKSUM;
+        self.header_len() + elsewhere + self.extents * self.extent_len() + self.parts * PART_LEN
     }
 
     /// The checksum of a record is bound to the plan, so that no record is taken for one of another plan.
@@ -113,7 +123,7 @@ impl Identity {
         header[..HEADER_FIXED].copy_from_slice(&self.header(&[])[..HEADER_FIXED]);
         let (body, checksum) = header.split_at_mut(self.header_len() - CHECKSUM);
         checksum.copy_from_slice(&xxh3_64(body).to_le_bytes());
-        if let Some(len) = folders_len(records) {
+        if let Some(len) = elsewhere_len(records) {
             let (record, rest) = std::mem::take(&mut records).split_at_mut(len);
             let sealed = self.sealed(record[..len - CHECKSUM].to_vec());
             record.copy_from_slice(&sealed);
@@ -131,18 +141,20 @@ impl Identity {
     }
 
     /// Nothing for a model in one folder.
-    fn folders(&self, folders: &[PathBuf]) -> Vec<u8> {
+    fn elsewhere(&self, elsewhere: Option<&Elsewhere>) -> Vec<u8> {
+        let Some(Elsewhere { id, folders }) = elsewhere else { return Vec::new() };
         let mut paths = Vec::new();
         for folder in folders {
             let path = folder.as_os_str().as_bytes();
             paths.extend((path.len() as u32).to_le_bytes());
             paths.extend(path);
         }
-        if !(1..=FOLDERS_MOST).contains(&paths.len()) {
+        if paths.len() > FOLDERS_MOST {
             return Vec::new();
         }
-        let mut b = vec![FOLDERS];
+        let mut b = vec![ELSEWHERE];
         b.extend((paths.len() as u32).to_le_bytes());
+        b.extend(id.to_le_bytes());
         b.extend(paths);
         self.sealed(b)
     }
@@ -284,12 +296,13 @@ impl Journal {
         if header != identity.header(&stamps) {
             return Ok(other());
         }
-        let (folders, before) = parse_folders(records, identity.plan_hash as u64).unwrap_or_default();
+        let (elsewhere, before) = parse_elsewhere(records, identity.plan_hash as u64).unzip();
+        let before = before.unwrap_or(0);
         let (outcomes, parts, len) = identity.records(&records[before..]);
         let end = (header.len() + before + len) as u64;
         file.set_len(end).map_err(ConvertError::io(path, "cut the journal"))?;
         let journal = Journal { path: path.to_owned(), file, identity, end };
-        Ok(Found::Same { journal, content: Content { stamps, folders, outcomes, parts } })
+        Ok(Found::Same { journal, content: Content { stamps, elsewhere, outcomes, parts } })
     }
 
     /// Starts a journal at `path` that says `content`, in the place of what is there: it has its name only once it is whole.
@@ -305,7 +318,7 @@ impl Journal {
         let io = |action| ConvertError::io(&new, action);
         let file = File::options().read(true).write(true).create_new(true).open(&new);
         let file = file.map_err(io("create the journal"))?;
-        let head = [identity.header(&content.stamps), identity.folders(&content.folders)].concat();
+        let head = [identity.header(&content.stamps), identity.elsewhere(content.elsewhere.as_ref())].concat();
         let end = head.len() as u64;
         file.write_all_at(&head, 0).map_err(io("write the journal"))?;
         let mut journal = Journal { path: path.to_owned(), file, identity, end };
@@ -325,45 +338,43 @@ impl Journal {
     }
 }
 
-/// The length of the record of folders that these begin with, if they do.
-fn folders_len(records: &[u8]) -> Option<usize> {
+/// The length of the record of other volumes that these begin with, if they do.
+fn elsewhere_len(records: &[u8]) -> Option<usize> {
     let len = u32::from_le_bytes(*records.get(1..)?.first_chunk()?) as usize;
-    let len = FOLDERS_FIXED + Some(len).filter(|len| *len <= FOLDERS_MOST)? + CHECKSUM;
-    (records[0] == FOLDERS && len <= records.len()).then_some(len)
+    let len = ELSEWHERE_FIXED + Some(len).filter(|len| *len <= FOLDERS_MOST)? + CHECKSUM;
+    (records[0] == ELSEWHERE && len <= records.len()).then_some(len)
 }
 
-/// The folders that records begin with, and the length of what says so. `seed`: that of the records' checksums.
-fn parse_folders(records: &[u8], seed: u64) -> Option<(Vec<PathBuf>, usize)> {
-    let len = folders_len(records)?;
+/// The record of other volumes that records begin with, and its length. `seed`: that of the records' checksums.
+fn parse_elsewhere(records: &[u8], seed: u64) -> Option<(Elsewhere, usize)> {
+    let len = elsewhere_len(records)?;
     let (body, checksum) = records[..len].split_last_chunk::<CHECKSUM>()?;
     if u64::from_le_bytes(*checksum) != xxh3_64_with_seed(body, seed) {
         return None;
     }
-    let (mut paths, mut folders) = (&body[FOLDERS_FIXED..], Vec::new());
+    let id = u64_at(body, ELSEWHERE_FIXED - 8)?;
+    let (mut paths, mut folders) = (&body[ELSEWHERE_FIXED..], Vec::new());
     while let Some((len, rest)) = paths.split_first_chunk() {
         let (path, rest) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
         folders.push(PathBuf::from(OsStr::from_bytes(path)));
         paths = rest;
     }
-    Some((folders, len))
+    Some((Elsewhere { id, folders }, len))
 }
 
-/// The folders of the volumes behind the first, if the journal at `path`, of whatever plan, says them.
-pub(crate) fn folders_at(path: &Path) -> Vec<PathBuf> {
-    let read = || {
-        let file = open_own(path, false).ok()??;
-        let mut fixed = [0; HEADER_FIXED];
-        file.read_exact_at(&mut fixed, 0).ok()?;
-        let files = usize::try_from(u64_at(&fixed, HEADER_FIXED - 8)?).ok()?;
-        let len = files.checked_mul(Stamp::LEN)?.checked_add(HEADER_FIXED).filter(|len| *len <= HEADER_MOST)?;
-        let mut bytes = Vec::new();
-        let most = len + CHECKSUM + FOLDERS_FIXED + FOLDERS_MOST + CHECKSUM;
-        file.take(most as u64).read_to_end(&mut bytes).ok()?;
-        let (header, seed) = (bytes.get(..len)?, u64_at(&bytes, MAGIC.len())?);
-        let is_whole = bytes.starts_with(&MAGIC) && u64_at(&bytes, len)? == xxh3_64(header);
-        is_whole.then(|| parse_folders(&bytes[len + CHECKSUM..], seed)).flatten().map(|(folders, _)| folders)
-    };
-    read().unwrap_or_default()
+/// Where the volumes behind the first are, if the journal at `path`, of whatever plan, says so.
+pub(crate) fn elsewhere_at(path: &Path) -> Option<Elsewhere> {
+    let file = open_own(path, false).ok()??;
+    let mut fixed = [0; HEADER_FIXED];
+    file.read_exact_at(&mut fixed, 0).ok()?;
+    let files = usize::try_from(u64_at(&fixed, HEADER_FIXED - 8)?).ok()?;
+    let len = files.checked_mul(Stamp::LEN)?.checked_add(HEADER_FIXED).filter(|len| *len <= HEADER_MOST)?;
+    let mut bytes = Vec::new();
+    let most = len + CHECKSUM + ELSEWHERE_FIXED + FOLDERS_MOST + CHECKSUM;
+    file.take(most as u64).read_to_end(&mut bytes).ok()?;
+    let (header, seed) = (bytes.get(..len)?, u64_at(&bytes, MAGIC.len())?);
+    let is_whole = bytes.starts_with(&MAGIC) && u64_at(&bytes, len)? == xxh3_64(header);
+    is_whole.then(|| parse_elsewhere(&bytes[len + CHECKSUM..], seed)).flatten().map(|(elsewhere, _)| elsewhere)
 }
 
 /// Whether `bytes` begin with the sound header of another plan: its length is in it.
@@ -470,32 +481,34 @@ mod tests {
     }
 
     #[test]
-    fn folders_are_known_without_the_plan() {
+    fn other_volumes_are_known_without_the_plan() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
         let folders: Vec<PathBuf> = ["/mnt/b", "/mnt/a folder/c"].map(PathBuf::from).to_vec();
-        let content = Content { folders: folders.clone(), outcomes: vec![outcome(2)], parts: vec![(1, 9)], ..empty() };
+        let elsewhere = Some(Elsewhere { id: 0xfedc << 48, folders });
+        let content =
+            Content { elsewhere: elsewhere.clone(), outcomes: vec![outcome(2)], parts: vec![(1, 9)], ..empty() };
         create(&path, IDENTITY, &content);
         assert!(matches!(open(&path), Found::Same { content: found, .. } if found == content));
-        assert_eq!(folders_at(&path), folders);
+        assert_eq!(elsewhere_at(&path), elsewhere);
         let bytes = std::fs::read(&path).unwrap();
         for at in 0..bytes.len() {
             let mut damaged = bytes.clone();
             damaged[at] ^= 1 << (at % 8);
             std::fs::write(&path, damaged).unwrap();
-            let found = folders_at(&path);
-            assert!(found.is_empty() || found == folders, "byte {at}: {found:?}");
+            let found = elsewhere_at(&path);
+            assert!(found.is_none() || found == elsewhere, "byte {at}: {found:?}");
         }
         for len in 0..bytes.len() {
             std::fs::write(&path, &bytes[..len]).unwrap();
-            let found = folders_at(&path);
-            assert!(found.is_empty() || found == folders, "{len} bytes: {found:?}");
+            let found = elsewhere_at(&path);
+            assert!(found.is_none() || found == elsewhere, "{len} bytes: {found:?}");
         }
-        // Of a model in one folder nothing is recorded, nor of names that are too long.
+        // Of a model in one folder nothing is recorded, nor of names that no system has.
         create(&path, IDENTITY, &empty());
-        assert_eq!(folders_at(&path), [] as [PathBuf; 0]);
-        let long = vec![PathBuf::from("x".repeat(FOLDERS_MOST))];
-        create(&path, IDENTITY, &Content { folders: long, ..empty() });
+        assert_eq!(elsewhere_at(&path), None);
+        let long = Elsewhere { id: 1, folders: vec![PathBuf::from("x".repeat(FOLDERS_MOST))] };
+        create(&path, IDENTITY, &Content { elsewhere: Some(long), ..empty() });
         assert!(matches!(open(&path), Found::Same { content: found, .. } if found == empty()));
     }
 

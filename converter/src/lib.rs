@@ -129,7 +129,7 @@ pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
 /// Removes what a conversion to `dst` has left that was killed when the model file was complete and had its name: the journal, and
 /// volumes that a compressed model did not need. Does nothing if a conversion may still continue.
 pub fn clear_remains(plan: &Plan, dst: &Path) {
-    partial::clear_remains(dst, plan);
+    partial::clear_remains(plan.destination(dst), plan.layout.ends().len());
 }
 
 /// Carries out a plan: [`convert`] with a plan that the caller has inspected.

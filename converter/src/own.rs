@@ -9,9 +9,10 @@ use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt, OpenOptions
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
-use sluice_format::MAGIC;
+use sluice_format::{MAGIC, Volume, VolumeName};
 
 use crate::error::ConvertError;
+use crate::journal::Elsewhere;
 use crate::upgrade::is_same;
 use crate::{journal, states};
 
@@ -145,6 +146,13 @@ pub(crate) fn partial_path(destination: &Path, volume: usize) -> PathBuf {
 /// What the number of a volume behind the first follows.
 const VOLUME: &str = ".partial-";
 
+/// Where the partial file of a volume is that lies in another folder than the first. Conversions of one name to different places can share
+/// that folder: `id` tells their files apart.
+pub(crate) fn partial_elsewhere(destination: &Path, folder: &Path, volume: usize, id: u64) -> PathBuf {
+    let beside = with_suffix(&partial_path(destination, volume), &format!("-{id:016x}"));
+    folder.join(beside.file_name().unwrap_or_default())
+}
+
 /// Where the journal is.
 pub(crate) fn journal_path(destination: &Path) -> PathBuf {
     with_suffix(destination, ".partial.journal")
@@ -186,14 +194,42 @@ pub(crate) fn clear_idle(destination: &Path, volumes: usize) -> Result<(), Conve
     idle(destination, volumes).into_iter().try_for_each(|(path, own)| clear(&path, own))
 }
 
-/// Partial files of a striped model that an interrupted conversion to `destination` has left in other folders, as far as its journal says
-/// where.
+/// Files of a striped model that was interrupted on its way to `destination` and left them in other folders, as far as its journal says
+/// where: partial files, and volumes that had got their names already, before the first one had.
 pub fn left_elsewhere(destination: &Path) -> Vec<PathBuf> {
-    let folders = journal::folders_at(&journal_path(destination));
-    let partial = |(folder, volume): (&PathBuf, usize)| {
-        folder.join(partial_path(destination, volume).file_name().unwrap_or_default())
+    let Some(Elsewhere { id, folders }) = journal::elsewhere_at(&journal_path(destination)) else { return Vec::new() };
+    let count = folders.len() + 1;
+    let name = VolumeName::first_of(&whole_of(destination), u16::try_from(count).unwrap_or(u16::MAX));
+    let first = Volume::open(&partial_path(destination, 0)).ok();
+    let left = |(folder, volume): (&PathBuf, u16)| {
+        let partial = partial_elsewhere(destination, folder, usize::from(volume), id);
+        if matches!(check(&partial, Own::Model), Ok(true)) {
+            return Some(partial);
+        }
+        let named = folder.join(name.path_of(volume).file_name().unwrap_or_default());
+        first.as_ref().is_some_and(|first| is_twin(first, &named, usize::from(volume), count)).then_some(named)
     };
-    folders.iter().zip(1..).map(partial).filter(|path| matches!(check(path, Own::Model), Ok(true))).collect()
+    folders.iter().zip(1..).filter_map(left).collect()
+}
+
+/// Whether the file at `path` is a finished volume of the model whose first volume, finished as well, is `first`: it repeats the tables.
+pub(crate) fn is_twin(first: &Volume, path: &Path, volume: usize, count: usize) -> bool {
+    let is_it = |found: &Volume| {
+        let sb = found.superblock();
+        (usize::from(sb.volume), usize::from(sb.volume_count)) == (volume, count)
+            && tables_of(found) == tables_of(first)
+    };
+    Volume::open(path).is_ok_and(|found| is_it(&found))
+}
+
+/// The checksums of the tables that each volume of a model repeats.
+pub(crate) fn tables_of(volume: &Volume) -> [u64; 2] {
+    [volume.superblock().extents, volume.superblock().tensors].map(|table| table.checksum)
+}
+
+/// The name that a model has as one file.
+pub(crate) fn whole_of(path: &Path) -> PathBuf {
+    VolumeName::parse(path).map_or_else(|| path.to_owned(), |name| name.whole())
 }
 
 /// Removes them, except for those that are `used` further on; returns which were there.
@@ -209,10 +245,15 @@ pub(crate) fn clear_elsewhere(destination: &Path, used: &[PathBuf]) -> Vec<PathB
 /// another order. `used`: those of this conversion, of which the first is beside `destination`.
 pub(crate) fn of_others(destination: &Path, used: &[PathBuf]) -> Vec<PathBuf> {
     let name = destination.file_name().unwrap_or_default();
+    let is_volume = |rest: &[u8]| {
+        let Some((number, id)) = rest.split_at_checked(5) else { return false };
+        let is_id = |id: &[u8]| id.len() == 17 && id[0] == b'-' && id[1..].iter().all(u8::is_ascii_hexdigit);
+        number.iter().all(u8::is_ascii_digit) && (id.is_empty() || is_id(id))
+    };
     let is_partial = |found: &OsStr| {
         let rest = found.as_encoded_bytes().strip_prefix(name.as_encoded_bytes());
-        let number = rest.and_then(|rest| rest.strip_prefix(VOLUME.as_bytes()));
-        rest == Some(b".partial".as_slice()) || number.is_some_and(|n| n.len() == 5 && n.iter().all(u8::is_ascii_digit))
+        let volume = rest.and_then(|rest| rest.strip_prefix(VOLUME.as_bytes()));
+        rest == Some(b".partial".as_slice()) || volume.is_some_and(is_volume)
     };
     let mut found = Vec::new();
     for folder in used.iter().map(|path| folder_of(path)) {
@@ -227,9 +268,8 @@ pub(crate) fn of_others(destination: &Path, used: &[PathBuf]) -> Vec<PathBuf> {
 
 /// Removes everything that conversions to `destination` have left beside its first partial file; the journal last, since it says whose
 /// the others are.
-pub(crate) fn clear_all(destination: &Path, is_striped: bool) -> Result<(), ConvertError> {
-    // In the folder of the first volume of a striped model, partial files of further ones are of a conversion whose first folder is another.
-    clear_idle(destination, if is_striped { usize::MAX } else { 0 })?;
+pub(crate) fn clear_all(destination: &Path) -> Result<(), ConvertError> {
+    clear_idle(destination, 0)?;
     clear(&states_path(destination), Own::States)?;
     clear(&journal_path(destination), Own::Journal)
 }

@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use sluice_checksum::Xxh3;
-use sluice_format::{FileWriter, MAGIC, Metadata, ModelFile, ModelId, Stripe, Volume, Written};
+use sluice_format::{FileWriter, MAGIC, Metadata, ModelFile, ModelId, Stripe, Syncer, Volume, Written};
 
 use crate::error::ConvertError;
-use crate::journal::{Found, Identity, Journal, is_journal};
+use crate::journal::{Content, Elsewhere, Found, Identity, Journal, elsewhere_at, is_journal};
 use crate::own::{
-    self, Own, clear_all, clear_idle, folder_of, journal_path, layer_path, new_of, open_own, states_path,
+    self, Own, clear_all, clear_idle, folder_of, is_twin, journal_path, layer_path, new_of, open_own, states_path,
+    tables_of,
 };
 use crate::plan::Plan;
 use crate::striping::Destination;
@@ -33,6 +34,8 @@ pub(crate) struct Partial {
     /// Where a layer is while it is measured.
     pub(crate) layer_path: PathBuf,
     pub(crate) writer: FileWriter,
+    /// What the journal says of the other volumes of a striped model.
+    pub(crate) elsewhere: Option<Elsewhere>,
     /// Hold the locks until the files have their names: a duplicate keeps the lock when the writer closes its own.
     locks: Vec<(PathBuf, File)>,
 }
@@ -91,15 +94,24 @@ pub(crate) fn refuse_all_existing(destination: Destination<'_>, plan: &Plan) -> 
     // How many a compressed model has is known when it is there, unless it has one for each folder.
     let counts = if plan.options.compress && destination.striping.is_none() { 1..=most } else { most..=most };
     for count in counts {
-        let targets = destination.targets(count);
-        let early = early(destination, &targets);
-        let others = targets.iter().enumerate().filter(|(volume, _)| !early.contains(volume));
-        for (_, target) in others {
-            refuse_existing(target, plan.options.overwrite, source_of(plan))?;
-        }
-        destination.refuse_foreign(&targets, &early)?;
+        refuse_targets(destination, count, plan.options.overwrite, source_of(plan))?;
     }
     Ok(())
+}
+
+/// As [`refuse_existing`], of the files of a model in `count` volumes. Those that an interrupted program had given their names are in nobody's
+/// way.
+pub(crate) fn refuse_targets(
+    destination: Destination<'_>,
+    count: usize,
+    overwrite: bool,
+    source: Option<&Path>,
+) -> Result<(), ConvertError> {
+    let targets = destination.targets(count);
+    let early = early(destination, &targets);
+    let mut others = targets.iter().enumerate().filter(|(volume, _)| !early.contains(volume));
+    others.try_for_each(|(_, target)| refuse_existing(target, overwrite, source))?;
+    destination.refuse_foreign(&targets, &early)
 }
 
 /// The folder of the checkpoint.
@@ -107,29 +119,31 @@ fn source_of(plan: &Plan) -> Option<&Path> {
     plan.checkpoint.source().folder()
 }
 
-/// Those of these volumes that a conversion had given their names when it was killed, before the first one had its. By then all were whole, and
-/// the first one, which is still partial, repeats their tables: a volume with others is another model's, which may lie there as well.
+/// Those of these volumes that a program had given their names when it was killed, before the first one had its. By then all were whole, and
+/// the first one, which is still partial, repeats their tables: a volume with others is another model's, which may lie there as well. So is
+/// one in a folder that the journal does not name for it.
 fn early(destination: Destination<'_>, targets: &[PathBuf]) -> Vec<usize> {
-    let is_journaled = || is_journal(&journal_path(destination.path));
-    if targets.first().is_none_or(|first| first.exists()) || !is_journaled() {
+    let journal = journal_path(destination.path);
+    if targets.first().is_none_or(|first| first.exists()) || !is_journal(&journal) {
         return Vec::new();
     }
     let Ok(first) = Volume::open(&destination.partial(0)) else { return Vec::new() };
-    let is_it = |volume: usize, found: &Volume| {
-        let sb = found.superblock();
-        (usize::from(sb.volume), usize::from(sb.volume_count)) == (volume, targets.len())
-            && tables_of(found) == tables_of(&first)
+    let elsewhere = destination.striping.and_then(|_| elsewhere_at(&journal));
+    let is_named = |volume: usize| {
+        let named = elsewhere.as_ref().and_then(|elsewhere| elsewhere.folders.get(volume - 1));
+        destination.striping.is_none() || named.is_some_and(|named| is_same(named, folder_of(&targets[volume])))
     };
     let is_early = |&volume: &usize| {
         let has_left = !destination.partial(volume).exists();
-        has_left && Volume::open(&targets[volume]).is_ok_and(|found| is_it(volume, &found))
+        has_left && is_named(volume) && is_twin(&first, &targets[volume], volume, targets.len())
     };
     (1..targets.len()).filter(is_early).collect()
 }
 
-/// Takes volumes back that a conversion had given their names when it was killed, before the first one had its: then it goes on
-/// where it was, or another one takes its place, whose plan has `most` volumes at most.
-fn take_back(destination: Destination<'_>, most: usize) {
+/// Takes volumes back that a program had given their names when it was killed, before the first one had its: then it goes on
+/// where it was, or another one takes its place, which has `most` volumes at most. The caller has locked the first partial file, so nobody
+/// is giving them their names now.
+pub(crate) fn take_back(destination: Destination<'_>, most: usize) {
     let others = other_counts(destination, most);
     for count in (2..=most).chain(others) {
         let targets = destination.targets(count);
@@ -138,11 +152,6 @@ fn take_back(destination: Destination<'_>, most: usize) {
             let _ = fs::rename(&targets[volume], destination.partial(volume));
         }
     }
-}
-
-/// The checksums of the tables that each volume of a model repeats.
-pub(crate) fn tables_of(volume: &Volume) -> [u64; 2] {
-    [volume.superblock().extents, volume.superblock().tensors].map(|table| table.checksum)
 }
 
 /// Into how many volumes, more than `most`, a conversion had divided the model that was killed while it gave them their names. Each of them
@@ -158,12 +167,11 @@ fn other_counts(destination: Destination<'_>, most: usize) -> Option<usize> {
 
 /// Removes what a conversion has left that was killed when its model file had its name already: its journal, and what else is beside
 /// it. It is in nobody's way, so an error is none.
-pub(crate) fn clear_remains(path: &Path, plan: &Plan) {
-    let destination = plan.destination(path);
-    let most = plan.layout.ends().len();
+pub(crate) fn clear_remains(destination: Destination<'_>, most: usize) {
+    let path = destination.path;
     let is_complete = || (1..=most).any(|count| destination.targets(count).first().is_some_and(|first| first.exists()));
     if !destination.partial(0).exists() && is_journal(&journal_path(path)) && is_complete() {
-        let _ = clear_all(path, destination.striping.is_some());
+        let _ = clear_all(path);
     }
 }
 
@@ -183,8 +191,7 @@ pub(crate) fn identity(plan: &Plan, hash: u128) -> Identity {
 pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) -> Result<Opened, ConvertError> {
     let volumes = plan.layout.ends().len();
     let places = plan.destination(destination);
-    take_back(places, volumes);
-    refuse_all_existing(places, plan).inspect_err(|_| clear_remains(destination, plan))?;
+    refuse_all_existing(places, plan).inspect_err(|_| clear_remains(places, volumes))?;
     let (journal_path, states_path) = (journal_path(destination), states_path(destination));
     // First, so that nothing is left behind where something is in the way, nor found hours later.
     let mut beside = vec![(journal_path.clone(), Own::Journal), (new_of(&journal_path), Own::Journal)];
@@ -194,16 +201,24 @@ pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) ->
     }
     beside.iter().try_for_each(|(path, own)| own::check(path, *own).map(drop))?;
     let mut notes = Vec::new();
-    let mut locks = Vec::with_capacity(volumes);
-    for volume in 0..volumes {
-        let path = places.partial(volume);
-        let lock = claim(&path, &journal_path, &mut notes)?;
-        locks.push((path, lock));
-    }
+    let identity = identity(plan, hash);
+    let mut found = Found::Nothing;
+    let record = |notes: &mut Vec<String>, used: &[PathBuf]| -> Result<(), ConvertError> {
+        found = Journal::open(&journal_path, identity)?;
+        // While the journal is there that says where they are.
+        notes.extend(notes_of_others(destination, used));
+        let Some(elsewhere) = places.elsewhere() else { return Ok(()) };
+        let content = match &found {
+            Found::Same { content, .. } if content.elsewhere.as_ref() == Some(&elsewhere) => return Ok(()),
+            Found::Same { content, .. } => content.clone(),
+            Found::Nothing | Found::OtherPlan => Content { stamps: plan.checkpoint.stamps(), ..Content::default() },
+        };
+        let content = Content { elsewhere: Some(elsewhere), ..content };
+        Journal::create(&journal_path, identity, &content, &Syncer::default()).map(drop)
+    };
+    let locks = claim_all(places, volumes, &mut notes, record)?;
     // Another conversion may have finished while this one waited to open the files.
     refuse_all_existing(places, plan)?;
-    let identity = identity(plan, hash);
-    let found = Journal::open(&journal_path, identity)?;
     let duplicate = |(path, lock): &(PathBuf, File)| {
         Ok((path.clone(), lock.try_clone().map_err(ConvertError::io(path, "open it"))?))
     };
@@ -216,11 +231,9 @@ pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) ->
         writer.set_folders(striping.recorded()?);
     }
     let (destination, layer_path) = (destination.to_owned(), layer_path(destination));
-    let used: Vec<PathBuf> = locks.iter().map(|(path, _)| path.clone()).collect();
-    let partial = Partial { destination, journal_path, states_path, layer_path, writer, locks };
-    clear_idle(&partial.destination, volumes)?;
-    // While the journal is there that says where they are.
-    notes.extend(notes_of_others(&partial.destination, &used));
+    let elsewhere = places.elsewhere();
+    let partial = Partial { destination, journal_path, states_path, layer_path, writer, elsewhere, locks };
+    clear_idle(&partial.destination, if partial.elsewhere.is_some() { 1 } else { volumes })?;
     if !matches!(found, Found::Same { .. }) {
         partial.clear()?;
     }
@@ -238,8 +251,8 @@ pub(crate) fn notes_of_others(destination: &Path, used: &[PathBuf]) -> Vec<Strin
     if used.iter().any(|path| folder_of(path) != folder_of(destination)) {
         notes.extend(own::of_others(destination, used).into_iter().map(|path| {
             format!(
-                "{}: it is of an interrupted conversion to other folders, or to these in another order: remove it if you will not go on \
-                 with that one",
+                "{}: it is of another conversion by this name, to other folders, or to these in another order: remove it if that one has \
+                 been interrupted and you will not go on with it",
                 path.display()
             )
         }));
@@ -287,6 +300,27 @@ pub(crate) fn refuse_existing(destination: &Path, overwrite: bool, source: Optio
     refuse("it is no model file")
 }
 
+/// Opens the partial files of a model in `count` volumes and locks them. `record` gets their paths once the first one is ours, and so the
+/// journal, but none of the others has been made: what it has the journal say holds before there is anything of which it speaks.
+pub(crate) fn claim_all(
+    destination: Destination<'_>,
+    count: usize,
+    notes: &mut Vec<String>,
+    record: impl FnOnce(&mut Vec<String>, &[PathBuf]) -> Result<(), ConvertError>,
+) -> Result<Vec<(PathBuf, File)>, ConvertError> {
+    let journal = journal_path(destination.path);
+    let paths: Vec<PathBuf> = (0..count).map(|volume| destination.partial(volume)).collect();
+    let mut locks = vec![claim(&paths[0], &journal, notes)?];
+    take_back(destination, count);
+    // First, so that the journal still says what it did where something is in the way.
+    paths[1..].iter().try_for_each(|path| open_own(path, false).map(drop))?;
+    record(notes, &paths)?;
+    for path in &paths[1..] {
+        locks.push(claim(path, &journal, notes)?);
+    }
+    Ok(paths.into_iter().zip(locks).collect())
+}
+
 /// Opens the partial file at `path` and locks it. The lock belongs to the open file and vanishes with the process, however it
 /// ends. A file that no conversion has left there is not touched.
 pub(crate) fn claim(path: &Path, journal_path: &Path, notes: &mut Vec<String>) -> Result<File, ConvertError> {
@@ -331,9 +365,10 @@ impl Partial {
     }
 
     /// Empties the files. The journal goes first, and for good: were it to come back after a power cut, it would vouch for
-    /// data that no longer exist.
+    /// data that no longer exist. That of a striped model has been replaced already.
     fn clear(&self) -> Result<(), ConvertError> {
-        match fs::remove_file(&self.journal_path) {
+        let gone = if self.elsewhere.is_some() { Ok(()) } else { fs::remove_file(&self.journal_path) };
+        match gone {
             Ok(()) => self.sync_folder()?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(ConvertError::io(&self.journal_path, "remove the journal")(e)),
@@ -379,6 +414,7 @@ impl Partial {
         if result.is_err() && drives.iter().all(|drive| drive.occupied == 0) {
             // Nothing is lost, and empty files would only puzzle.
             self.locks.iter().for_each(|(path, _)| drop(fs::remove_file(path)));
+            let _ = own::clear(&self.journal_path, Own::Journal);
         }
         result
     }
@@ -458,7 +494,7 @@ impl Partial {
         for folder in places.folders() {
             syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
         }
-        clear_all(&destination, places.striping.is_some())?;
+        clear_all(&destination)?;
         Ok(Published { model_id, file_bytes: lens.iter().sum(), files, orphans })
     }
 }

@@ -23,7 +23,6 @@ use crate::pack::{ErrorSums, Outcome, Packer};
 use crate::partial::Partial;
 use crate::plan::Plan;
 use crate::steps;
-use crate::striping::Striping;
 
 /// Extents whose source is read again although no file has changed: images of filesystems that were built to be reproducible
 /// can give the same identity to files of two checkpoints.
@@ -48,9 +47,8 @@ pub(crate) fn start<'a>(
 ) -> Result<Start<'a>, ConvertError> {
     let stamps = plan.checkpoint.stamps();
     let syncer = partial.writer.syncer();
-    let folders = plan.options.striping.as_ref().map(Striping::other_places).unwrap_or_default();
     let create = |content: Content| {
-        let content = Content { folders: folders.clone(), ..content };
+        let content = Content { elsewhere: partial.elsewhere.clone(), ..content };
         Journal::create(&partial.journal_path, identity, &content, syncer)
     };
     let Found::Same { journal, mut content } = found else {
@@ -71,7 +69,7 @@ pub(crate) fn start<'a>(
     let same = stamps == content.stamps;
     if same && (plan.checkpoint.source().is_content_addressed() || samples_match(plan, &done, &content.parts)) {
         let contents = Contents::new(&plan.checkpoint, &content.parts);
-        let journal = if damaged == 0 && content.folders == folders {
+        let journal = if damaged == 0 && content.elsewhere == partial.elsewhere {
             journal
         } else {
             // Records of extents that are made again must go: a number may come only once.

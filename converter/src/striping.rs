@@ -1,13 +1,14 @@
 //! Models that are striped over several drives: into which folders their volumes go, and how much of each extent.
 
 use std::fs;
+use std::hash::{BuildHasher as _, RandomState};
 use std::path::{Component, Path, PathBuf};
 
 use sluice_format::{ModelFile, Shares, Volume, VolumeName};
 
 use crate::error::ConvertError;
-use crate::own::{folder_of, partial_path};
-use crate::partial::tables_of;
+use crate::journal::{Elsewhere, elsewhere_at};
+use crate::own::{folder_of, journal_path, partial_elsewhere, partial_path, tables_of, whole_of};
 use crate::upgrade::is_same;
 
 /// The folders over which a model is striped, usually one on each drive, and the share of each.
@@ -58,8 +59,7 @@ impl Striping {
 
     /// Where the model would be as one file, if it had this name: the first folder has everything that lies beside a model file.
     pub fn destination(&self, name: &Path) -> PathBuf {
-        let whole = VolumeName::parse(name).map_or_else(|| name.to_owned(), |volume| volume.whole());
-        self.folders[0].join(whole.file_name().unwrap_or_default())
+        self.folders[0].join(whole_of(name).file_name().unwrap_or_default())
     }
 
     /// Where the folders of the volumes behind the first are, whatever the current folder is.
@@ -99,9 +99,24 @@ fn relative(from: &Path, to: &Path) -> PathBuf {
 pub(crate) struct Destination<'a> {
     pub(crate) path: &'a Path,
     pub(crate) striping: Option<&'a Striping>,
+    /// What partial files in other folders have in their names: the journal's, or a new one.
+    id: u64,
 }
 
 impl<'a> Destination<'a> {
+    /// Where a model called `path` goes.
+    pub(crate) fn new(path: &'a Path, striping: Option<&'a Striping>) -> Self {
+        let journaled = || elsewhere_at(&journal_path(path)).map(|elsewhere| elsewhere.id);
+        // The keys of `RandomState` are random.
+        let id = striping.map_or(0, |_| journaled().unwrap_or_else(|| RandomState::new().hash_one(path)));
+        Destination { path, striping, id }
+    }
+
+    /// What its journal says of the volumes behind the first.
+    pub(crate) fn elsewhere(self) -> Option<Elsewhere> {
+        self.striping.map(|striping| Elsewhere { id: self.id, folders: striping.other_places() })
+    }
+
     /// Whether there is another model, in one file, that has the name of these volumes: it would be opened in their place. `own`: the
     /// model that is written again, which says the same.
     pub(crate) fn refuse_namesake(self, count: usize, own: Option<&Path>) -> Result<(), ConvertError> {
@@ -141,7 +156,7 @@ impl<'a> Destination<'a> {
 
     /// The paths of the finished files, of which there are `count`.
     pub(crate) fn targets(self, count: usize) -> Vec<PathBuf> {
-        let whole = VolumeName::parse(self.path).map_or_else(|| self.path.to_owned(), |name| name.whole());
+        let whole = whole_of(self.path);
         let Ok(volumes) = u16::try_from(count) else { return Vec::new() };
         if volumes == 1 {
             return vec![self.path.to_owned()];
@@ -159,10 +174,9 @@ impl<'a> Destination<'a> {
 
     /// Where the partial file of a volume is.
     pub(crate) fn partial(self, volume: usize) -> PathBuf {
-        let beside = partial_path(self.path, volume);
         match self.folder(volume) {
-            Some(folder) if volume > 0 => folder.join(beside.file_name().unwrap_or_default()),
-            _ => beside,
+            Some(folder) if volume > 0 => partial_elsewhere(self.path, folder, volume, self.id),
+            _ => partial_path(self.path, volume),
         }
     }
 
@@ -199,11 +213,11 @@ mod tests {
         let striping = Striping::new(folders.to_vec(), shares()).unwrap();
         let path = striping.destination(Path::new("elsewhere/m-00001-of-00004.sluice"));
         assert_eq!(path, folders[0].join("m.sluice"));
-        let destination = Destination { path: &path, striping: Some(&striping) };
+        let destination = Destination { id: 0xab, ..Destination::new(&path, Some(&striping)) };
         let targets = [folders[0].join("m-00001-of-00002.sluice"), folders[1].join("m-00002-of-00002.sluice")];
         assert_eq!(destination.targets(2), targets);
         assert_eq!(destination.partial(0), with_suffix(&path, ".partial"));
-        assert_eq!(destination.partial(1), folders[1].join("m.sluice.partial-00002"));
+        assert_eq!(destination.partial(1), folders[1].join("m.sluice.partial-00002-00000000000000ab"));
         assert_eq!(striping.recorded().unwrap(), [folders[1].clone()]);
     }
 

@@ -9,13 +9,18 @@ use std::sync::{Mutex, PoisonError};
 
 use serde::Serialize;
 use sluice_format::{
-    Codec, ExtentRecord, FORMAT_VERSION, FileLayout, FileWriter, ModelFile, PlannedExtent, Stripe, Written, planes,
+    Codec, ExtentRecord, FORMAT_VERSION, FileLayout, FileWriter, ModelFile, PlannedExtent, Stripe, Syncer, Written,
+    planes,
 };
 
 use crate::Progress;
 use crate::error::ConvertError;
+use crate::journal::{Content, Identity, Journal};
 use crate::own::{self, Own, clear_all, clear_idle, journal_path, make_room};
-use crate::partial::{check_space, claim, make_way, notes_of_others, publish, refuse_existing, sync_note};
+use crate::partial::{
+    check_space, claim_all, clear_remains, make_way, notes_of_others, publish, refuse_existing, refuse_targets,
+    sync_note,
+};
 use crate::striping::{Destination, Striping};
 
 /// What the caller may choose.
@@ -78,7 +83,7 @@ pub fn upgrade(
     let path = if in_place { src } else { dst.unwrap_or(src) };
     let overwrite = options.overwrite || (in_place && layout.ends().len() == 1);
     let options = UpgradeOptions { overwrite, ..*options };
-    let summary = rewrite(&model, Destination { path, striping: None }, layout, &options, progress)?;
+    let summary = rewrite(&model, Destination::new(path, None), layout, &options, progress)?;
     if in_place && !summary.files.iter().any(|file| file == src) {
         fs::remove_file(src).map_err(ConvertError::io(src, "remove it, since its volumes are complete"))?;
     }
@@ -101,7 +106,7 @@ pub fn restripe(
     let options = UpgradeOptions { overwrite, ..UpgradeOptions::default() };
     let layout = layout(&model, &options, Some(striping))?;
     let path = striping.destination(name.unwrap_or(model.path()));
-    let destination = Destination { path: &path, striping: Some(striping) };
+    let destination = Destination::new(&path, Some(striping));
     let targets = destination.targets(layout.ends().len());
     if targets.iter().all(|target| is_volume_of(&model, target)) && has_stripes(&model, &layout) {
         return Ok(unchanged(&model));
@@ -140,12 +145,16 @@ fn rewrite(
         )));
     }
     destination.refuse_namesake(targets.len(), Some(model.path()))?;
-    targets.iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
-    destination.refuse_foreign(&targets, &[])?;
-    let (partials, locks) = claim_all(destination, layout.ends().len(), progress)?;
+    refuse_targets(destination, targets.len(), overwrite, None)
+        .inspect_err(|_| clear_remains(destination, targets.len()))?;
+    let locks = claim(destination, targets.len(), progress)?;
+    let partials: Vec<PathBuf> = locks.iter().map(|(path, _)| path.clone()).collect();
     let written = write(model, destination, layout, options, &locks, progress);
     // Nothing in them is worth keeping: they can be made again at any time.
-    let written = written.inspect_err(|_| partials.iter().for_each(|path| drop(fs::remove_file(path))))?;
+    let written = written.inspect_err(|_| {
+        partials.iter().for_each(|path| drop(fs::remove_file(path)));
+        let _ = own::clear(&journal_path(dst), Own::Journal);
+    })?;
     let files = destination.targets(written.lens.len());
     files.iter().try_for_each(|target| refuse_existing(target, overwrite, None))?;
     destination.refuse_foreign(&files, &[])?;
@@ -161,7 +170,7 @@ fn rewrite(
     for folder in destination.folders() {
         written.syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
     }
-    clear_all(dst, destination.striping.is_some())?;
+    clear_all(dst)?;
     Ok(UpgradeSummary {
         written: true,
         files,
@@ -246,30 +255,39 @@ fn unchanged(model: &ModelFile) -> UpgradeSummary {
 
 type Locks = Vec<(PathBuf, File)>;
 
-/// Opens and locks the partial files.
-fn claim_all(
-    destination: Destination<'_>,
-    count: usize,
-    progress: &dyn Progress,
-) -> Result<(Vec<PathBuf>, Locks), ConvertError> {
+/// What the journal of volumes belongs to that are being written again: it says only where they are, so that the next program finds them if
+/// this one is killed.
+const IDENTITY: Identity = Identity {
+    plan_hash: u128::from_le_bytes(*b"sluice restripe\0"),
+    tensors_per_extent: 0,
+    extents: 0,
+    parts: 0,
+    files: 0,
+};
+
+/// Opens and locks the partial files, and empties them.
+fn claim(destination: Destination<'_>, count: usize, progress: &dyn Progress) -> Result<Locks, ConvertError> {
     let dst = destination.path;
-    let mut notes = Vec::new();
     let journal = journal_path(dst);
-    let partials: Vec<PathBuf> = (0..count).map(|volume| destination.partial(volume)).collect();
     // First, so that nothing is left behind where it is in the way.
     own::check(&journal, Own::Journal)?;
-    let mut locks = Vec::with_capacity(count);
-    for path in &partials {
-        let lock = claim(path, &journal, &mut notes)?;
-        lock.set_len(0).map_err(ConvertError::io(path, "empty it"))?;
-        locks.push((path.clone(), lock));
+    let mut notes = Vec::new();
+    let elsewhere = destination.elsewhere();
+    let locks = claim_all(destination, count, &mut notes, |notes, used| {
+        // While the journal is there that says where they are.
+        notes.extend(notes_of_others(dst, used));
+        let Some(elsewhere) = elsewhere.clone() else { return Ok(()) };
+        let content = Content { elsewhere: Some(elsewhere), ..Content::default() };
+        Journal::create(&journal, IDENTITY, &content, &Syncer::default()).map(drop)
+    })?;
+    if elsewhere.is_none() {
+        // It would vouch for what is now empty.
+        make_room(&journal, Own::Journal)?;
     }
-    clear_idle(dst, count)?;
-    notes.extend(notes_of_others(dst, &partials));
-    // It would vouch for what is now empty.
-    make_room(&journal, Own::Journal)?;
+    locks.iter().try_for_each(|(path, lock)| lock.set_len(0).map_err(ConvertError::io(path, "empty it")))?;
+    clear_idle(dst, if elsewhere.is_some() { 1 } else { count })?;
     notes.iter().for_each(|note| progress.note(note));
-    Ok((partials, locks))
+    Ok(locks)
 }
 
 /// Refuses to begin volumes that do not fit on their drives.

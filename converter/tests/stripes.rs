@@ -3,6 +3,7 @@
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::common::killed::{self, KillAt};
@@ -35,12 +36,42 @@ fn read_all(files: &[PathBuf]) -> Vec<Vec<u8>> {
     files.iter().map(|file| fs::read(file).unwrap()).collect()
 }
 
-/// What is in the folders, by name.
+/// What is in the folders, by name. Of partial files in other folders than the first, the number of the conversion is left out.
 fn names(striping: &Striping) -> Vec<String> {
     let entries = striping.folders().iter().flat_map(|folder| fs::read_dir(folder).unwrap());
     let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    for name in &mut names {
+        if let Some(at) = name.find(".partial-") {
+            let number = name.split_off(at + ".partial-00002".len());
+            assert_eq!(number.len(), 17, "{name}{number}");
+        }
+    }
     names.sort();
     names
+}
+
+/// The partial files of the second volumes of `m.sluice`.
+fn seconds(folder: &Path) -> Vec<PathBuf> {
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut paths: Vec<PathBuf> =
+        paths.filter(|path| path.to_str().unwrap().contains("m.sluice.partial-00002-")).collect();
+    paths.sort();
+    paths
+}
+
+/// Starts to convert `src` to `m.sluice` in these folders, with shares of 2 and 1, in a process that is killed after `bytes`.
+fn interrupt(src: &Path, over: &Striping, bytes: u64) {
+    let folders: Vec<String> = over.folders().iter().map(|folder| folder.display().to_string()).collect();
+    let (dst, at) = (over.destination(Path::new("m.sluice")), KillAt { bytes, journaled: true });
+    let also = format!("false,{}", folders.join(","));
+    killed::spawn("stripes::child_of_stripes", src, &dst, at, &also).wait().unwrap();
+    assert!(dst.with_extension("sluice.partial").exists(), "it was killed too late");
+}
+
+/// Striped over the first folder of `ours` and the second one of `theirs`.
+fn sharing(ours: &Striping, theirs: &Striping) -> Striping {
+    let folders = vec![ours.folders()[0].clone(), theirs.folders()[1].clone()];
+    Striping::new(folders, ours.shares().clone()).unwrap()
 }
 
 #[test]
@@ -137,7 +168,7 @@ fn a_restripe_that_was_stopped_begins_again_and_the_source_is_whole() {
         let stop = Stop(AtomicU64::new(sound.len() as u64 * part / 8));
         let stopped = catch_unwind(AssertUnwindSafe(|| restripe(&path, None, &over, false, &stop)));
         assert!(stopped.is_err(), "it was stopped");
-        assert_eq!(names(&over), ["m.sluice.partial", "m.sluice.partial-00002"]);
+        assert_eq!(names(&over), ["m.sluice.partial", "m.sluice.partial-00002", "m.sluice.partial.journal"]);
     }
     let made = restripe(&path, None, &over, false, &()).unwrap();
     assert_eq!(names(&over), ["m-00001-of-00002.sluice", "m-00002-of-00002.sluice"]);
@@ -215,20 +246,11 @@ fn other_folders_leave_nothing_behind() {
     whole.files.iter().for_each(|file| fs::remove_file(file).unwrap());
     let dst = over.destination(Path::new("m.sluice"));
     let interrupt = || {
-        let folders: Vec<String> = over.folders().iter().map(|folder| folder.display().to_string()).collect();
-        let at = KillAt { bytes: whole.bytes_written / 2, journaled: true };
-        killed::spawn("stripes::child_of_stripes", &src, &dst, at, &format!("false,{}", folders.join(",")))
-            .wait()
-            .unwrap();
-        assert!(over.folders()[1].join("m.sluice.partial-00002").exists());
-        assert_eq!(
-            left_elsewhere(&dst),
-            [fs::canonicalize(&over.folders()[1]).unwrap().join("m.sluice.partial-00002")]
-        );
+        interrupt(&src, &over, whole.bytes_written / 2);
+        let left = seconds(&fs::canonicalize(&over.folders()[1]).unwrap());
+        assert_eq!((left.len(), left_elsewhere(&dst)), (1, left));
     };
-    let other = striping(dir.path(), "b", &[2, 1]);
-    let moved = [over.folders()[0].clone(), other.folders()[1].clone()];
-    let moved = Striping::new(moved.to_vec(), Shares::new(&[2, 1]).unwrap()).unwrap();
+    let moved = sharing(&over, &striping(dir.path(), "b", &[2, 1]));
     for now in [striped(false, &moved), options("bf16", "bf16")] {
         interrupt();
         // What is not of this program stays.
@@ -246,7 +268,7 @@ fn other_folders_leave_nothing_behind() {
     let turned: Vec<PathBuf> = over.folders().iter().rev().cloned().collect();
     let turned = Striping::new(turned, Shares::new(&[1, 1]).unwrap()).unwrap();
     let summary = convert(&src, &turned.destination(Path::new("m.sluice")), &striped(false, &turned), &()).unwrap();
-    for left in [dst.with_extension("sluice.partial"), over.folders()[1].join("m.sluice.partial-00002")] {
+    for left in [dst.with_extension("sluice.partial"), seconds(&over.folders()[1])[0].clone()] {
         assert!(summary.notes.iter().any(|note| note.starts_with(left.to_str().unwrap())), "{:?}", summary.notes);
         assert!(left.exists());
     }
@@ -258,8 +280,7 @@ fn volumes_of_another_model_are_not_overwritten() {
     let (src, theirs) = (source(dir.path()), striping(dir.path(), "a", &[1, 1]));
     let other = convert(&src, &theirs.destination(Path::new("m.sluice")), &striped(false, &theirs), &()).unwrap();
     // The second volume of both models would be the same file.
-    let folders = vec![striping(dir.path(), "b", &[1, 1]).folders()[0].clone(), theirs.folders()[1].clone()];
-    let ours = Striping::new(folders, Shares::new(&[1, 1]).unwrap()).unwrap();
+    let ours = sharing(&striping(dir.path(), "b", &[1, 1]), &theirs);
     let dst = ours.destination(Path::new("m.sluice"));
     let before = read_all(&other.files);
     let overwriting = |striping: &Striping| Options { overwrite: true, ..striped(false, striping) };
@@ -298,17 +319,91 @@ fn volumes_of_another_model_are_not_overwritten() {
 fn a_volume_of_another_model_is_not_taken_for_one_that_an_interrupted_conversion_has_finished() {
     let dir = tempfile::tempdir().unwrap();
     let (src, theirs) = (source(dir.path()), striping(dir.path(), "a", &[1, 1]));
-    let folders = vec![striping(dir.path(), "b", &[1, 1]).folders()[0].clone(), theirs.folders()[1].clone()];
-    let ours = Striping::new(folders, Shares::new(&[1, 1]).unwrap()).unwrap();
+    let ours = sharing(&striping(dir.path(), "b", &[1, 1]), &theirs);
     let dst = ours.destination(Path::new("m.sluice"));
-    let names: Vec<String> = ours.folders().iter().map(|folder| folder.display().to_string()).collect();
-    let at = KillAt { bytes: 1 << 20, journaled: true };
-    killed::spawn("stripes::child_of_stripes", &src, &dst, at, &format!("false,{}", names.join(","))).wait().unwrap();
-    assert!(!dst.exists() && dst.with_extension("sluice.partial").exists(), "it was killed too late");
+    interrupt(&src, &ours, 1 << 20);
     let other = Options { striping: Some(theirs.clone()), ..options("q8", "q8") };
     let other = convert(&src, &theirs.destination(Path::new("m.sluice")), &other, &()).unwrap();
     let before = read_all(&other.files);
     let refused = convert(&src, &dst, &striped(false, &ours), &()).unwrap_err();
     assert!(matches!(&refused, ConvertError::Exists { path } if *path == other.files[1]), "{refused}");
     assert!(read_all(&other.files) == before);
+}
+
+/// Their partial second volumes are kept apart: each goes on where it was, whatever the other one does.
+#[test]
+fn conversions_of_one_name_that_share_a_folder_keep_their_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let (src, theirs) = (source(dir.path()), striping(dir.path(), "a", &[2, 1]));
+    let ours = sharing(&striping(dir.path(), "b", &[2, 1]), &theirs);
+    let dst = ours.destination(Path::new("m.sluice"));
+    let shared = ours.folders()[1].clone();
+    interrupt(&src, &ours, 1 << 20);
+    let left = seconds(&shared);
+    interrupt(&src, &theirs, 1 << 20);
+    assert_eq!(seconds(&shared).len(), 2);
+    let summary = convert(&src, &theirs.destination(Path::new("m.sluice")), &striped(false, &theirs), &()).unwrap();
+    assert!(summary.resumed_extents > 0);
+    assert!(summary.notes.iter().any(|note| note.starts_with(left[0].to_str().unwrap())), "{:?}", summary.notes);
+    // The finished volume is in the way of ours, and not ours.
+    let before = read_all(&summary.files);
+    let refused = convert(&src, &dst, &striped(false, &ours), &()).unwrap_err();
+    assert!(matches!(&refused, ConvertError::Exists { path } if *path == summary.files[1]), "{refused}");
+    assert!(read_all(&summary.files) == before && seconds(&shared) == left);
+    summary.files.iter().for_each(|file| fs::remove_file(file).unwrap());
+    // Nor does a model in that folder take it for its own, whether it is one file or several.
+    for split_size in [None, Some(700_000)] {
+        let beside = convert(&src, &shared.join("m.sluice"), &Options { split_size, ..options("bf16", "bf16") }, &());
+        let beside = beside.unwrap();
+        assert_eq!(seconds(&shared), left);
+        beside.files.iter().for_each(|file| fs::remove_file(file).unwrap());
+    }
+    let summary = convert(&src, &dst, &striped(false, &ours), &()).unwrap();
+    assert!(summary.resumed_extents > 0);
+    assert!(ModelFile::open(&summary.files[0]).unwrap().verify_all(&mut |_| ()).is_empty());
+    assert_eq!(names(&ours), ["m-00001-of-00002.sluice", "m-00002-of-00002.sluice"]);
+}
+
+/// Keeps what is said.
+#[derive(Default)]
+struct Notes(Mutex<Vec<String>>);
+
+impl Progress for Notes {
+    fn started(&self, _: u64, _: u64) {}
+    fn advanced(&self, _: u64) {}
+    fn note(&self, text: &str) {
+        self.0.lock().unwrap().push(text.to_owned());
+    }
+}
+
+/// Whether it was killed while it wrote or while it gave the volumes their names.
+#[test]
+fn a_restripe_to_other_folders_finds_what_an_interrupted_one_has_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = source(dir.path());
+    let path = dir.path().join("m.sluice");
+    convert(&src, &path, &options("bf16", "bf16"), &()).unwrap();
+    let want = restripe(&path, None, &striping(dir.path(), "want", &[2, 1]), false, &()).unwrap();
+    let over = striping(dir.path(), "over", &[2, 1]);
+    let moved = sharing(&over, &striping(dir.path(), "moved", &[2, 1]));
+    let second = over.folders()[1].join("m-00002-of-00002.sluice");
+    for (named, now) in [(false, &moved), (true, &moved), (true, &over)] {
+        let stop = Stop(AtomicU64::new(100_000));
+        let stopped = catch_unwind(AssertUnwindSafe(|| restripe(&path, None, &over, false, &stop)));
+        assert!(stopped.is_err() && seconds(&over.folders()[1]).len() == 1, "it was stopped");
+        if named {
+            fs::copy(&want.files[0], over.folders()[0].join("m.sluice.partial")).unwrap();
+            fs::copy(&want.files[1], &second).unwrap();
+            fs::remove_file(&seconds(&over.folders()[1])[0]).unwrap();
+        }
+        let notes = Notes::default();
+        let made = restripe(&path, None, now, false, &notes).unwrap();
+        assert!(read_all(&made.files)[1] == read_all(&want.files)[1]);
+        assert_eq!(names(now), ["m-00001-of-00002.sluice", "m-00002-of-00002.sluice"]);
+        let notes = notes.0.into_inner().unwrap();
+        let is_said = notes.iter().any(|note| note.contains("over-1") && note.contains("has been removed"));
+        assert_eq!(is_said, now != &over, "{notes:?}");
+        made.files.iter().for_each(|file| fs::remove_file(file).unwrap());
+        assert_eq!(fs::read_dir(&over.folders()[1]).unwrap().count(), 0, "nothing is left of the first one");
+    }
 }

@@ -42,6 +42,8 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Most requests that are prepared at the same time.
 const PREPARING: usize = 2;
+/// Most WebSockets at the same time.
+pub const SOCKETS: usize = 256;
 
 /// The state that all handlers share.
 pub struct App {
@@ -59,6 +61,8 @@ pub struct App {
     pub batches: Option<Arc<Batches>>,
     /// Limits the requests that are being prepared, because templates, tokenizers and grammars take memory and processors.
     pub preparing: Semaphore,
+    /// Limits the WebSockets, which are open for as long as clients like.
+    pub sockets: Arc<Semaphore>,
     /// Counters.
     pub metrics: Metrics,
     /// When the server began.
@@ -84,6 +88,7 @@ impl App {
             live: Live::default(),
             batches,
             preparing: Semaphore::new(PREPARING),
+            sockets: Arc::new(Semaphore::new(SOCKETS)),
             metrics: Metrics::new(),
             started: Instant::now(),
             closing: AtomicBool::new(false),

@@ -4,18 +4,18 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::Router;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use sluice_generate::SchedulerOptions;
 use sluice_sessions::{Store, StoreError, StoreOptions};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::app::{App, router};
@@ -127,7 +127,8 @@ impl Server {
             let (app, runtime) = (Arc::clone(&app), tokio::runtime::Handle::current());
             tokio::task::spawn_blocking(move || worker::work(&app, &batches, &runtime))
         });
-        let graceful = GracefulShutdown::new();
+        // The connections hold receivers; they end once it says so.
+        let ending = watch::Sender::new(false);
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         tokio::pin!(ended);
         loop {
@@ -141,7 +142,7 @@ impl Server {
                 sleep(LOOK).await;
                 continue;
             };
-            let connection = connection(stream, router.clone(), &graceful);
+            let connection = connection(stream, router.clone(), ending.subscribe());
             tokio::spawn(async move {
                 if let Err(error) = connection.await {
                     tracing::debug!(%error, "connection");
@@ -158,7 +159,7 @@ impl Server {
             // A panic of that task has been reported already.
             let _ = worker.await;
         }
-        end(&app, graceful).await;
+        end(&app, ending).await;
     }
 }
 
@@ -183,18 +184,21 @@ async fn accept(
     Ok((stream, place))
 }
 
-fn connection(
-    stream: TcpStream,
-    router: Router,
-    graceful: &GracefulShutdown,
-) -> impl Future<Output = hyper::Result<()>> + Send + use<> {
+/// Serves a connection, which ends after its current response once it is told to.
+async fn connection(stream: TcpStream, router: Router, mut ending: watch::Receiver<bool>) -> hyper::Result<()> {
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
     let service = TowerToHyperService::new(router);
-    graceful.watch(builder.serve_connection(TokioIo::new(Unstalled::new(stream, STALLED)), service))
+    let stream = TokioIo::new(Unstalled::new(stream, STALLED));
+    let mut connection = pin!(builder.serve_connection(stream, service).with_upgrades());
+    tokio::select! {
+        done = connection.as_mut() => return done,
+        _ = ending.wait_for(|ending| *ending) => connection.as_mut().graceful_shutdown(),
+    }
+    connection.await
 }
 
-async fn end(app: &Arc<App>, graceful: GracefulShutdown) {
+async fn end(app: &Arc<App>, ending: watch::Sender<bool>) {
     // If the time is beyond what the clock can represent, there is no limit.
     let deadline = Instant::now().checked_add(app.options.grace);
     while app.live.count() > 0 && deadline.is_none_or(|deadline| Instant::now() < deadline) {
@@ -202,7 +206,8 @@ async fn end(app: &Arc<App>, graceful: GracefulShutdown) {
     }
     app.live.cancel_all();
     // Connections write their remaining data; idle ones are closed.
-    let _ = timeout(Duration::from_secs(2), graceful.shutdown()).await;
+    ending.send_replace(true);
+    let _ = timeout(Duration::from_secs(2), ending.closed()).await;
     let models = Arc::clone(&app.models);
     let _ = tokio::task::spawn_blocking(move || models.close()).await;
 }

@@ -6,3 +6,4 @@ mod anthropic;
 mod checks;
 mod ollama;
 mod responses;
+mod sockets;

@@ -151,3 +151,25 @@ async fn log_probabilities_come_if_they_are_asked_for() {
     let without = respond(&server, json!({})).await;
     assert_eq!(without["output"][0]["content"][0]["logprobs"], json!([]));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_conversation_goes_on_from_its_summary() {
+    let server = start(ServerOptions::default()).await;
+    let input =
+        json!([{"role": "user", "content": "We meet on Tuesday."}, {"role": "assistant", "content": "Agreed."}]);
+    let reply = server.post("/v1/responses/compact", json!({"model": "demo", "input": input})).await;
+    assert_eq!(reply.status, 200, "{}", reply.text);
+    let made = reply.json();
+    assert_eq!((&made["object"], &made["output"][0]["type"]), (&json!("response.compaction"), &json!("compaction")));
+    let mut items = made["output"].as_array().unwrap().clone();
+    // What this model writes is long and says nothing; another summary takes its place.
+    items[0]["encrypted_content"] = json!("sluice-1-4f6b2e");
+    items.push(json!({"role": "user", "content": "When?"}));
+    let after = respond(&server, json!({"input": items})).await;
+    let written = json!([{"role": "user", "content": "Summary of our conversation so far:\n\nOk.\n\nWhen?"}]);
+    assert_eq!(text(&after), text(&respond(&server, json!({"input": written})).await));
+    for (body, param) in [(json!({"input": "x"}), "model"), (json!({"model": "demo"}), "input")] {
+        let refused = server.post("/v1/responses/compact", body).await;
+        assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!(param)));
+    }
+}

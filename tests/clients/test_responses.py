@@ -12,6 +12,7 @@ import openresponses_types.types as specification
 import pytest
 from openai.types.responses.response_reasoning_text_delta_event import ResponseReasoningTextDeltaEvent
 from openai.types.responses.response_reasoning_text_done_event import ResponseReasoningTextDoneEvent
+from websockets.sync.client import connect
 
 from support import KEY, PATIENCE, Server, long_text, run, until
 
@@ -63,6 +64,12 @@ def ask(client: openai.OpenAI, server: Server, **options: Any) -> Any:
     return create(**settings | options)
 
 
+def checked(event: dict[str, Any]) -> dict[str, Any]:
+    """An event, which must be as the specification says."""
+    EVENTS[event["type"]].model_validate(event)
+    return event
+
+
 def stream(server: Server, **options: Any) -> list[dict[str, Any]]:
     """The events of a stream as they are sent, each checked against the specification, and all for their order."""
     settings = {"model": server.model, "input": PROMPT, "max_output_tokens": 40, "temperature": 0.0, "stream": True}
@@ -78,10 +85,36 @@ def stream(server: Server, **options: Any) -> list[dict[str, Any]]:
             continue
         event = json.loads(fields["data"])
         assert fields["event"] == event["type"]
-        EVENTS[event["type"]].model_validate(event)
-        events.append(event)
+        events.append(checked(event))
     check_order(events)
     return events
+
+
+class Socket:
+    """A connection over which responses are made, none of which is stored."""
+
+    def __init__(self, server: Server) -> None:
+        url = server.v1.replace("http:", "ws:") + "/responses"
+        self.connection = connect(url, additional_headers={"Authorization": f"Bearer {KEY}"})
+        self.model = server.model
+
+    def create(self, **options: Any) -> dict[str, Any]:
+        """The response, or the error, with every event checked."""
+        settings = {"model": self.model, "max_output_tokens": 20, "temperature": 0.0, "store": False}
+        request: Any = {"type": "response.create"} | settings | options
+        specification.WebSocketResponseCreateEvent.model_validate(request)
+        self.connection.send(json.dumps(request))
+        events: list[dict[str, Any]] = []
+        while not events or events[-1]["type"] not in ("response.completed", "response.incomplete"):
+            event = json.loads(self.connection.recv(timeout=PATIENCE))
+            if event["type"] == "error":
+                specification.WebSocketErrorEvent.model_validate(event)
+                return event
+            events.append(checked(event))
+        check_order(events)
+        response: dict[str, Any] = events[-1]["response"]
+        specification.ResponseResource.model_validate(response)
+        return response
 
 
 def check_order(events: list[dict[str, Any]]) -> None:
@@ -178,6 +211,37 @@ def test_stored_responses(client: openai.OpenAI, server: Server) -> None:
     forgotten = ask(client, server, store=False)
     with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
         ask(client, server, previous_response_id=forgotten.id)
+
+
+def test_socket(client: openai.OpenAI, server: Server) -> None:
+    """One connection for many responses, which go on from the last one; others do not find it, nor is it there after a failed turn."""
+    socket = Socket(server)
+    first = socket.create(input=PROMPT)
+    assert first["output"][0]["content"][0]["text"] == ask(client, server, max_output_tokens=20).output_text
+    second = socket.create(input="Go on.", previous_response_id=first["id"])
+    assert second["usage"]["input_tokens"] > first["usage"]["total_tokens"]
+    for connection in (Socket(server), socket):
+        refused = connection.create(input="Go on.", previous_response_id=first["id"])
+        assert refused["error"]["code"] == "previous_response_not_found"
+    stray = [{"type": "function_call_output", "call_id": "call_x", "output": "?"}]
+    assert socket.create(input=stray, previous_response_id=second["id"])["type"] == "error"
+    refused = socket.create(input="Go on.", previous_response_id=second["id"])
+    assert refused["error"]["code"] == "previous_response_not_found"
+    assert socket.create(input=PROMPT)["usage"]["output_tokens"] == first["usage"]["output_tokens"]
+
+
+def test_compaction(client: openai.OpenAI, server: Server) -> None:
+    """A summary stands for the conversation, over either transport."""
+    said = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It is calm."}]
+    made: Any = client.post("/responses/compact", cast_to=object, body={"model": server.model, "input": said})
+    specification.CompactResource.model_validate(made)
+    [summary] = made["output"]
+    assert summary["type"] == "compaction"
+    items = [summary, {"type": "message", "role": "user", "content": "Go on."}]
+    text = ask(client, server, input=items, max_output_tokens=20).output_text
+    assert Socket(server).create(input=items)["output"][0]["content"][0]["text"] == text
+    with pytest.raises(openai.BadRequestError):
+        client.post("/responses/compact", cast_to=object, body={"input": said})
 
 
 def test_json_schema(client: openai.OpenAI, server: Server) -> None:

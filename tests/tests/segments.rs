@@ -67,16 +67,21 @@ fn chain(engine: &mut Engine, family: &str) -> Chain {
     Chain { paths, tokens, _folder: folder }
 }
 
+/// The chain with the logits behind each token of its text, and how many these are for a token.
+fn chain_and_logits(engine: &mut Engine, family: &str) -> (Chain, Vec<f32>, usize) {
+    let chain = chain(engine, family);
+    let mut alone = engine.new_sequence();
+    let want = logits(engine, &mut alone, &chain.tokens);
+    let vocab = want.len() / chain.tokens.len();
+    (chain, want, vocab)
+}
+
 #[test]
 fn a_chain_goes_on_with_the_same_bits_wherever_it_can() {
     for family in ATTENTIONS {
         let model = Converted::new(&format!("golden/{family}"), None);
         let mut engine = model.open(&options());
-        let Chain { paths, tokens, _folder } = chain(&mut engine, family);
-        let mut alone = engine.new_sequence();
-        let want = logits(&mut engine, &mut alone, &tokens);
-        drop(alone);
-        let vocab = want.len() / tokens.len();
+        let (Chain { paths, tokens, _folder }, want, vocab) = chain_and_logits(&mut engine, family);
         // The number of wanted tokens, of the files for them, and of the tokens that the sequence then has if it cannot go back to
         // any token.
         let cases = [(250, 3, 240), (240, 3, 240), (239, 3, 200), (200, 2, 200), (190, 2, 150), (149, 2, 100)];
@@ -114,11 +119,7 @@ fn a_segment_is_appended_to_what_it_continues() {
     for family in ATTENTIONS {
         let model = Converted::new(&format!("golden/{family}"), None);
         let mut engine = model.open(&options());
-        let Chain { paths, tokens, _folder } = chain(&mut engine, family);
-        let mut alone = engine.new_sequence();
-        let want = logits(&mut engine, &mut alone, &tokens);
-        drop(alone);
-        let vocab = want.len() / tokens.len();
+        let (Chain { paths, tokens, _folder }, want, vocab) = chain_and_logits(&mut engine, family);
         let mut back = engine.restore_file(&paths[0]).unwrap();
         assert!(matches!(engine.restore_onto(&mut back, &paths[2]), Err(SessionError::Continues { start: 192, .. })));
         assert_eq!((back.position(), back.marks().count()), (100, 1));

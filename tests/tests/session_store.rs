@@ -59,6 +59,16 @@ impl House {
         House { engine, folder, tokens: tokens(family), _model: model }
     }
 
+    /// A house in which 100 and 150 tokens of its text have been kept. Returns the two files.
+    fn with_two(family: &str) -> (House, Vec<u32>, [PathBuf; 2]) {
+        let mut house = House::new(family);
+        let (store, tokens) = (house.store(), house.tokens.clone());
+        house.keep(&store, &tokens[..100]);
+        house.keep(&store, &tokens[..150]);
+        let files = [100, 150].map(|tokens| house.file_of(&of_tokens(&store, tokens)));
+        (house, tokens, files)
+    }
+
     fn path(&self) -> PathBuf {
         self.folder.path().join("sessions")
     }
@@ -298,12 +308,7 @@ fn sessions_are_deleted_by_ids_that_are_known() {
 
 #[test]
 fn what_others_and_crashes_have_left_harms_nothing() {
-    let mut house = House::new("qwen3_next");
-    let (store, tokens) = (house.store(), house.tokens.clone());
-    house.keep(&store, &tokens[..100]);
-    house.keep(&store, &tokens[..150]);
-    let (first, second) = (house.file_of(&of_tokens(&store, 100)), house.file_of(&of_tokens(&store, 150)));
-    drop(store);
+    let (mut house, tokens, [first, second]) = House::with_two("qwen3_next");
     let outside = house.folder.path().join("outside");
     fs::copy(&first, &outside).unwrap();
     let folder = house.path();
@@ -346,12 +351,7 @@ fn what_others_and_crashes_have_left_harms_nothing() {
 
 #[test]
 fn a_file_that_was_whole_when_its_writer_was_killed_gets_its_name() {
-    let mut house = House::new("qwen3_next");
-    let (store, tokens) = (house.store(), house.tokens.clone());
-    house.keep(&store, &tokens[..100]);
-    house.keep(&store, &tokens[..150]);
-    let (first, second) = (house.file_of(&of_tokens(&store, 100)), house.file_of(&of_tokens(&store, 150)));
-    drop(store);
+    let (mut house, tokens, [first, second]) = House::with_two("qwen3_next");
     let unfinished = |path: &Path, suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
     let sound = fs::read(&second).unwrap();
     // One that a crash has cut off, one whose name says another text, one of a text that is there, and two of one that is not.
@@ -371,12 +371,7 @@ fn a_file_that_was_whole_when_its_writer_was_killed_gets_its_name() {
 
 #[test]
 fn a_file_that_is_cut_off_anywhere_is_not_used() {
-    let mut house = House::new("mixtral_swa");
-    let (store, tokens) = (house.store(), house.tokens.clone());
-    house.keep(&store, &tokens[..100]);
-    house.keep(&store, &tokens[..150]);
-    let (first, second) = (house.file_of(&of_tokens(&store, 100)), house.file_of(&of_tokens(&store, 150)));
-    drop(store);
+    let (mut house, tokens, [first, second]) = House::with_two("mixtral_swa");
     for (path, left) in [(&second, 100), (&first, 0)] {
         let sound = fs::read(path).unwrap();
         for at in (0..sound.len()).step_by(sound.len() / 30).chain([127, 128, 160, sound.len() - 1]) {
@@ -430,11 +425,7 @@ fn damage_is_found_and_deleted_with_what_continues_it() {
 
 #[test]
 fn mutated_files_give_the_right_bits_or_none() {
-    let mut house = House::new("qwen3_next");
-    let (store, tokens) = (house.store(), house.tokens.clone());
-    house.keep(&store, &tokens[..100]);
-    house.keep(&store, &tokens[..150]);
-    drop(store);
+    let (house, tokens, _) = House::with_two("qwen3_next");
     let names: Vec<_> = house.files().into_iter().collect();
     let sound: Vec<_> = names.iter().map(|name| fs::read(house.path().join(name)).unwrap()).collect();
     let house = Mutex::new(house);

@@ -35,11 +35,11 @@ use crate::terminal::{counted, note, print_text, seconds};
 
 const EXAMPLES: &str = "\
 The question is a user's message in the model's chat template. With --overnight the answer so far is in a file that can be \
-read at any time, and nothing is lost if the run is interrupted: the same command goes on where it was, or one with \
+read at any time, and nothing is lost if the run is interrupted: the same command goes on where it stopped, and so does one with \
 --resume instead of the question.
 
-Exit codes: 0 answered; 1 the run could not go on, the same command goes on; 2 wrong usage; 3 the request failed; 130 \
-interrupted, the same command goes on.
+Exit codes: 0 answered; 1 the run had to stop; 2 wrong usage; 3 the request failed; 130 interrupted. After 1 and 130, the same command \
+goes on.
 
 Examples:
   sluice ask r1.sluice 'Why is the sky blue?'

@@ -27,11 +27,11 @@ use crate::terminal::{counted, note, print, print_json_line};
 
 const EXAMPLES: &str = "\
 Each line of IN is a request of OpenAI's batches (chat/completions, completions, responses), or the body of one alone, such \
-as {\"prompt\": \"…\"}. OUT gets a line for each as it is done, once, with its `custom_id`. What has been done is kept in \
-OUT.journal: if anything ends the run, the same command goes on, to the same results. docs/USAGE.md says more.
+as {\"prompt\": \"…\"}. OUT gets one line for each as soon as it is answered, with its `custom_id`. What has been done is kept in \
+OUT.journal: if anything ends the run, the same command goes on, with the same results. docs/USAGE.md says more.
 
-Exit codes: 0 all answered; 1 the run could not go on, the same command goes on; 2 wrong usage; 3 all done, but some \
-requests failed; 130 interrupted, the same command goes on. --dry-run gives 3 if some requests cannot be answered.
+Exit codes: 0 all answered; 1 the run had to stop; 2 wrong usage; 3 all done, but some requests failed; 130 interrupted. After 1 and 130, \
+the same command goes on. --dry-run gives 3 if some requests cannot be answered.
 
 Examples:
   sluice batch r1.sluice questions.jsonl answers.jsonl
@@ -61,8 +61,7 @@ pub(crate) struct Args {
     #[arg(long)]
     dry_run: bool,
 
-    /// Answers that are made at a time [default: what pays on this machine, from what the drive, the memory and the processor do in a
-    /// second]
+    /// Answers that are made at a time [default: what pays on this machine, given the speed of its drive, memory and processor]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     sequences: Option<NonZeroUsize>,
 

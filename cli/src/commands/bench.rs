@@ -9,7 +9,7 @@ use crate::error::CliError;
 
 const EXAMPLES: &str = "\
 Examples:
-  sluice bench disk r1.sluice            what the drive gives, and how it is best read
+  sluice bench disk r1.sluice            how fast the drive is, and how best to read it
   sluice bench disk /mnt/fast            the same, with a file made for it
   sluice bench kernels                   how fast weights of each type are multiplied
   sluice bench machine                   the same for the usual types, and the memory, kept for `sluice plan`

@@ -20,8 +20,8 @@ use crate::size::{parse_count, parse_size};
 use crate::terminal::{counted, print, print_json};
 
 const EXAMPLES: &str = "\
-Every measurement takes turns with reading the same memory without computing anything, by the best of several loops, and the \
-median counts: on a busy machine both suffer alike. The share of plain reading is taken turn by turn, and its median counts. \
+Each measurement takes turns with plain reading of the same memory, by the best of several loops, so that a busy machine slows both alike. \
+All figures are medians; the share of plain reading is the median of the shares of the single turns. \
 SLUICE_ISA (scalar, avx2, avxvnni, avx512, neon, i8mm) measures other instructions. Products that take long are cut to a part of their rows, so that the default takes a few minutes at most.
 
 Examples:

@@ -17,7 +17,7 @@ use crate::terminal::{print, print_json};
 
 const EXAMPLES: &str = "\
 The text runs through the model in windows of N tokens that do not remember each other. Any text of the kind that \
-the model will see does; tens of thousands of tokens are better than thousands, so that every expert is reached. \
+the model will see will do; tens of thousands of tokens are better than thousands, so that every expert is reached. \
 Calibrate with the best conversion that runs here, then convert again.
 
 Examples:

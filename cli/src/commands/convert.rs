@@ -39,13 +39,13 @@ Norms, biases and routers are never quantised.
 
 Before weights become q4, q3 or q2, a text runs through the model layer by layer, and what it shows of the inputs of each matrix \
 decides how its weights are rounded. This takes room beside the model file for one layer. --effort says how much of the text is \
-taken: fast takes 1024 tokens, default 2048, of models with experts as many times more as there are experts for each that is chosen; \
-best takes all of it.
+taken: 1024 tokens (fast), 2048 (default), or all of it (best). For models with experts, the first two are multiplied by the number of \
+experts per chosen expert.
 
 Interrupted? Run the same command again: it goes on where it stopped, and the file is the same to the bit.
 
-hf:NAME converts straight from the Hugging Face hub: what that takes is said before the first gigabyte, and no more than a \
-few files of the model are on the drive at once.
+hf:NAME converts straight from the Hugging Face hub. It says beforehand what that takes, and only a few files of the model are on the \
+drive at once.
 
 Examples:
   sluice convert DeepSeek-R1/ r1.sluice

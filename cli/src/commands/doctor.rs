@@ -19,7 +19,7 @@ use crate::error::CliError;
 use crate::terminal::{is_coloured, print_as_is, print_json};
 
 const EXAMPLES: &str = "\
-Each line is ok, could be better, or wrong, with what to do about it below. A model file is opened, and not read. Without one, the folder is the current one. To try \
+Each line is ok, could be better, or wrong, with what to do about it below. A model file is opened but not read. Without one, the folder is the current one. To try \
 direct reads in a folder, a file of 64 KiB is made there and removed.
 
 Examples:

@@ -34,12 +34,12 @@ use crate::types as asked;
 
 const EXAMPLES: &str = "\
 TARGET is a model file, a checkpoint's folder, a GGUF file, or the name of a published model (deepseek-r1, kimi-k2, glm-5, qwen3-30b, \
-gpt-oss-120b, minimax-m3, llama-4-scout and so on; a name that is not known is answered with all of them), or a config.json or a folder with \
-nothing else. Weights are not read. What is no model file yet is planned as `sluice convert` would write it: as published, bit for bit, unless --type and \
+gpt-oss-120b, minimax-m3, llama-4-scout and so on; the error for an unknown name lists them all), or a config.json or a folder with \
+nothing else. Weights are not read. What has not been converted yet is planned as `sluice convert` would write it: as published, bit for bit, unless --type and \
 --dense-type say otherwise.
 
-The speed is that of a simulated schedule: layer by layer, what is read while what is computed, with the misses that traces of other models \
-give, or with those of a trace of this model (--trace). The bound beside it is the slower of drive and memory. Measure the machine first: \
+The speed is that of a simulated schedule of reading and computing, layer by layer, with the misses of traces of other models, or of a trace \
+of this one (--trace). The bound beside it is the slower of drive and memory. Measure the machine first: \
 `sluice bench disk FILE`, `sluice bench machine`.
 
 Examples:

@@ -13,8 +13,8 @@ use crate::fetch::{Bars, client};
 use crate::terminal::{counted, note, print, print_json, seconds};
 
 const EXAMPLES: &str = "\
-Interrupted? Run the same command again: it goes on where it stopped, with the commit that it was begun with. Every file is \
-verified. `sluice convert hf:NAME` needs no more than a few files at once on the drive; this is for those who want them all.
+Interrupted? Run the same command again: it goes on where it stopped, with the commit with which it began. Every file is \
+verified. `sluice convert hf:NAME` needs no more than a few files at once on the drive; this command is for those who want all of them.
 
 Examples:
   sluice pull deepseek-ai/DeepSeek-R1

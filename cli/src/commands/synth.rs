@@ -16,8 +16,8 @@ use crate::progress::byte_bar;
 use crate::terminal::{print, print_json, seconds};
 
 const EXAMPLES: &str = "\
-GEOMETRY is the name of a published model (deepseek-r1, kimi-k2, glm-5, qwen3-30b, gpt-oss-120b, minimax-m3, llama-4-scout and so on; a name \
-that is not known is answered with all of them), bench-34x128 (34 layers of 128 experts of 2.65 MB, 12 GB in all), or a config.json or the \
+GEOMETRY is the name of a published model (deepseek-r1, kimi-k2, glm-5, qwen3-30b, gpt-oss-120b, minimax-m3, llama-4-scout and so on; the \
+error for an unknown name lists them all), bench-34x128 (34 layers of 128 experts of 2.65 MB, 12 GB in all), or a config.json or the \
 folder with one.
 
 The weights are random and say nothing, but everything is as large as in the real model and takes as long, so that a \

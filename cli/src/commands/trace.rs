@@ -11,7 +11,7 @@ use crate::error::CliError;
 use crate::terminal::{counted, note, print, print_json, printable};
 
 const EXAMPLES: &str = "\
-A trace has one JSON object a line and a token: {\"tok\": 0, \"layers\": [[expert ids of layer 0], …]}. \
+A trace has one JSON object per line, for one token each: {\"tok\": 0, \"layers\": [[expert ids of layer 0], …]}. \
 `sluice run FILE --trace TRACE` records one.
 
 Examples:

@@ -245,10 +245,6 @@ impl Encoding for ColumnarMatrix {
         }
     }
 
-    fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
-        selection.whole_rows(shape[2])
-    }
-
     fn open<'s>(
         &'s self,
         selection: &'s Selection,

@@ -198,10 +198,6 @@ impl Encoding for Grouped {
         self.own_type().or_else(|| self.carrier().map(|c| WeightType::Grouped(c.ty)))
     }
 
-    fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
-        selection.whole_rows(shape[2])
-    }
-
     fn open<'s>(
         &'s self,
         selection: &'s Selection,

@@ -122,10 +122,6 @@ impl Encoding for Hqq {
         matches!(self.groups, Along::Rows(_)).then_some("HQQ with `axis` 0 gives a scale to rows that lie apart")
     }
 
-    fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
-        selection.whole_rows(shape[2])
-    }
-
     fn open<'s>(
         &'s self,
         selection: &'s Selection,

@@ -68,8 +68,11 @@ pub(crate) trait Encoding: fmt::Debug + Send + Sync {
         None
     }
 
-    /// Whether that type can hold these elements of the tensor: its groups may not be divided. `shape` is batch, rows and columns.
-    fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool;
+    /// Whether that type can hold these elements of the tensor: its groups may not be divided, which they are not in whole rows. `shape` is
+    /// batch, rows and columns.
+    fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
+        selection.whole_rows(shape[2])
+    }
 
     /// Reads what belongs to the whole tensor, such as scales by block.
     ///

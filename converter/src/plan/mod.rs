@@ -237,7 +237,7 @@ fn integers(carried: &[TensorRecord], experts: bool) -> TypeChoice {
 impl Plan {
     /// Where the model goes, if it is called `path`.
     pub(crate) fn destination<'a>(&'a self, path: &'a Path) -> Destination<'a> {
-        Destination { path, striping: self.options.striping.as_ref() }
+        Destination::new(path, self.options.striping.as_ref())
     }
 
     /// The layout in the volumes that are asked for.

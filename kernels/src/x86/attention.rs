@@ -1,6 +1,6 @@
 //! Attention over cached rows of every type, whatever the width of a vector.
 
-/// The kernels `score` and `attend_block` for one instruction set.
+/// The kernels `score` and `attend_block` for one instruction set, and `widen`, which turns the beginning of a row into f32 numbers.
 ///
 /// It is a macro because functions take on the target features that they are written with, not those of their type parameters. The
 /// module that uses it provides `WIDTH` (numbers of a vector), `VECS` (vectors of the lanes of one product), `ALONE` and `PAIRED`
@@ -270,6 +270,33 @@ macro_rules! attention {
                 *out = out.mul_add(alpha, sum * beta);
             }
             1
+        }
+
+        /// The first numbers of row `j`, as many as `out` has.
+        #[target_feature(enable = $features)]
+        pub(super) fn widen(rows: &KvRows<'_>, j: usize, out: &mut [f32]) {
+            match rows.ty() {
+                KvType::F32 => widen_from::<F32>(rows, j, out),
+                KvType::F16 => widen_from::<F16>(rows, j, out),
+                KvType::Bf16 => widen_from::<BF16>(rows, j, out),
+                KvType::Q8 => widen_from::<Q8>(rows, j, out),
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        fn widen_from<const TY: u8>(rows: &KvRows<'_>, j: usize, out: &mut [f32]) {
+            let row = rows.row(j, out.len());
+            let whole = out.len() / DOT_LANES * DOT_LANES;
+            let (wide, rest) = out.split_at_mut(whole);
+            for (c, out) in wide.as_chunks_mut::<DOT_LANES>().0.iter_mut().enumerate() {
+                let numbers = vectors::<TY, { DOT_LANES / WIDTH }>(&row, c * DOT_LANES);
+                for (out, numbers) in out.as_chunks_mut::<WIDTH>().0.iter_mut().zip(numbers) {
+                    store(out, numbers);
+                }
+            }
+            for (i, out) in rest.iter_mut().enumerate() {
+                *out = row.value(const { kv_type(TY) }, whole + i);
+            }
         }
     };
 }

@@ -187,8 +187,12 @@ fn lark(vocabulary: &Vocabulary, form: &Form) -> Result<String, GrammarError> {
             Err(GrammarError::Invalid { what: form.name(), reason: "there is nothing to choose from".into() })
         }
         Form::Choice(texts) => {
-            let texts: Vec<String> = texts.iter().map(|text| lark::literal(text)).collect();
-            Ok(format!("start: {}\n", texts.join(" | ")))
+            let (empty, texts): (Vec<String>, Vec<String>) = texts.iter().cloned().partition(String::is_empty);
+            let mut start = Vec::new();
+            start.extend((!texts.is_empty()).then_some("CHOICE"));
+            start.extend((!empty.is_empty()).then_some("\"\""));
+            let choice = if texts.is_empty() { String::new() } else { format!("CHOICE: {}\n", lark::one_of(&texts)) };
+            Ok(format!("start: {}\n{choice}", start.join(" | ")))
         }
     }
 }
@@ -198,11 +202,11 @@ fn matcher(vocabulary: &Vocabulary, form: &Form) -> Result<Matcher, GrammarError
     let invalid = |reason: String| GrammarError::Invalid { what: form.name(), reason: clip(&reason) };
     let text = lark(vocabulary, form)?;
     let parser = vocabulary.factory().create_parser(TopLevelGrammar::from_lark(text));
-    let matcher = Matcher::new(Ok(parser.map_err(|e| invalid(e.to_string()))?));
+    let mut matcher = Matcher::new(Ok(parser.map_err(|e| invalid(e.to_string()))?));
     if let Some(error) = matcher.get_error() {
         return Err(invalid(error));
     }
-    // The first mask shows whether any text is possible.
-    matcher.deep_clone().compute_mask_or_eos().map_err(|e| invalid(e.to_string()))?;
+    // The first mask shows whether any text is possible. What it takes of the lexer is then there for all constraints.
+    matcher.compute_mask_or_eos().map_err(|e| invalid(e.to_string()))?;
     Ok(matcher)
 }

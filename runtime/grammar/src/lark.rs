@@ -27,6 +27,11 @@ pub(crate) fn literal(text: &str) -> String {
     Value::from(text).to_string().replace('\u{7f}', "\\u007f")
 }
 
+/// One of these texts, of which none is empty, as a terminal.
+pub(crate) fn one_of(texts: &[String]) -> String {
+    texts.iter().map(|text| literal(text)).collect::<Vec<_>>().join(" | ")
+}
+
 /// A schema inside a grammar: where `%json` and the schema stand, and the schema.
 pub(crate) type Embedded = (Range<usize>, Value);
 

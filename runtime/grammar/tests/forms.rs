@@ -66,6 +66,25 @@ fn one_of_several_texts_is_chosen() {
     assert!(Grammar::compile(&vocabulary, &Form::Choice(Vec::new())).is_err());
 }
 
+/// However many texts there are, a generation comes to the end of one of them.
+#[test]
+fn one_of_two_thousand_texts_is_written_to_its_end() {
+    let (tokenizer, vocabulary) = published("qwen2");
+    let random = Random::new(&tokenizer, &vocabulary);
+    let parts = ["an", "er", "con", "tion", "ba", "но", "中", "ka", "é", "st", "gr", "ol", "\\", "\"", "/", " "];
+    let part = |number: usize, shift: usize| parts[((number * 31) >> shift) % 16];
+    let text = |number| format!("{}{}{} {number}", part(number, 0), part(number, 4), part(number, 8));
+    let texts: Vec<String> = (0..2000).map(text).collect();
+    let schema = Grammar::compile(&vocabulary, &Form::JsonSchema(json!({"enum": texts}))).unwrap();
+    let choice = Grammar::compile(&vocabulary, &Form::Choice(texts.clone())).unwrap();
+    for seed in 0..20 {
+        let (_, Outcome::Ended(written)) = random.write(&schema, seed, 100) else { panic!("it did not end") };
+        assert!(texts.contains(&serde_json::from_str(&written).unwrap()), "{written}");
+        let (_, Outcome::Ended(written)) = random.write(&choice, seed, 100) else { panic!("it did not end") };
+        assert!(texts.contains(&written), "{written}");
+    }
+}
+
 #[test]
 fn regular_expressions_match_all_of_the_text() {
     let (tokenizer, vocabulary) = published("qwen2");

@@ -33,14 +33,20 @@ impl<S: Send + Sync, T: DeserializeOwned + Send + 'static> FromRequest<S> for Js
             };
             ApiError::new(kind, rejection.body_text()).response(flavour)
         })?;
-        let parsed = match bytes.len() > LARGE {
-            false => parse(&bytes, &path),
-            // Parsing would take long enough to delay others.
-            true => tokio::task::spawn_blocking(move || parse(&bytes, &path))
-                .await
-                .unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the body could not be read: the log says why"))),
-        };
-        parsed.map(Json).map_err(|error| error.response(flavour))
+        parsed(bytes, path).await.map(Json).map_err(|error| error.response(flavour))
+    }
+}
+
+/// As [`parse`], without delaying others.
+///
+/// # Errors
+/// As [`parse`].
+pub async fn parsed<T: DeserializeOwned + Send + 'static>(bytes: Bytes, path: String) -> Result<T, ApiError> {
+    match bytes.len() > LARGE {
+        false => parse(&bytes, &path),
+        true => tokio::task::spawn_blocking(move || parse(&bytes, &path))
+            .await
+            .unwrap_or_else(|_| Err(ApiError::new(Kind::Internal, "the body could not be read: the log says why"))),
     }
 }
 

@@ -89,10 +89,6 @@ impl Encoding for Ggml {
         weight_type(self.ty)
     }
 
-    fn fits(&self, selection: &Selection, shape: [usize; 3]) -> bool {
-        selection.whole_rows(shape[2])
-    }
-
     fn open<'s>(
         &'s self,
         selection: &'s Selection,

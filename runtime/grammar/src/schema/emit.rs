@@ -79,12 +79,15 @@ impl Emitter<'_, '_> {
 
     fn case(&mut self, goal: &Goal, case: &Case) -> Result<Vec<Vec<Symbol>>, GrammarError> {
         if let Some(values) = &case.values {
-            let mut alternatives = Vec::new();
+            let (mut alternatives, mut texts) = (Vec::new(), Vec::new());
             for value in values {
-                if self.is_in(goal, value)? {
-                    alternatives.push(self.value(value));
+                match value {
+                    _ if !self.is_in(goal, value)? => {}
+                    Value::String(text) => texts.push(quote(text)),
+                    value => alternatives.push(self.value(value)),
                 }
             }
+            alternatives.extend((!texts.is_empty()).then(|| vec![self.rules.choice(&texts)]));
             return Ok(alternatives);
         }
         let is_out = |value: &Value| {

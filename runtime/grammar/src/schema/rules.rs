@@ -6,7 +6,7 @@ use std::fmt::Write;
 use llguidance::derivre::{RegexAst, RegexBuilder};
 
 use crate::GrammarError;
-use crate::lark::literal;
+use crate::lark::{literal, one_of};
 
 /// Most symbols in all rules.
 const MAX_SYMBOLS: usize = 100_000;
@@ -24,6 +24,8 @@ pub(crate) enum Symbol {
     Text(String),
     /// A terminal, by number.
     Terminal(usize),
+    /// One of several texts, by number.
+    Choice(usize),
     /// A rule, by number.
     Rule(usize),
     /// Several symbols, repeated this many times.
@@ -42,6 +44,7 @@ pub(crate) struct Rules {
     rules: Vec<Vec<Vec<Symbol>>>,
     terminals: Vec<Terminal>,
     numbers: HashMap<Terminal, usize>,
+    choices: Vec<String>,
     symbols: usize,
 }
 
@@ -74,6 +77,13 @@ impl Rules {
             terminals.len() - 1
         });
         Symbol::Terminal(number)
+    }
+
+    /// One of these texts, as one terminal: the library makes a tree of them, whereas it would look at each alternative of a rule for every
+    /// byte that may come first.
+    pub(crate) fn choice(&mut self, texts: &[String]) -> Symbol {
+        self.choices.push(one_of(texts));
+        Symbol::Choice(self.choices.len() - 1)
     }
 
     pub(crate) fn regex(&mut self, regex: &str) -> Symbol {
@@ -109,11 +119,11 @@ impl Rules {
 
     fn text(&self, start: usize, finishes: &[bool]) -> Result<String, GrammarError> {
         let mut out = format!("start: r{start}\n");
-        let mut used = vec![false; self.terminals.len()];
+        let (mut used, mut chosen) = (vec![false; self.terminals.len()], vec![false; self.choices.len()]);
         for rule in self.reachable(start).into_iter().filter(|&rule| finishes[rule]) {
             let mut alternatives: Vec<String> = Vec::new();
             for symbols in &self.rules[rule] {
-                symbols.iter().for_each(|symbol| mark(symbol, &mut used));
+                symbols.iter().for_each(|symbol| mark(symbol, &mut used, &mut chosen));
                 let text = sequence(symbols);
                 if !alternatives.contains(&text) {
                     alternatives.push(text);
@@ -130,6 +140,9 @@ impl Rules {
                 format!("{not}/{}/", llguidance::regex_to_lark(regex, ""))
             });
             let _ = writeln!(out, "T{number}: {}", parts.collect::<Vec<_>>().join(" & "));
+        }
+        for (number, texts) in self.choices.iter().enumerate().filter(|(number, _)| chosen[*number]) {
+            let _ = writeln!(out, "C{number}: {texts}");
         }
         match out.len() > MAX_TEXT {
             true => Err(too_large(self.symbols)),
@@ -156,7 +169,7 @@ fn too_large(symbols: usize) -> GrammarError {
 
 fn can_end(symbol: &Symbol, alive: &[bool], finishes: &[bool]) -> bool {
     match symbol {
-        Symbol::Text(_) | Symbol::Json(_) => true,
+        Symbol::Text(_) | Symbol::Json(_) | Symbol::Choice(_) => true,
         Symbol::Terminal(number) => alive[*number],
         Symbol::Rule(number) => finishes[*number],
         Symbol::Repeat(symbols, least, _) => *least == 0 || symbols.iter().all(|s| can_end(s, alive, finishes)),
@@ -173,10 +186,11 @@ fn drop_dead(symbol: &mut Symbol, alive: &[bool], finishes: &[bool]) {
     }
 }
 
-fn mark(symbol: &Symbol, used: &mut [bool]) {
+fn mark(symbol: &Symbol, used: &mut [bool], chosen: &mut [bool]) {
     match symbol {
         Symbol::Terminal(number) => used[*number] = true,
-        Symbol::Repeat(symbols, _, _) => symbols.iter().for_each(|symbol| mark(symbol, used)),
+        Symbol::Choice(number) => chosen[*number] = true,
+        Symbol::Repeat(symbols, _, _) => symbols.iter().for_each(|symbol| mark(symbol, used, chosen)),
         _ => {}
     }
 }
@@ -202,6 +216,7 @@ fn print(symbol: &Symbol) -> String {
     match symbol {
         Symbol::Text(text) => literal(text),
         Symbol::Terminal(number) => format!("T{number}"),
+        Symbol::Choice(number) => format!("C{number}"),
         Symbol::Rule(number) => format!("r{number}"),
         Symbol::Json(schema) => format!("%json {schema}"),
         Symbol::Repeat(symbols, least, most) => {

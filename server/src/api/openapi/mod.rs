@@ -199,6 +199,7 @@ fn schemas() -> Value {
     add::<openai::CompletionRequest>(&mut all, "CompletionRequest");
     add::<openai::BatchRequest>(&mut all, "BatchRequest");
     add::<openai::responses::request::ResponsesRequest>(&mut all, "ResponsesRequest");
+    add::<openai::responses::CompactRequest>(&mut all, "CompactRequest");
     add::<anthropic::MessagesRequest>(&mut all, "MessagesRequest");
     add::<ollama::ChatRequest>(&mut all, "OllamaChatRequest");
     add::<ollama::GenerateRequest>(&mut all, "OllamaGenerateRequest");

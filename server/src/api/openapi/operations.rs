@@ -95,6 +95,8 @@ pub const OPERATIONS: &[Operation] = &[
     post("/v1/chat/completions", "ChatRequest", Events("ChatCompletion"), "Answers a conversation"),
     post("/v1/completions", "CompletionRequest", Events("Completion"), "Continues a text as it is"),
     post("/v1/responses", "ResponsesRequest", Events("Response"), "Makes a response"),
+    get("/v1/responses", Missing, "Opens a WebSocket, over which responses are made"),
+    post("/v1/responses/compact", "CompactRequest", Json("Compaction"), "Sums up a conversation"),
     post(
         "/v1/responses/input_tokens",
         "ResponsesRequest",

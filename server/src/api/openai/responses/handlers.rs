@@ -43,17 +43,14 @@ async fn prepare(app: &Arc<App>, request: ResponsesRequest) -> Result<Prepared, 
     let store = Arc::clone(&app.responses);
     // Reading files and long conversations takes milliseconds.
     blocking(move || {
-        let history = match &request.previous_response_id {
-            Some(id) => store.history(id)?,
-            None => Vec::new(),
-        };
+        let history = store.history_of(request.previous_response_id.as_deref())?;
         request.prepare(model, &history)
     })
     .await
 }
 
 /// Runs work that computes or reads for a while.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let done = tokio::task::spawn_blocking(work).await;
@@ -61,7 +58,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// An error with the field names of this API.
-fn renamed(error: ApiError) -> ApiError {
+pub(super) fn renamed(error: ApiError) -> ApiError {
     let name = match error.param.as_deref() {
         Some("response_format") => "text.format",
         Some("messages") => "input",

@@ -49,6 +49,7 @@ fn normalized_item(item: &Value, place: &str) -> Result<Value, ApiError> {
         "reasoning" => "rs_",
         "function_call" => "fc_",
         "custom_tool_call" => "ctc_",
+        "compaction" => "cmp_",
         _ => "item_",
     };
     fields.insert("type".into(), kind.into());
@@ -66,7 +67,12 @@ pub struct Conversation {
     calls: BTreeSet<String>,
     /// Whether the last message is an assistant's, and may still get calls.
     open: bool,
+    /// Whether the last message is a summary, to which the user's next message is added: templates want turns to alternate.
+    summarised: bool,
 }
+
+/// What comes before a summary that stands for the conversation so far.
+const SUMMARY: &str = "Summary of our conversation so far:";
 
 impl Conversation {
     /// The conversation of instructions, the items of earlier responses, and new items.
@@ -76,7 +82,7 @@ impl Conversation {
     pub fn of(instructions: Option<&str>, history: &[Value], input: &[Value]) -> Result<Self, ApiError> {
         let mut conversation = Conversation::default();
         if let Some(text) = instructions.filter(|text| !text.is_empty()) {
-            conversation.message("system", text.into());
+            conversation.message("system", text.to_owned());
         }
         for item in history {
             conversation.push(item, "previous_response_id")?;
@@ -85,6 +91,12 @@ impl Conversation {
             conversation.push(item, &format!("input[{i}]"))?;
         }
         Ok(conversation)
+    }
+
+    /// Adds a request of the user, to the last message if it is the user's too.
+    pub fn request(&mut self, text: &str) {
+        self.summarised |= self.messages.last().is_some_and(|message| message.get("role").is_some_and(|r| r == "user"));
+        self.message("user", text.to_owned());
     }
 
     /// Whether there is nothing besides the instructions.
@@ -117,6 +129,17 @@ impl Conversation {
             }
             "local_shell_call" => self.call(item, place, Some("local_shell"), item["action"].to_string()),
             "function_call_output" | "custom_tool_call_output" | "local_shell_call_output" => self.output(item, place),
+            "compaction" => {
+                let place = format!("{place}.encrypted_content");
+                let summary = item["encrypted_content"].as_str().and_then(reasoning::opened).ok_or_else(|| {
+                    let message =
+                        format!("`{place}` is not of this server, so it cannot be read here: send the items instead");
+                    ApiError::field(&place, message).code("invalid_value")
+                })?;
+                self.message("user", format!("{SUMMARY}\n\n{summary}"));
+                self.summarised = true;
+                Ok(())
+            }
             "item_reference" => {
                 let message = format!("`{place}`: item references are not supported: send the item itself");
                 Err(ApiError::field(place, message).code("unsupported_value"))
@@ -142,21 +165,30 @@ impl Conversation {
                 let message = self.assistant(|message| !message.contains_key("content"));
                 message.insert("content".into(), content.into());
             }
-            role => self.message(role, content.into()),
+            role => self.message(role, content),
         }
         Ok(())
     }
 
-    fn message(&mut self, role: &str, content: Value) {
+    fn message(&mut self, role: &str, content: String) {
         self.open = false;
+        if std::mem::take(&mut self.summarised)
+            && role == "user"
+            && let Some(Value::String(before)) = self.messages.last_mut().and_then(|message| message.get_mut("content"))
+        {
+            before.push_str("\n\n");
+            before.push_str(&content);
+            return;
+        }
         let mut message = Map::new();
         message.insert("role".into(), role.into());
-        message.insert("content".into(), content);
+        message.insert("content".into(), content.into());
         self.messages.push(message);
     }
 
     /// The last message if it is an assistant's and `fits`; otherwise a new one.
     fn assistant(&mut self, fits: impl Fn(&Map<String, Value>) -> bool) -> &mut Map<String, Value> {
+        self.summarised = false;
         let fits = self.open && self.messages.last().is_some_and(fits);
         if !fits {
             let mut message = Map::new();
@@ -196,7 +228,7 @@ impl Conversation {
             output => content(output, &format!("{place}.output"))?,
         };
         let id = id.to_owned();
-        self.message("tool", content.into());
+        self.message("tool", content);
         if let Some(message) = self.messages.last_mut() {
             message.insert("tool_call_id".into(), id.into());
         }
@@ -282,6 +314,34 @@ mod tests {
             json!({"role": "tool", "content": "x", "tool_call_id": "c3"}),
         ];
         assert_eq!(messages, expected);
+    }
+
+    #[test]
+    fn a_summary_stands_for_the_conversation_before_it() {
+        let summary =
+            json!({"type": "compaction", "id": "cmp_1", "encrypted_content": reasoning::sealed("We agreed on 4.")});
+        let input = json!([summary, {"role": "user", "content": "Why?"}, {"role": "user", "content": "Tell me."}]);
+        let read = messages(None, input).unwrap();
+        assert_eq!(read[0]["content"], format!("{SUMMARY}\n\nWe agreed on 4.\n\nWhy?"));
+        assert_eq!((read.len(), &read[1]["content"]), (2, &json!("Tell me.")));
+        let answered =
+            json!([summary, {"role": "assistant", "content": "So it is."}, {"role": "user", "content": "Why?"}]);
+        assert_eq!(messages(None, answered).unwrap().len(), 3);
+        let foreign = json!([{"type": "compaction", "encrypted_content": "gAAAA"}]);
+        let refused = messages(None, foreign).unwrap_err();
+        assert_eq!(refused.param.as_deref(), Some("input[0].encrypted_content"));
+    }
+
+    #[test]
+    fn a_request_is_added_to_what_the_user_said_last() {
+        for (role, count) in [("user", 1), ("assistant", 2)] {
+            let items = normalized(&json!([{"role": role, "content": "One."}])).unwrap();
+            let mut conversation = Conversation::of(None, &[], &items).unwrap();
+            conversation.request("Two.");
+            assert_eq!(conversation.messages.len(), count);
+            let last = conversation.messages[count - 1]["content"].as_str().unwrap();
+            assert_eq!(last, if count == 1 { "One.\n\nTwo." } else { "Two." });
+        }
     }
 
     #[test]

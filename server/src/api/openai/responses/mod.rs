@@ -4,6 +4,7 @@
 //! If the two differ, this follows OpenAI's, because clients are written for it: thinking is streamed as
 //! `response.reasoning_text.delta`.
 
+mod compact;
 mod handlers;
 mod item;
 mod items;
@@ -11,12 +12,14 @@ mod reasoning;
 mod reply;
 pub mod request;
 pub mod schema;
+mod socket;
 pub mod store;
 mod tools;
 
 #[cfg(test)]
 mod tests;
 
+pub use compact::CompactRequest;
 pub use handlers::{ItemsQuery, page};
 pub use reply::{Maker, ResponsesFold};
 
@@ -30,7 +33,8 @@ use crate::app::App;
 /// The paths.
 pub fn routes() -> Router<Arc<App>> {
     Router::new()
-        .route("/v1/responses", post(handlers::create))
+        .route("/v1/responses", post(handlers::create).get(socket::open))
+        .route("/v1/responses/compact", post(compact::compact))
         .route("/v1/responses/input_tokens", post(handlers::input_tokens))
         .route("/v1/responses/{id}", get(handlers::one).delete(handlers::delete))
         .route("/v1/responses/{id}/cancel", post(handlers::cancel))

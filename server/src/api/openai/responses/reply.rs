@@ -88,7 +88,8 @@ impl Maker {
         self.events.push((name, event));
     }
 
-    fn begin(&mut self) {
+    /// Begins it.
+    pub(super) fn begin(&mut self) {
         self.note("response.created", json!({"response": self.response()}));
         self.note("response.in_progress", json!({"response": self.response()}));
     }
@@ -217,6 +218,16 @@ impl Maker {
         }
     }
 
+    /// Ends it without an answer, for a request that only says what later ones continue.
+    pub(super) fn skip(&mut self) {
+        self.finish(true, Usage::default());
+    }
+
+    /// The events since the last call.
+    pub(super) fn take_events(&mut self) -> impl Iterator<Item = (&'static str, Value)> {
+        self.events.drain(..)
+    }
+
     fn end(&mut self, ending: &Ending) {
         let whole = ending.why != Why::Length;
         let status = if whole { Status::Completed } else { Status::Incomplete };
@@ -227,7 +238,13 @@ impl Maker {
             self.add(at, &text, &tokens);
         }
         self.close_all(status);
-        self.usage = Some(ending.usage);
+        self.finish(whole, ending.usage);
+    }
+
+    /// The end of the response, all items of which have ended.
+    fn finish(&mut self, whole: bool, usage: Usage) {
+        self.usage = Some(usage);
+        let status = if whole { Status::Completed } else { Status::Incomplete };
         self.head.insert("status".into(), status.word().into());
         let name = match whole {
             true => {
@@ -259,7 +276,7 @@ impl Maker {
     }
 
     /// Takes a step of the answer.
-    fn step(&mut self, step: Step) {
+    pub(super) fn step(&mut self, step: Step) {
         match step {
             Step::Waiting(waiting) => self.waiting(waiting),
             // Only texts that are continued are echoed, which responses are not.
@@ -272,7 +289,7 @@ impl Maker {
 }
 
 /// `usage` of a response.
-fn usage(usage: &Usage) -> Value {
+pub(super) fn usage(usage: &Usage) -> Value {
     json!({
         "input_tokens": usage.prompt,
         "input_tokens_details": {"cached_tokens": usage.cached},
@@ -292,9 +309,7 @@ impl ResponsesWriter {
     }
 
     fn send(&mut self, out: &mut Events) {
-        for (name, event) in self.0.events.drain(..) {
-            out.named(name, &event);
-        }
+        self.0.take_events().for_each(|(name, event)| out.named(name, &event));
     }
 }
 

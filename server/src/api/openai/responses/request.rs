@@ -149,14 +149,23 @@ impl ResponsesRequest {
     /// # Errors
     /// Names the field that has an impossible value.
     pub fn prepare(self, model: String, history: &[Value]) -> Result<Prepared, ApiError> {
+        self.prepare_with(model, history, None)
+    }
+
+    /// The same, with a last request of the user.
+    ///
+    /// # Errors
+    /// As [`ResponsesRequest::prepare`].
+    pub fn prepare_with(self, model: String, history: &[Value], last: Option<&str>) -> Result<Prepared, ApiError> {
         self.refuse()?;
         let declared = tools::declared(self.tools.as_deref().unwrap_or_default())?;
         let (choice, allowed) = tools::choice(&self.tool_choice, &declared)?;
         let input = items::normalized(&self.input)?;
-        let conversation = Conversation::of(self.instructions.as_deref(), history, &input)?;
+        let mut conversation = Conversation::of(self.instructions.as_deref(), history, &input)?;
         if conversation.is_empty() {
             return Err(ApiError::field("input", "`input` is empty: give a text, or at least one item"));
         }
+        last.into_iter().for_each(|last| conversation.request(last));
         let settings = self.settings()?;
         let wants = self.wants(&declared, &settings);
         let head = self.head(&model, &declared);

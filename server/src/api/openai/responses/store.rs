@@ -178,6 +178,14 @@ impl ResponseStore {
         removed
     }
 
+    /// As [`ResponseStore::history`]; nothing if there is no response before.
+    ///
+    /// # Errors
+    /// As [`ResponseStore::history`].
+    pub fn history_of(&self, id: Option<&str>) -> Result<Vec<Value>, ApiError> {
+        id.map_or(Ok(Vec::new()), |id| self.history(id))
+    }
+
     /// All items of a response and of those before it, from the first on.
     ///
     /// # Errors
