@@ -130,7 +130,7 @@ pub enum FormatError {
     /// A volume is missing.
     #[error(
         "{path} is missing: {} is one of the {count} volumes of a model, and all are needed. Put it there or beside the first \
-         one, or a link to it; if its drive is mounted elsewhere now, name its folder in the variable SLUICE_VOLUMES: {source}",
+         one, or a link to it; if its drive is mounted elsewhere now, name its folder in the variable SLUICE_VOLUMES{searched}: {source}",
         if path == named { "it".to_owned() } else { named.display().to_string() }
     )]
     MissingVolume {
@@ -140,8 +140,24 @@ pub enum FormatError {
         named: PathBuf,
         /// Volumes in all.
         count: u16,
+        /// Which folders the variable names, as a part of the sentence, or an empty text.
+        searched: String,
         /// The operating system's error.
         source: io::Error,
+    },
+    /// A file has the name of a volume, but not the content of one.
+    #[error(
+        "{path} is damaged: by its name it is volume {} of {count} of a model, but {problem}. Copy or convert it again", volume + 1
+    )]
+    DamagedVolume {
+        /// The file.
+        path: PathBuf,
+        /// The volume, counted from 0.
+        volume: u16,
+        /// Volumes in all.
+        count: u16,
+        /// What is wrong.
+        problem: &'static str,
     },
     /// A volume belongs to another model.
     #[error("{path} is not of the same model as {named}: {problem}. Get all volumes from the same place")]

@@ -66,6 +66,13 @@ impl ModelFile {
         bytes.into_iter().map(|bytes| bytes as f64 / all as f64).collect()
     }
 
+    /// How many volumes have a part of an expert: the fewest and the most of any. `None` without experts. A volume whose share of an expert
+    /// is less than a page may have nothing of it.
+    pub fn volumes_per_expert(&self) -> Option<(usize, usize)> {
+        let counts = || self.of_kind(ExtentKind::Expert).map(|e| self.stripes(e).len());
+        Some((counts().min()?, counts().max()?))
+    }
+
     /// Stored bytes of all extents.
     pub fn extent_bytes(&self) -> u64 {
         self.extents().iter().map(|e| e.stored_len).sum()

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
@@ -64,16 +65,21 @@ impl VolumeName {
         self.folder.join(name)
     }
 
-    /// Where a volume of the same model may be, the likeliest place first. `recorded` is the folder that the first volume names for it.
-    fn places_of(&self, volume: u16, recorded: Option<&Path>) -> Places {
+    /// Where a volume of the same model may be, the likeliest place first. `recorded` is the folder that the first volume names for it, and
+    /// `linked` the one in which the file is that was opened, if it was opened through a link.
+    fn places_of(&self, volume: u16, recorded: Option<&Path>, linked: Option<&Path>) -> Places {
         let beside = self.path_of(volume);
         let name = beside.file_name().unwrap_or_default();
-        let mut all: Vec<PathBuf> = named_folders().map(|folder| folder.join(name)).collect();
         // A relative name is relative to the folder of the first volume, and an empty one is that folder.
-        let expected = recorded.map_or_else(|| beside.clone(), |folder| self.folder.join(folder).join(name));
-        all.push(expected.clone());
-        if beside != expected {
-            all.push(beside);
+        let recorded_in =
+            |folder: &Path| recorded.map_or_else(|| folder.join(name), |recorded| folder.join(recorded).join(name));
+        let expected = if recorded.is_some() { recorded_in(&self.folder) } else { beside.clone() };
+        let mut all: Vec<PathBuf> = named_folders().map(|folder| folder.join(name)).collect();
+        let of_link = linked.into_iter().flat_map(|folder| [recorded_in(folder), folder.join(name)]);
+        for place in [expected.clone(), beside.clone()].into_iter().chain(of_link) {
+            if !all.contains(&place) {
+                all.push(place);
+            }
         }
         Places { all, expected }
     }
@@ -168,7 +174,7 @@ impl Volume {
         let io = |action| move |source| FormatError::Io { path: path.to_owned(), action, source };
         let file = open_regular(path).map_err(io("open it"))?;
         let actual = file.metadata().map_err(io("read its length"))?.len();
-        let superblock = read_superblock(path, &file, actual)?;
+        let superblock = read_superblock(path, &file, actual).map_err(|refused| by_its_name(refused, actual))?;
         Ok(Volume::new(path, file, superblock))
     }
 
@@ -178,19 +184,26 @@ impl Volume {
         if count == 1 {
             return Ok(vec![self]);
         }
-        let named = VolumeName::parse(&self.path).filter(|name| (name.volume, name.count) == (volume, count));
-        let Some(name) = named else {
+        let reference = self.superblock;
+        // A link may have any name.
+        let resolved = self.path.canonicalize().ok();
+        let fits = |name: &VolumeName| (name.volume, name.count) == (volume, count);
+        let named = VolumeName::parse(&self.path).filter(fits);
+        let Some(name) = named.or_else(|| resolved.as_deref().and_then(VolumeName::parse).filter(fits)) else {
             return Err(FormatError::VolumeName { path: self.path, volume, count });
         };
-        let named_path = name.path_of(volume);
+        let named = self.path.clone();
+        let find = |places, number| other(&places, &Wanted { number, named: &named, reference: &reference });
         let mut own = Some(self);
         // Only the first says where the others are.
         let first = match own.take_if(|_| volume == 0) {
             Some(own) => own,
-            None => other(name.places_of(0, None), &named_path, count)?,
+            None => find(name.places_of(0, None, resolved.as_deref().and_then(Path::parent)), 0)?,
         };
         let folders = first.folders.clone();
-        let name = VolumeName::parse(&first.path).unwrap_or(name);
+        let linked = first.path.canonicalize().ok();
+        let linked = linked.as_deref().and_then(Path::parent);
+        let name = VolumeName::parse(&first.path).filter(|first| first.count == count).unwrap_or(name);
         let mut volumes: Vec<Volume> = Vec::with_capacity(usize::from(count));
         volumes.push(first);
         for number in 1..count {
@@ -198,16 +211,10 @@ impl Volume {
                 Some(own) => own,
                 None => {
                     let recorded = folders.get(usize::from(number) - 1).map(PathBuf::as_path);
-                    other(name.places_of(number, recorded), &named_path, count)?
+                    find(name.places_of(number, recorded, linked), number)?
                 }
             };
             volumes.push(next);
-        }
-        let reference = volumes[usize::from(volume)].superblock;
-        for (number, other) in (0..).zip(&volumes) {
-            if let Some(problem) = difference(&reference, &other.superblock, number) {
-                return Err(FormatError::ForeignVolume { path: other.path.clone(), named: named_path, problem });
-            }
         }
         Ok(volumes)
     }
@@ -232,19 +239,74 @@ impl Volume {
     }
 }
 
-/// Opens another volume than the one that was named, in the first of these places that has it.
-fn other(places: Places, named: &Path, count: u16) -> Result<Volume, FormatError> {
-    let mut missing = None;
+/// A file of `actual` bytes that has the name of a volume but is no model file has most likely been one: to convert a model would be
+/// the wrong advice.
+fn by_its_name(refused: FormatError, actual: u64) -> FormatError {
+    match refused {
+        FormatError::NotSluice { path } => match VolumeName::parse(&path) {
+            Some(VolumeName { volume, count, .. }) if count > 1 => {
+                let problem = if actual == 0 { "it is empty" } else { "it does not begin as a model file does" };
+                FormatError::DamagedVolume { path, volume, count, problem }
+            }
+            _ => FormatError::NotSluice { path },
+        },
+        other => other,
+    }
+}
+
+/// A volume that is looked for.
+struct Wanted<'a> {
+    number: u16,
+    /// The file that was named, and its superblock.
+    named: &'a Path,
+    reference: &'a Superblock,
+}
+
+/// Opens another volume than the one that was named, in the first of these places that has it. What else is in these places hides no
+/// better one.
+fn other(places: &Places, wanted: &Wanted<'_>) -> Result<Volume, FormatError> {
+    let (mut missing, mut refused) = (None, None);
     for place in &places.all {
-        match Volume::open(place) {
-            Err(FormatError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+        match wanted.open(place) {
+            Err(FormatError::Io { source, .. }) if is_missing(&source) => {
                 missing.get_or_insert(source);
             }
-            opened => return opened,
+            Err(problem) => {
+                refused.get_or_insert(problem);
+            }
+            found => return found,
         }
     }
-    let source = missing.unwrap_or_else(|| std::io::ErrorKind::NotFound.into());
-    Err(FormatError::MissingVolume { path: places.expected, named: named.to_owned(), count, source })
+    if let Some(problem) = refused {
+        return Err(problem);
+    }
+    let source = missing.unwrap_or_else(|| io::ErrorKind::NotFound.into());
+    let (named, count) = (wanted.named.to_owned(), wanted.reference.volume_count);
+    Err(FormatError::MissingVolume { path: places.expected.clone(), named, count, searched: searched(), source })
+}
+
+/// Which folders the variable names, as a part of a sentence.
+fn searched() -> String {
+    let folders: Vec<String> = named_folders().map(|folder| folder.display().to_string()).collect();
+    if folders.is_empty() { String::new() } else { format!(", which names only {} now", folders.join(" and ")) }
+}
+
+/// Whether an error says that there is no such file, which it also is where its folder is none.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+impl Wanted<'_> {
+    /// Opens the file if it is this volume.
+    fn open(&self, path: &Path) -> Result<Volume, FormatError> {
+        let found = Volume::open(path)?;
+        match difference(self.reference, &found.superblock, self.number) {
+            None => Ok(found),
+            Some(problem) => {
+                Err(FormatError::ForeignVolume { path: path.to_owned(), named: self.named.to_owned(), problem })
+            }
+        }
+    }
 }
 
 /// What is wrong where the file that was named could not be opened: if it has the name of a volume and is not there, its drive may be mounted
@@ -254,7 +316,7 @@ pub(crate) fn missing(error: FormatError) -> FormatError {
         FormatError::Io { path, action, source } if source.kind() == std::io::ErrorKind::NotFound => {
             match VolumeName::parse(&path) {
                 Some(VolumeName { count, .. }) => {
-                    FormatError::MissingVolume { named: path.clone(), path, count, source }
+                    FormatError::MissingVolume { named: path.clone(), path, count, searched: searched(), source }
                 }
                 None => FormatError::Io { path, action, source },
             }
