@@ -148,6 +148,7 @@ impl CliError {
                 ConvertError::Options(_)
                 | ConvertError::Exists { .. }
                 | ConvertError::Namesake { .. }
+                | ConvertError::IsVolume { .. }
                 | ConvertError::NotReplaced { .. }
                 | ConvertError::OtherModel { .. }
                 | ConvertError::InTheWay { .. },
@@ -193,6 +194,7 @@ mod tests {
         for there in [
             ConvertError::Exists { path: path.clone() },
             ConvertError::Namesake { path: path.clone(), volume: path.clone() },
+            ConvertError::IsVolume { path: path.clone(), problem: String::new() },
             ConvertError::NotReplaced { path: path.clone(), problem: "it is a folder" },
             ConvertError::OtherModel { path: path.clone(), first: path.clone() },
             ConvertError::InTheWay { path: path.clone(), problem: "it is a folder" },

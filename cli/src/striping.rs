@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use sluice_converter::{ConvertError, Striping};
+use sluice_converter::Striping;
 use sluice_format::limits::MAX_STRIPES;
-use sluice_format::{MAX_SHARE, Shares};
+use sluice_format::{MAX_SHARE, ModelFile, Shares};
 use sluice_storage::io::CalibrationStore;
 use sluice_storage::io::calibration::DeviceId;
 
@@ -46,9 +46,8 @@ impl StripingArgs {
                 vec!["1"; folders].join(",")
             )));
         }
-        if let Some(folder) = self.volumes.iter().find(|folder| !folder.is_dir()) {
-            return Err(ConvertError::NoFolder { path: folder.clone() }.into());
-        }
+        // First, so that nothing is said of the drives of folders that cannot be used.
+        Striping::new(self.volumes.clone(), Shares::new(&vec![1; folders]).map_err(refuse)?)?;
         let shares = if self.shares.is_empty() { self.measured() } else { Shares::new(&self.shares) };
         let striping = Striping::new(self.volumes.clone(), shares.map_err(refuse)?)?;
         self.one_drive_notes().iter().for_each(|said| note(said));
@@ -93,6 +92,23 @@ impl StripingArgs {
         ));
         Shares::new(&vec![1; self.volumes.len()])
     }
+}
+
+/// A remark if experts of the striped model that was written to these files are too small for their shares.
+pub(crate) fn note_rounded(files: &[PathBuf]) {
+    let Some(Ok(model)) = files.first().map(|first| ModelFile::open(first)) else { return };
+    let all = model.volumes().len();
+    let Some((least, _)) = model.volumes_per_expert().filter(|(least, _)| model.is_striped() && *least < all) else {
+        return;
+    };
+    let shares: Vec<String> = model.expert_shares().iter().map(|share| format!("{:.1} %", 100.0 * share)).collect();
+    note(&format_args!(
+        "note: experts are divided in whole pages of {} bytes, and some have too few for these shares: they lie in {} only. Of the experts, \
+         the volumes have {}",
+        model.superblock().page_size,
+        counted(least, "volume"),
+        shares.join(", ")
+    ));
 }
 
 /// Where the model goes as one file, if `dst` was named: with volumes, into the first of their folders. `dst` may have that folder, or

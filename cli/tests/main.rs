@@ -24,3 +24,4 @@ mod synth;
 mod terminal;
 mod text;
 mod usage;
+mod volume_places;

@@ -319,6 +319,12 @@ pub enum ConvertError {
         /// The folder.
         path: PathBuf,
     },
+    /// The destination cannot be written because what should be its folder is something else.
+    #[error("{path} is not a folder: choose another place for the model file")]
+    NotAFolder {
+        /// What is there.
+        path: PathBuf,
+    },
     /// A model in one file has the name of the volumes to be written.
     #[error("{path} exists, and would be opened in the place of {} by that name. Remove it, or choose another name", volume.display())]
     Namesake {
@@ -337,6 +343,14 @@ pub enum ConvertError {
         path: PathBuf,
         /// The first of the volumes to be written.
         first: PathBuf,
+    },
+    /// One file would have the name of a volume, or take the place of one, which a model in several files would lose.
+    #[error("{path}: {problem}. Choose another name for the model file")]
+    IsVolume {
+        /// The destination.
+        path: PathBuf,
+        /// Whether it is the name, or the file that is there, and of which volume.
+        problem: String,
     },
     /// The destination exists and must not be replaced, whatever the options.
     #[error("{path}: {problem}, and only model files are overwritten. Choose another name for the model file")]

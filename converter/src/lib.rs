@@ -14,7 +14,7 @@
 //! | `plan` | chooses types, lays out extents, checks that every tensor is accounted for |
 //! | `encoding` | number formats, one file per published encoding |
 //! | `fp8`, `pack` | rows of numbers → row groups of the file |
-//! | `journal`, `own`, `partial`, `resume`, `execute` | crash safety, disk space, threads |
+//! | `journal`, `own`, `partial`, `resume`, `execute`, `settle` | crash safety, disk space, threads |
 //! | `contents`, [`mod@provenance`] | which bytes the source holds; whether a model file was made of them |
 //! | `layer_file`, `states`, [`mod@measure`] | the inputs of the matrices, measured layer by layer during the conversion |
 //! | `report` | summary |
@@ -44,6 +44,7 @@ pub mod provenance;
 mod recipe;
 mod report;
 mod resume;
+mod settle;
 pub mod source;
 mod states;
 mod steps;
@@ -117,12 +118,9 @@ pub fn convert(src: &Path, dst: &Path, options: &Options, progress: &dyn Progres
 /// Whether `dst` can become the model file of this plan, as far as this can be known before anything is written.
 ///
 /// # Errors
-/// [`ConvertError::Exists`], [`ConvertError::NotReplaced`], and [`ConvertError::NoFolder`].
+/// [`ConvertError::Exists`], [`ConvertError::NotReplaced`], [`ConvertError::Namesake`], [`ConvertError::OtherModel`],
+/// [`ConvertError::IsVolume`], and [`ConvertError::NoFolder`].
 pub fn check_destination(plan: &Plan, dst: &Path) -> Result<(), ConvertError> {
-    // The parent of a bare name is the empty path.
-    if let Some(folder) = dst.parent().filter(|f| !f.as_os_str().is_empty() && !f.is_dir()) {
-        return Err(ConvertError::NoFolder { path: folder.to_owned() });
-    }
     partial::refuse_all_existing(plan.destination(dst), plan)
 }
 
@@ -155,8 +153,13 @@ pub fn convert_measured(
         let problem = "the plan and the conversion disagree on whether the model is measured";
         return Err(ConvertError::Options(problem.into()));
     }
+    let tokens = measure.as_ref().map(|measure| measure.tokens());
+    if let Some(summary) = settle(plan, dst, tokens)? {
+        summary.notes.iter().for_each(|text| progress.note(text));
+        return Ok(summary);
+    }
+    let hash = plan.hash_with(tokens);
     let scratch = measure.as_ref().map_or(0, |measure| plan.measuring_bytes(measure.kept_bytes()));
-    let hash = plan.hash_with(measure.as_ref().map(|measure| measure.tokens()));
     let remarks = Remarks { progress, said: Mutex::default() };
     let progress: &dyn Progress = &remarks;
     let partial::Opened { partial, identity, found, notes } = partial::open(dst, plan, hash, scratch)?;
@@ -176,28 +179,44 @@ pub fn convert_measured(
     let written: Vec<Written> = outcomes.iter().map(|o| o.written).collect();
     let metadata = plan.metadata(provenance::blob(plan, &outcomes, &parts), &parts);
     let published = partial.finish(plan, &written, &metadata).map_err(is_full)?;
-    let partial::Published { model_id, file_bytes, files, orphans } = published;
-    orphans.iter().for_each(|orphan| progress.note(orphan));
+    published.orphans.iter().for_each(|orphan| progress.note(orphan));
     let found = report::empty(plan, &parts).into_iter().chain(report::vanished(plan, &outcomes));
     found.for_each(|note| progress.note(&note));
     Ok(Summary {
-        family: plan.spec.family.clone(),
-        model_id: model_id.to_string(),
-        file_bytes,
-        files,
-        extent_bytes: plan.extent_bytes(),
-        stored_bytes: written.iter().map(|w| w.stored_len).sum(),
-        sizes: plan.sizes(),
-        types: plan.types.clone(),
-        errors: report::errors(plan, &outcomes),
-        widened: plan.widened.clone(),
-        left_out: plan.left_out.clone(),
         notes: remarks.said.into_inner().unwrap_or_else(PoisonError::into_inner),
         bytes_read: bytes_read(&outcomes).saturating_sub(resumed_read),
         bytes_written: plan.extent_bytes() - resumed_bytes,
         resumed_extents,
         restarted,
+        ..Summary::of(plan, &outcomes, published)
     })
+}
+
+/// Finishes a conversion by this plan that was killed when the model file was complete and had its name: removes what lies beside it, and
+/// says what it has ended in. `None`, and nothing has changed, if there is no such. `tokens`: those that are measured, if any are.
+///
+/// # Errors
+/// [`ConvertError::Io`]: the folder cannot be synced, or what is left cannot be removed.
+pub fn settle(plan: &Plan, dst: &Path, tokens: Option<&[u32]>) -> Result<Option<Summary>, ConvertError> {
+    let (destination, identity) = (plan.destination(dst), partial::identity(plan, plan.hash_with(tokens)));
+    let Some(settled) = settle::settled(destination, plan, identity) else { return Ok(None) };
+    settle::sync_folders(destination)?;
+    own::clear_all(dst)?;
+    let settle::Settled { model, outcomes, parts } = settled;
+    let published = partial::Published {
+        model_id: model.superblock().model_id,
+        file_bytes: model.file_bytes(),
+        files: destination.targets(model.volumes().len()),
+        orphans: Vec::new(),
+    };
+    let empty = parts.and_then(|parts| report::empty(plan, &parts));
+    let done = "an earlier run was interrupted when the model file was complete: nothing is left to do".to_owned();
+    let notes = [done].into_iter().chain(empty).chain(report::vanished(plan, &outcomes));
+    Ok(Some(Summary {
+        notes: notes.collect(),
+        resumed_extents: outcomes.len(),
+        ..Summary::of(plan, &outcomes, published)
+    }))
 }
 
 /// Bytes of the source that these were made of. A journal is a file: what it says may be too much to add up.

@@ -87,12 +87,14 @@ pub(crate) struct Opened {
 
 /// As [`refuse_existing`], of all files that a plan may end in.
 pub(crate) fn refuse_all_existing(destination: Destination<'_>, plan: &Plan) -> Result<(), ConvertError> {
+    destination.check_folder()?;
     let most = plan.layout.ends().len();
     if !plan.options.compress || destination.striping.is_some() {
         destination.refuse_namesake(most, None)?;
     }
     // How many a compressed model has is known when it is there, unless it has one for each folder.
     let counts = if plan.options.compress && destination.striping.is_none() { 1..=most } else { most..=most };
+    destination.refuse_name(*counts.start())?;
     for count in counts {
         refuse_targets(destination, count, plan.options.overwrite, source_of(plan))?;
     }

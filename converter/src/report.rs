@@ -8,6 +8,7 @@ use serde::Serialize;
 use crate::contents::digest_of_zeros;
 use crate::error::counted;
 use crate::pack::{ErrorSums, Outcome};
+use crate::partial::Published;
 use crate::plan::{KindSize, LeftOut, Plan};
 use crate::source::SourceTensor;
 
@@ -46,6 +47,31 @@ pub struct Summary {
     pub resumed_extents: usize,
     /// Whether an interrupted conversion with other options or another source was discarded.
     pub restarted: bool,
+}
+
+impl Summary {
+    /// What is the same whichever run has written which extents. `outcomes` are by extent.
+    pub(crate) fn of(plan: &Plan, outcomes: &[Outcome], published: Published) -> Self {
+        let Published { model_id, file_bytes, files, orphans: _ } = published;
+        Summary {
+            family: plan.spec.family.clone(),
+            model_id: model_id.to_string(),
+            file_bytes,
+            files,
+            extent_bytes: plan.extent_bytes(),
+            stored_bytes: outcomes.iter().map(|o| o.written.stored_len).sum(),
+            sizes: plan.sizes(),
+            types: plan.types.clone(),
+            errors: errors(plan, outcomes),
+            widened: plan.widened.clone(),
+            left_out: plan.left_out.clone(),
+            notes: Vec::new(),
+            bytes_read: 0,
+            bytes_written: 0,
+            resumed_extents: 0,
+            restarted: false,
+        }
+    }
 }
 
 /// Relative RMS error by group, without groups that have no error. The sums are in file order, whichever threads computed the

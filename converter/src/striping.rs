@@ -23,7 +23,7 @@ impl Striping {
     ///
     /// # Errors
     /// [`ConvertError::Options`] for a number of folders that is not that of the shares, or a folder that is named twice;
-    /// [`ConvertError::NoFolder`] for one that does not exist.
+    /// [`ConvertError::NoFolder`] for one that does not exist; [`ConvertError::NotAFolder`].
     pub fn new(folders: Vec<PathBuf>, shares: Shares) -> Result<Self, ConvertError> {
         if folders.len() != shares.volumes() {
             return Err(ConvertError::Options(format!(
@@ -34,9 +34,7 @@ impl Striping {
         }
         let mut places = Vec::with_capacity(folders.len());
         for folder in &folders {
-            if !folder.is_dir() {
-                return Err(ConvertError::NoFolder { path: folder.clone() });
-            }
+            check_folder(folder)?;
             let place = fs::canonicalize(folder).map_err(ConvertError::io(folder, "find out where it is"))?;
             if places.contains(&place) {
                 let folder = folder.display();
@@ -79,6 +77,16 @@ impl Striping {
             Ok(relative(&place(&self.folders[0])?, &place(folder)?))
         };
         self.folders[1..].iter().map(name).collect()
+    }
+}
+
+/// Whether this is a folder that is there.
+fn check_folder(folder: &Path) -> Result<(), ConvertError> {
+    let path = folder.to_owned();
+    match folder.metadata() {
+        Ok(found) if found.is_dir() => Ok(()),
+        Ok(_) => Err(ConvertError::NotAFolder { path }),
+        Err(_) => Err(ConvertError::NoFolder { path }),
     }
 }
 
@@ -131,10 +139,31 @@ impl<'a> Destination<'a> {
         Err(ConvertError::Namesake { path, volume: targets[0].clone() })
     }
 
+    /// Whether the folder is there that the files go to, or the first of them.
+    pub(crate) fn check_folder(self) -> Result<(), ConvertError> {
+        check_folder(folder_of(self.path))
+    }
+
+    /// Refuses the name of a volume for a model that may become one file, as it would be taken for a part of another model. `least`: the
+    /// fewest files that it may become.
+    pub(crate) fn refuse_name(self, least: usize) -> Result<(), ConvertError> {
+        let name = VolumeName::parse(self.path).filter(|name| least == 1 && name.count() > 1);
+        let Some(name) = name else { return Ok(()) };
+        let (volume, count) = (name.volume() + 1, name.count());
+        let problem = format!("it is the name of volume {volume} of {count} of a model, and one file is to be written");
+        Err(ConvertError::IsVolume { path: self.path.to_owned(), problem })
+    }
+
     /// Whether a file that would be overwritten belongs to another model than the one whose first volume would be, as volumes in other
     /// folders can. `targets`: the finished files; `early`: those of them that are there and known to be of this conversion.
     pub(crate) fn refuse_foreign(self, targets: &[PathBuf], early: &[usize]) -> Result<(), ConvertError> {
         let Some(first) = targets.first() else { return Ok(()) };
+        // Under whatever name: the other volumes of its model are of no use without it.
+        if let Some(found) = Volume::open(first).ok().filter(|found| found.superblock().volume > 0) {
+            let (volume, count) = (found.superblock().volume + 1, found.superblock().volume_count);
+            let problem = format!("it is volume {volume} of {count} of a model, all of which are needed");
+            return Err(ConvertError::IsVolume { path: first.clone(), problem });
+        }
         let others = (1..targets.len()).filter(|volume| !early.contains(volume));
         let there: Vec<Volume> = others.filter_map(|volume| Volume::open(&targets[volume]).ok()).collect();
         if there.is_empty() {

@@ -21,6 +21,7 @@ use crate::partial::{
     check_space, claim_all, clear_remains, make_way, notes_of_others, publish, refuse_existing, refuse_targets,
     sync_note,
 };
+use crate::settle::{model_in, sync_folders};
 use crate::striping::{Destination, Striping};
 
 /// What the caller may choose.
@@ -80,10 +81,20 @@ pub fn upgrade(
             src.display()
         )));
     }
-    let path = if in_place { src } else { dst.unwrap_or(src) };
-    let overwrite = options.overwrite || (in_place && layout.ends().len() == 1);
-    let options = UpgradeOptions { overwrite, ..*options };
-    let summary = rewrite(&model, Destination::new(path, None), layout, &options, progress)?;
+    let destination = Destination::new(if in_place { src } else { dst.unwrap_or(src) }, None);
+    if !in_place {
+        destination.check_folder()?;
+        // Compressed, it may have fewer volumes than before.
+        destination.refuse_name(if options.compress == Some(true) { 1 } else { layout.ends().len() })?;
+    }
+    let summary = match made(&model, destination, &layout, options) {
+        Some(made) => settled(&model, &made, destination, layout.ends().len())?,
+        None => {
+            let overwrite = options.overwrite || (in_place && layout.ends().len() == 1);
+            let options = UpgradeOptions { overwrite, ..*options };
+            rewrite(&model, destination, layout, &options, progress)?
+        }
+    };
     if in_place && !summary.files.iter().any(|file| file == src) {
         fs::remove_file(src).map_err(ConvertError::io(src, "remove it, since its volumes are complete"))?;
     }
@@ -111,7 +122,55 @@ pub fn restripe(
     if targets.iter().all(|target| is_volume_of(&model, target)) && has_stripes(&model, &layout) {
         return Ok(unchanged(&model));
     }
+    if let Some(made) = made(&model, destination, &layout, &options) {
+        return settled(&model, &made, destination, targets.len());
+    }
     rewrite(&model, destination, layout, &options, progress)
+}
+
+/// The model at the destination, if it is what would be written there: the same command has written it before, and was perhaps killed
+/// when it was done. `None` where it is to be overwritten.
+fn made(
+    model: &ModelFile,
+    destination: Destination<'_>,
+    layout: &FileLayout,
+    options: &UpgradeOptions,
+) -> Option<ModelFile> {
+    if options.overwrite {
+        return None;
+    }
+    let content = |e: &ExtentRecord| (e.kind, e.layer, e.index, e.logical_len, e.logical_checksum);
+    let stored = |e: &ExtentRecord| options.compress.is_none().then_some((e.codec, e.stored_len));
+    let is_same = |(a, b): (&ExtentRecord, &ExtentRecord)| content(a) == content(b) && stored(a) == stored(b);
+    let is_as_asked = |found: &ModelFile| match destination.striping {
+        Some(striping) => {
+            let folders = striping.recorded();
+            folders.is_ok_and(|folders| found.volumes()[0].folders() == folders) && has_stripes(found, layout)
+        }
+        None => is_already(found, layout, options),
+    };
+    let is_it = |found: &ModelFile| {
+        found.superblock().version == FORMAT_VERSION
+            && found.extents().len() == model.extents().len()
+            && found.extents().iter().zip(model.extents()).all(is_same)
+            && (found.tensors(), found.metadata()) == (model.tensors(), model.metadata())
+            && is_as_asked(found)
+    };
+    let most = layout.ends().len();
+    let least = if options.compress == Some(true) { 1 } else { most };
+    (least..=most).filter_map(|count| model_in(destination, count)).find(is_it)
+}
+
+/// Removes what lies beside files that are complete, if they were written from `model` by a program that was killed then.
+fn settled(
+    model: &ModelFile,
+    made: &ModelFile,
+    destination: Destination<'_>,
+    most: usize,
+) -> Result<UpgradeSummary, ConvertError> {
+    clear_remains(destination, most);
+    sync_folders(destination)?;
+    Ok(UpgradeSummary { from_version: model.superblock().version, bytes_before: model.file_bytes(), ..unchanged(made) })
 }
 
 /// Whether every extent has the stripes that a layout gives it.
@@ -276,11 +335,14 @@ fn claim(destination: Destination<'_>, count: usize, progress: &dyn Progress) ->
     let locks = claim_all(destination, count, &mut notes, |notes, used| {
         // While the journal is there that says where they are.
         notes.extend(notes_of_others(dst, used));
-        let Some(elsewhere) = elsewhere.clone() else { return Ok(()) };
-        let content = Content { elsewhere: Some(elsewhere), ..Content::default() };
+        if count == 1 {
+            return Ok(());
+        }
+        // It also says, of volumes in one folder, that those are ours which have their names before the first.
+        let content = Content { elsewhere: elsewhere.clone(), ..Content::default() };
         Journal::create(&journal, IDENTITY, &content, &Syncer::default()).map(drop)
     })?;
-    if elsewhere.is_none() {
+    if count == 1 {
         // It would vouch for what is now empty.
         make_room(&journal, Own::Journal)?;
     }

@@ -14,6 +14,7 @@ mod leftovers;
 mod ngrams;
 mod prediction;
 mod recipes;
+mod repeated;
 mod resume;
 mod sources;
 mod spec;

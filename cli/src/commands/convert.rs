@@ -13,7 +13,7 @@ use sluice_calibrate::{CalibrateError, Effort, Measurement, TEXT, digest};
 use sluice_converter::measure::Measure;
 use sluice_converter::{
     ConvertError, KindSize, LeftOut, Options, Plan, Progress, Recipe, Summary, TypeChoice, check_destination,
-    clear_remains, convert_measured, plan,
+    clear_remains, convert_measured, plan, settle,
 };
 use sluice_format::WeightType;
 use sluice_hub::Reference;
@@ -26,7 +26,7 @@ use crate::fetch::{Fetched, confirm, reference};
 use crate::input::read_text;
 use crate::progress::{Meter, byte_bar};
 use crate::size::parse_bytes;
-use crate::striping::{StripingArgs, destination};
+use crate::striping::{StripingArgs, destination, note_rounded};
 use crate::terminal::{counted, note, print, print_json, seconds};
 use crate::text_files::{examine, other_tokenizers};
 use crate::types::{Types, is_stored};
@@ -183,6 +183,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let (text, remarks) = (measured_text(args)?, Remarks::default());
     let ((), plan, mut measurement) =
         planned(&options, text.as_ref(), &args.src, &remarks, |options| Ok(((), plan(&args.src, options)?)))?;
+    if let Some(summary) = settled(args, dst, &plan, measurement.as_ref())? {
+        return report(args, dst, summary, remarks.0.into_inner(), started);
+    }
     check(args, dst, &plan, &remarks)?;
     if args.dry_run {
         return if args.json {
@@ -195,10 +198,45 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     let measure = measurement.as_mut().map(|measurement| measurement as &mut dyn Measure);
     let outcome = convert_measured(&plan, dst, measure, &bar);
     bar.0.finish_and_clear();
-    let mut summary = outcome.map_err(explain)?;
+    let summary = outcome.map_err(explain)?;
     save_importance(args, measurement.as_ref())?;
+    report(args, dst, summary, remarks.0.into_inner(), started)
+}
+
+/// What an earlier run of the same command has ended in, if it was killed when the model file was complete.
+fn settled(
+    args: &Args,
+    dst: &Path,
+    plan: &Plan,
+    measurement: Option<&Measurement>,
+) -> Result<Option<Summary>, CliError> {
+    if args.dry_run {
+        return Ok(None);
+    }
+    let Some(summary) = settle(plan, dst, measurement.map(Measure::tokens)).map_err(explain)? else { return Ok(None) };
+    summary.notes.iter().for_each(|text| note(text));
+    if let Some(path) = args.save_importance.as_ref().filter(|_| measurement.is_some()) {
+        note(&format_args!(
+            "note: {}: what the earlier run has measured went with it. `sluice calibrate` measures the finished model; --overwrite \
+             converts again",
+            path.display()
+        ));
+    }
+    Ok(Some(summary))
+}
+
+/// Prints the summary. `before`: remarks from before the conversion, which its JSON repeats.
+fn report(
+    args: &Args,
+    dst: &Path,
+    mut summary: Summary,
+    mut before: Vec<String>,
+    started: Instant,
+) -> Result<(), CliError> {
+    note_rounded(&summary.files);
     if args.json {
-        summary.notes = remarks.and(summary.notes);
+        before.append(&mut summary.notes);
+        summary.notes = before;
         return print_json(&summary);
     }
     print(&describe(dst, &summary, started.elapsed().as_secs_f64()))
@@ -248,6 +286,10 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
     let remarks = Remarks::default();
     let plan = |options: &Options| Fetched::plan(reference, &dst, options, args.keep);
     let (fetched, plan, mut measurement) = planned(options, text.as_ref(), &name, &remarks, plan)?;
+    if let Some(summary) = settled(args, &dst, &plan, measurement.as_ref())? {
+        say_kept(fetched.finish(&dst)?.as_deref());
+        return report(args, &dst, summary, remarks.and(fetched.bars.heard()), started);
+    }
     if !args.dry_run {
         fetched.settle(&plan, &dst)?;
     }
@@ -261,16 +303,16 @@ fn from_hub(args: &Args, reference: &Reference, options: &Options) -> Result<(),
         return print(&format!("{facts}{}", describe_plan(&plan, args.compress, measurement.as_ref())));
     }
     note(&facts.trim_end());
-    let (mut summary, kept) = carry_out(&fetched, &plan, &dst, measurement.as_mut())?;
+    let (summary, kept) = carry_out(&fetched, &plan, &dst, measurement.as_mut())?;
     save_importance(args, measurement.as_ref())?;
+    say_kept(kept.as_deref());
+    report(args, &dst, summary, remarks.and(fetched.bars.heard()), started)
+}
+
+fn say_kept(kept: Option<&Path>) {
     if let Some(kept) = kept {
         note(&format_args!("what was downloaded is in {}", kept.display()));
     }
-    if args.json {
-        summary.notes = remarks.and(fetched.bars.heard().into_iter().chain(summary.notes));
-        return print_json(&summary);
-    }
-    print(&describe(&dst, &summary, started.elapsed().as_secs_f64()))
 }
 
 /// The types in the name of a file, if they are not the usual ones.
@@ -298,6 +340,10 @@ pub(crate) fn convert_file(reference: &Reference, dst: &Path, job: &Job) -> Resu
     let (name, remarks) = (PathBuf::from(reference.to_string()), Remarks::default());
     let plan = |options: &Options| Fetched::plan(reference, dst, options, false);
     let (fetched, plan, mut measurement) = planned(&job.options, Some(&Asked::default()), &name, &remarks, plan)?;
+    if settle(&plan, dst, measurement.as_ref().map(Measure::tokens)).map_err(explain)?.is_some() {
+        say_kept(fetched.finish(dst)?.as_deref());
+        return Ok(());
+    }
     check_destination(&plan, dst).map_err(explain)?;
     check_text(&name, dst, &plan, &remarks)?;
     note(&fetched.facts(&plan, dst, kept_bytes(measurement.as_ref()))?.trim_end());

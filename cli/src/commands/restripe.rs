@@ -9,7 +9,7 @@ use super::convert::{Bar, explain};
 use super::upgrade::finish;
 use crate::error::CliError;
 use crate::progress::byte_bar;
-use crate::striping::StripingArgs;
+use crate::striping::{StripingArgs, note_rounded};
 
 const EXAMPLES: &str = "\
 Each expert, and each dense part, is cut into a stripe for every drive, so one read of it uses all drives at once. The weights stay what \
@@ -62,5 +62,9 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         }
     };
     bar.0.finish_and_clear();
-    finish(&args.file, &outcome.map_err(explain)?, started, args.json)
+    let summary = outcome.map_err(explain)?;
+    if summary.written {
+        note_rounded(&summary.files);
+    }
+    finish(&args.file, &summary, started, args.json)
 }

@@ -75,13 +75,14 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
 
 /// What follows when a model has been written again: what was learned of it goes along, and the summary is printed.
 pub(crate) fn finish(file: &Path, summary: &UpgradeSummary, started: Instant, json: bool) -> Result<(), CliError> {
-    if let (true, Some(dst)) = (summary.written, summary.files.first()) {
+    // Also where nothing was to do: an earlier run may have been killed before it came to that.
+    if let Some(dst) = summary.files.first() {
         carry_counts(file, dst);
     }
     if json {
         return print_json(summary);
     }
-    print(&describe(file, summary, started.elapsed().as_secs_f64()))
+    print(&describe(summary, started.elapsed().as_secs_f64()))
 }
 
 /// What runs have learned of the experts is true of the new file as well. Without it, the first run is slower.
@@ -92,18 +93,17 @@ fn carry_counts(src: &Path, dst: &Path) {
     }
 }
 
-fn describe(file: &Path, s: &UpgradeSummary, elapsed: f64) -> String {
-    if !s.written {
-        return format!(
-            "{}: nothing to do; it is of version {FORMAT_VERSION} of the format already, and as was asked for\n",
-            file.display()
-        );
-    }
+fn describe(s: &UpgradeSummary, elapsed: f64) -> String {
     let files = match &s.files[..] {
         [one] => one.display().to_string(),
         [first, .., last] => format!("{} to {}", first.display(), last.display()),
         [] => String::new(),
     };
+    if !s.written {
+        return format!(
+            "{files}: nothing to do; it is of version {FORMAT_VERSION} of the format already, and as was asked for\n"
+        );
+    }
     let compressed = match s.compressed_extents {
         0 => String::new(),
         n => format!(", {} compressed", counted(n, "extent")),

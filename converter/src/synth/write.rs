@@ -25,6 +25,7 @@ use crate::error::ConvertError;
 use crate::own::{clear_all, folder_of, journal_path, partial_path};
 use crate::partial::{check_space, claim, publish, refuse_existing, sync_note};
 use crate::plan::{CONVERTER, KindSize, kind_sizes};
+use crate::striping::Destination;
 
 /// Bytes that are made before they are written.
 const BATCH: usize = 1 << 20;
@@ -103,11 +104,18 @@ pub fn synth(
     }
     let layout = Layout::new(geometry.spec(), options.types, options.page_size)?;
     let metadata = metadata(geometry, options);
-    refuse_existing(dst, options.overwrite, None)?;
+    let destination = Destination::new(dst, None);
+    destination.check_folder()?;
+    destination.refuse_name(1)?;
+    let refuse = || {
+        refuse_existing(dst, options.overwrite, None)?;
+        destination.refuse_foreign(&[dst.to_owned()], &[])
+    };
+    refuse()?;
     let path = partial_path(dst, 0);
     let mut notes = Vec::new();
     let lock = claim(&path, &journal_path(dst), &mut notes)?;
-    refuse_existing(dst, options.overwrite, None)?;
+    refuse()?;
     let file = lock.try_clone().map_err(ConvertError::io(&path, "open it"))?;
     let writer = FileWriter::of_files(vec![(path.clone(), file)], layout.file.clone())?;
     let syncer = writer.syncer().clone();
@@ -123,7 +131,7 @@ pub fn synth(
         };
         let written: Vec<_> = layout.extents().iter().zip(checksums).map(|(e, sum)| Written::raw(e, sum)).collect();
         let (id, _) = writer.finish(&written, &layout.records, &metadata)?;
-        refuse_existing(dst, options.overwrite, None)?;
+        refuse()?;
         Ok(id)
     });
     // Nothing in it is worth keeping, because it can be made again at any time.

@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use sluice_checksum::xxh3_64;
-use sluice_format::{StateId, VolumeName, may_replace, open_regular, replace_file};
+use sluice_format::{StateId, VolumeName, may_replace, open_regular, remove_leftovers, replace_file};
 
 const MAGIC: [u8; 8] = *b"SLCOUNT1";
 /// Bytes of a state id.
@@ -25,11 +25,13 @@ pub fn path_of(model: &Path) -> PathBuf {
     name.into()
 }
 
-/// Copies what was learned of a model for the copy of the model at `to`, unless that has counts already.
+/// Copies what was learned of a model for the copy of the model at `to`, unless that has counts already. Removes what is left there of
+/// programs that were killed while they saved counts.
 ///
 /// # Errors
 /// As [`save`].
 pub fn carry(from: &Path, to: &Path, id: StateId) -> io::Result<()> {
+    remove_leftovers(&path_of(to), &MAGIC);
     match load(from, id) {
         Some(counts) if load(to, id).is_none() => save(to, id, &counts),
         _ => Ok(()),
