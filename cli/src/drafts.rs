@@ -8,6 +8,7 @@ use sluice_format::ModelFile;
 use sluice_generate::{Drafts, SchedulerOptions};
 use sluice_model::{Engine, EngineOptions};
 
+use crate::error::CliError;
 use crate::size::parse_count;
 
 /// The source of proposed tokens, and their number.
@@ -21,7 +22,7 @@ pub(crate) struct DraftArgs {
     #[arg(long, value_name = "WHO")]
     drafts: Option<DraftChoice>,
 
-    /// Always propose this many tokens, instead of as many as pay
+    /// Always propose this many tokens, instead of as many as pay; for --drafts
     #[arg(long, value_name = "N", value_parser = parse_count, hide_short_help = true)]
     draft_tokens: Option<NonZeroUsize>,
 }
@@ -41,7 +42,10 @@ enum DraftChoice {
 
 impl DraftArgs {
     /// What was asked for; `usual` if nothing was.
-    pub(crate) fn or(&self, usual: Drafts) -> Drafting {
+    ///
+    /// # Errors
+    /// If a number of tokens was asked for that nobody proposes.
+    pub(crate) fn or(&self, usual: Drafts) -> Result<Drafting, CliError> {
         let drafts = match self.drafts {
             None => usual,
             Some(DraftChoice::Off) => Drafts::Off,
@@ -49,7 +53,13 @@ impl DraftArgs {
             Some(DraftChoice::Mtp) => Drafts::Prediction,
             Some(DraftChoice::Auto) => Drafts::Auto,
         };
-        Drafting { drafts, tokens: self.draft_tokens.map(NonZeroUsize::get) }
+        match self.draft_tokens {
+            Some(tokens) if drafts == Drafts::Off => Err(CliError::Usage(format!(
+                "--draft-tokens {tokens} would change nothing, because no tokens are proposed. Add --drafts lookup or another source, or \
+                 leave --draft-tokens out"
+            ))),
+            tokens => Ok(Drafting { drafts, tokens: tokens.map(NonZeroUsize::get) }),
+        }
     }
 }
 

@@ -20,6 +20,12 @@ const VERSION: u32 = 3;
 /// A larger file is not ours.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
+/// Speeds per second that no machine falls short of: that of memory, of products, and of a drive; and one that none exceeds.
+const SLOWEST_MEMORY: f64 = 1e7;
+const SLOWEST_PRODUCT: f64 = 1e5;
+const SLOWEST_DRIVE: f64 = 1e4;
+const FASTEST: f64 = 1e18;
+
 /// The speeds of a machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -127,24 +133,52 @@ impl MachineFile {
         if !(1..=VERSION).contains(&machine.version) {
             return Err(wrong(format!("it has version {}, this program {VERSION}", machine.version)));
         }
-        let products = [&machine.product_bytes_per_second, &machine.beside_reads_bytes_per_second];
-        let rates = products.into_iter().flat_map(BTreeMap::values).chain(&machine.drive_bytes_per_second);
-        let rates = rates.chain([&machine.memory_bytes_per_second]).chain(&machine.f32_operations_per_second);
-        let is_wrong = |rate: &f64| !rate.is_finite() || *rate < 1.0;
-        if let Some(rate) = rates.copied().find(is_wrong) {
-            return Err(wrong(format!("{rate} per second is not a speed")));
-        }
-        if !(0.0..1.0).contains(&machine.section_seconds) {
-            return Err(wrong(format!("{} seconds are not what the smallest product takes", machine.section_seconds)));
-        }
-        let latencies = [machine.drive_latency_seconds, machine.burst_latency_seconds];
-        if let Some(latency) = latencies.into_iter().flatten().find(|latency| !(0.0..1.0).contains(latency)) {
-            return Err(wrong(format!("{latency} seconds are not what a read waits for its first byte")));
-        }
-        if let Some(part) = machine.reads_beside_products.filter(|part| !(0.01..=1.0).contains(part)) {
-            return Err(wrong(format!("{part} is not a part of the drive's speed")));
-        }
+        machine.check().map_err(wrong)?;
         Ok(machine)
+    }
+
+    /// Refuses what no machine can do, of which a plan would be nonsense. The error names the field.
+    fn check(&self) -> Result<(), String> {
+        if self.ram == 0 {
+            return Err("`ram` is 0".into());
+        }
+        if let Some(available) = self.available.filter(|available| *available > self.ram) {
+            return Err(format!("`available` is {available}, more than `ram`, which is {}", self.ram));
+        }
+        if self.threads == 0 {
+            return Err("`threads` is 0".into());
+        }
+        let one = |name: &str, rate: Option<f64>, slowest: f64| {
+            let wrong = rate.filter(|rate| !(slowest..=FASTEST).contains(rate));
+            wrong.map_or(Ok(()), |rate| Err(format!("`{name}` is {rate}, which is no speed in bytes per second")))
+        };
+        one("memory_bytes_per_second", Some(self.memory_bytes_per_second), SLOWEST_MEMORY)?;
+        one("drive_bytes_per_second", self.drive_bytes_per_second, SLOWEST_DRIVE)?;
+        for (name, rates) in [
+            ("product_bytes_per_second", &self.product_bytes_per_second),
+            ("beside_reads_bytes_per_second", &self.beside_reads_bytes_per_second),
+        ] {
+            rates.iter().try_for_each(|(ty, rate)| one(&format!("{name}.{ty}"), Some(*rate), SLOWEST_PRODUCT))?;
+        }
+        if let Some(rate) = self.f32_operations_per_second.filter(|rate| !(SLOWEST_PRODUCT..=FASTEST).contains(rate)) {
+            return Err(format!("`f32_operations_per_second` is {rate}, which is no number of operations per second"));
+        }
+        if !(0.0..1.0).contains(&self.section_seconds) {
+            let seconds = self.section_seconds;
+            return Err(format!("`section_seconds` is {seconds}, which is not what the smallest product takes"));
+        }
+        for (name, seconds) in [
+            ("drive_latency_seconds", self.drive_latency_seconds),
+            ("burst_latency_seconds", self.burst_latency_seconds),
+        ] {
+            if let Some(seconds) = seconds.filter(|seconds| !(0.0..1.0).contains(seconds)) {
+                return Err(format!("`{name}` is {seconds}, which is not what a read waits for its first byte"));
+            }
+        }
+        if let Some(part) = self.reads_beside_products.filter(|part| !(0.01..=1.0).contains(part)) {
+            return Err(format!("`reads_beside_products` is {part}, which is not a part of the drive's speed"));
+        }
+        Ok(())
     }
 
     /// Writes the file atomically.
@@ -214,10 +248,21 @@ mod tests {
         assert_eq!((machine().memory(), MachineFile::load(&path).unwrap().memory()), (6 << 30, 8 << 30));
         for (from, to, word) in [
             ("\"version\": 3", "\"version\": 4", "version 4"),
-            ("0.75", "1.5", "part of the drive's speed"),
-            ("0.0001", "1.5", "first byte"),
-            ("0.0002", "-1.5", "first byte"),
-            ("25000000000.0", "-1.0", "not a speed"),
+            ("0.75", "1.5", "`reads_beside_products` is 1.5"),
+            ("0.0001", "1.5", "`drive_latency_seconds` is 1.5"),
+            ("0.0002", "-1.5", "`burst_latency_seconds` is -1.5"),
+            ("25000000000.0", "-1.0", "`memory_bytes_per_second` is -1"),
+            ("25000000000.0", "1.0", "`memory_bytes_per_second` is 1, "),
+            ("3000000000.0", "0.5", "`drive_bytes_per_second` is 0.5"),
+            ("18000000000.0", "1e300", "`beside_reads_bytes_per_second.q8` is 1"),
+            ("100000000000.0", "0.0", "`f32_operations_per_second` is 0"),
+            (
+                "\"available\": 6442450944",
+                "\"available\": 18446744073710000000",
+                "`available` is 18446744073710000000, more than",
+            ),
+            ("\"ram\": 8589934592", "\"ram\": 0", "`ram` is 0"),
+            ("\"threads\": 4", "\"threads\": 0", "`threads` is 0"),
             ("5e-6", "2.5", "smallest product"),
             ("\"isa\"", "\"isas\"", "isas"),
             ("{", "", "machine.json"),
@@ -228,7 +273,7 @@ mod tests {
         }
         assert!(MachineFile::load(folder.path()).is_err());
         // What version 1 did not say is done without.
-        let older = r#"{"version": 1, "ram": 1, "drive_bytes_per_second": null, "memory_bytes_per_second": 25e9,
+        let older = r#"{"version": 1, "ram": 8000000000, "drive_bytes_per_second": null, "memory_bytes_per_second": 25e9,
             "product_bytes_per_second": {"q4": 10e9}, "isa": "avx2", "threads": 4}"#;
         fs::write(&path, older).unwrap();
         let cores = MachineFile::load(&path).unwrap().cores(Some("q4"), None);

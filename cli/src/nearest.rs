@@ -5,6 +5,8 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use sluice_format::VolumeName;
+
 /// Similarity, by Jaro and Winkler, above which one name may be a typo of another; equal names have 1.
 const ALIKE: f64 = 0.84;
 /// Most names that are suggested, and most entries of a folder that are searched: a folder with a million files is not worth the
@@ -22,10 +24,36 @@ pub(crate) fn suggestion<'a>(error: &dyn Error, arguments: impl IntoIterator<Ite
         Some((option, value)) if option.starts_with("--") => Path::new(value),
         _ => Path::new(argument),
     });
-    let mut missing = values.filter(|path| is_about(&said, path) && path.symlink_metadata().is_err());
-    let found = missing.find_map(near)?;
+    let missing = values.filter(|path| is_about(&said, path) && path.symlink_metadata().is_err());
+    let missing: Vec<&Path> = missing.collect();
+    if let Some(model) = missing.iter().find_map(|path| unfinished(path)) {
+        return Some(format!(
+            "{} is not finished: the command that writes it was interrupted, or is still at work. Run the same command again",
+            model.display()
+        ));
+    }
+    let found = missing.into_iter().find_map(near)?;
     let names: Vec<_> = found.iter().map(|path| path.display().to_string()).collect();
     Some(format!("did you mean {}?", names.join(" or ")))
+}
+
+/// What stands behind the name of a model file while it is written.
+const PARTIAL: &str = ".partial";
+
+/// The model of this name, if something is there that an interrupted conversion leaves.
+fn unfinished(path: &Path) -> Option<PathBuf> {
+    let whole = VolumeName::parse(path).map_or_else(|| path.to_owned(), |name| name.whole());
+    let is_left = |suffix: &str| {
+        let mut left = whole.clone().into_os_string();
+        left.push(suffix);
+        Path::new(&left).is_file()
+    };
+    [PARTIAL, ".partial.journal"].into_iter().any(is_left).then_some(whole)
+}
+
+/// Whether a file has the name of one that conversions leave, which nobody means.
+fn is_remains(name: &str) -> bool {
+    name.split_once(PARTIAL).is_some_and(|(_, rest)| rest.is_empty() || rest.starts_with(['-', '.']))
 }
 
 /// Whether a message begins with a path, as messages about files do.
@@ -61,7 +89,8 @@ fn near(path: &Path) -> Option<Vec<PathBuf>> {
     let mut alike: Vec<(f64, PathBuf)> = entries
         .filter_map(|entry| {
             let found = entry.file_name();
-            let nearness = strsim::jaro_winkler(&name, &found.to_str()?.to_lowercase());
+            let nearness =
+                strsim::jaro_winkler(&name, &found.to_str().filter(|name| !is_remains(name))?.to_lowercase());
             let path = missing.with_file_name(&found).join(rest);
             // Joining an empty path would add a separator at the end.
             let path = if rest.as_os_str().is_empty() { missing.with_file_name(found) } else { path };
@@ -100,6 +129,25 @@ mod tests {
         assert_eq!(of("models/gln.sluice").as_deref(), Some("did you mean models/glm.sluice?"));
         assert_eq!(of("zebra"), None);
         assert_eq!(of("nowhere/near/any.sluice"), None);
+    }
+
+    #[test]
+    fn what_interrupted_conversions_leave_is_named_as_such() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        for name in
+            ["m.sluice.partial", "m.sluice.partial.journal", "n.sluice.partial.journal", "r1.sluice.partial-00002"]
+        {
+            fs::write(folder.join(name), "").unwrap();
+        }
+        for (argument, model) in
+            [("m.sluice", "m.sluice"), ("n.sluice", "n.sluice"), ("m-00001-of-00002.sluice", "m.sluice")]
+        {
+            let said = suggested(folder, argument).unwrap();
+            assert!(said.starts_with(&format!("{model} is not finished")) && said.contains("again"), "{said}");
+        }
+        assert_eq!(suggested(folder, "r1.sluice"), None);
+        assert_eq!(suggested(folder, "m.sluicee"), None);
     }
 
     #[test]

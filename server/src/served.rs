@@ -103,6 +103,11 @@ impl Served {
         self.model.context()
     }
 
+    /// Most tokens that the model itself allows, whatever memory there is.
+    pub fn max_positions(&self) -> usize {
+        self.model.max_positions()
+    }
+
     /// The model's chat template, if it has one.
     pub fn template(&self) -> Option<&ChatTemplate> {
         self.texts.template()

@@ -27,7 +27,7 @@ use command::{COMMANDS, Command, Entry, KEYS};
 use conversation::{Conversation, Folder, Kept, Listed, Said, Turn};
 use input::{Input, Typed};
 use screen::Screen;
-use talk::{Failure, How, Outcome, Talk, Took};
+use talk::{Failure, How, Outcome, Talk, Took, more_room};
 
 /// Least similarity, by Jaro and Winkler, of an unknown name to the one that is suggested.
 const LIKE: f64 = 0.8;
@@ -165,6 +165,11 @@ impl Session {
         }
     }
 
+    fn more_room(&self) -> &'static str {
+        let served = self.talk.served();
+        more_room(served.context(), served.max_positions())
+    }
+
     /// The last message has no answer: it keeps its earlier answer, or is removed.
     fn take_back(&mut self, before: Option<Said>) -> Result<(), CliError> {
         match (before, self.conversation.turns.last_mut()) {
@@ -195,7 +200,7 @@ impl Session {
         self.keep()?;
         let context = self.talk.served().context();
         let room = took.prompt + took.generated < context;
-        if let Some(remark) = ending.remark(room) {
+        if let Some(remark) = ending.remark((!room).then(|| self.more_room())) {
             self.screen.remark(&remark)?;
         }
         let flow = match ending {

@@ -398,16 +398,25 @@ impl<'a> Showing<'a> {
 }
 
 impl How {
-    /// What the reader should know about the end, if it is unusual. `room`: whether the context has room for more.
-    pub(crate) fn remark(&self, room: bool) -> Option<String> {
+    /// What the reader should know about the end, if it is unusual. `full`: what makes room, if the context has no room for more.
+    pub(crate) fn remark(&self, full: Option<&str>) -> Option<String> {
         match self {
             How::Stopped(_) => Some("[stopped]".into()),
-            How::Ended(Ending { why: Why::Length, .. }) if room => Some("[cut off after max_tokens]".into()),
-            How::Ended(Ending { why: Why::Length, .. }) => Some(
-                "[cut off: the context is full. /undo and /reset make room, and so does a larger --context]".into(),
-            ),
+            How::Ended(Ending { why: Why::Length, .. }) => Some(match full {
+                None => "[cut off after max_tokens]".into(),
+                Some(advice) => format!("[cut off: the context is full. {advice}]"),
+            }),
             _ => None,
         }
+    }
+}
+
+/// What makes room in a context of so many tokens for a model that takes at most `most`.
+pub(crate) fn more_room(context: usize, most: usize) -> &'static str {
+    if context < most {
+        "/undo and /reset make room, and so does a larger --context"
+    } else {
+        "/undo and /reset make room; the model itself takes no more tokens"
     }
 }
 
@@ -448,6 +457,12 @@ mod tests {
         assert_eq!(left(0.1, 60).unwrap(), "9 min");
         assert_eq!(left(0.01, 360).unwrap(), "9.9 h");
         assert_eq!(left(1.5, 10).unwrap(), "0 s");
+    }
+
+    #[test]
+    fn a_larger_context_is_advised_only_where_the_model_takes_one() {
+        assert!(more_room(4096, 8192).contains("--context"));
+        assert!(!more_room(8192, 8192).contains("--context") && more_room(8192, 8192).contains("/undo"));
     }
 
     #[test]

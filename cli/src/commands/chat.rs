@@ -210,7 +210,7 @@ fn open_model(
 ) -> Result<Served, CliError> {
     let context = args.context.map_or(CONTEXT, NonZeroUsize::get);
     let options = EngineOptions { sequences: Some(1), marks: MARKS, ..args.engine.options(context) };
-    let drafting = args.drafts.or(args.engine.usual_drafts());
+    let drafting = args.drafts.or(args.engine.usual_drafts())?;
     let prediction = drafting.predicts(&file, &options);
     let engine = args.engine.open_file(file, &EngineOptions { prediction, ..options })?;
     // The drive reads dense weights meanwhile.

@@ -65,6 +65,9 @@ struct Report {
     /// If extents are striped over them: the part of the experts' bytes that lies in each.
     #[serde(skip_serializing_if = "Option::is_none")]
     expert_shares: Option<Vec<f64>>,
+    /// And the fewest volumes that have a part of an expert, and the most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    volumes_per_expert: Option<(usize, usize)>,
     /// Of all of them.
     file_bytes: u64,
     compressed_extents: usize,
@@ -172,6 +175,7 @@ fn examine(args: &Args, file: &ModelFile) -> Report {
         page_size: superblock.page_size,
         volumes: file.volumes().iter().map(|volume| volume.path().display().to_string()).collect(),
         expert_shares: file.is_striped().then(|| file.expert_shares()),
+        volumes_per_expert: file.volumes_per_expert().filter(|_| file.is_striped()),
         file_bytes: file.file_bytes(),
         compressed_extents: file.compressed_extents(),
         bytes_before_compression: file.extents().iter().map(|e| e.padded_len).sum(),
@@ -283,6 +287,15 @@ fn experts(r: &Report) -> Vec<(&'static str, String)> {
     ]
 }
 
+/// Which volumes a read of an expert uses, where that is not all: between `least` and `most` of `all`.
+fn uses_of_few(least: usize, most: usize, all: usize, page_size: u32) -> String {
+    let number = if least == most { least.to_string() } else { format!("{least} to {most}") };
+    format!(
+        "a read of an expert uses {number} of {all} volumes, because experts are divided in whole pages of {page_size} bytes and have too \
+         few for their shares"
+    )
+}
+
 /// For people.
 fn describe(r: &Report) -> String {
     let mut out = String::new();
@@ -294,7 +307,11 @@ fn describe(r: &Report) -> String {
     line("file", format!("{}, {size}{volumes} in pages of {} bytes, format version {version}", r.file, r.page_size));
     if let Some(shares) = &r.expert_shares {
         let parts: Vec<String> = shares.iter().map(|share| format!("{:.1} %", 100.0 * share)).collect();
-        line("striped", format!("each read uses all volumes; of the experts they have {}", parts.join(", ")));
+        let uses = match r.volumes_per_expert {
+            Some((least, most)) if least < shares.len() => uses_of_few(least, most, shares.len(), r.page_size),
+            _ => "each read uses all volumes".into(),
+        };
+        line("striped", format!("{uses}; of the experts they have {}", parts.join(", ")));
         for path in &r.volumes {
             line("  volume", path.clone());
         }

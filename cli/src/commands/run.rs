@@ -169,6 +169,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         args.engine.refuse_thrift("run --trace")?;
     }
     plot::check_target(args.profile_svg.as_deref(), &args.file)?;
+    let drafting = args.drafts.or(usual_drafts(args))?;
     let file = ModelFile::open(&args.file)?;
     let sampling = sampling(args, &file)?;
     let given = given(args)?;
@@ -176,7 +177,6 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     // The drive reads while the tokenizer is built.
     let shortest = if let Given::Ids(ids) = &given { ids.len() } else { 1 };
     let options = args.engine.options(room.context(shortest));
-    let drafting = args.drafts.or(usual_drafts(args));
     let prediction = drafting.predicts(&file, &options);
     let early = Early::open(file, &EngineOptions { prediction, ..options })?;
     let prepared = prepare(args, early.file(), given)?;

@@ -136,7 +136,7 @@ fn options(args: &Args) -> Result<ServerOptions, CliError> {
     }
     let context = args.context.map_or(CONTEXT, NonZeroUsize::get);
     let engine = EngineOptions { sequences: Some(args.parallel.get()), marks: MARKS, ..args.engine.options(context) };
-    let drafting = args.drafts.or(Drafts::Off);
+    let drafting = args.drafts.or(Drafts::Off)?;
     let days = Duration::from_secs(args.sessions_days.saturating_mul(24 * 60 * 60));
     let sessions = |folder: &PathBuf| SessionOptions {
         folder: folder.clone(),

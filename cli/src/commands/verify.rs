@@ -67,11 +67,14 @@ struct Source {
 
 #[derive(Debug, Serialize)]
 pub(crate) struct Damage {
+    /// Its name, or that of a table.
     pub(crate) extent: String,
     /// The file that it is in, if the model has several.
     #[serde(skip_serializing_if = "Option::is_none")]
     volume: Option<String>,
-    offset: u64,
+    /// Of an extent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
     problem: String,
 }
 
@@ -98,13 +101,8 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         print(&describe(&report))?;
     }
     if !report.intact {
-        let (damaged, extents) = (report.damaged.len(), report.extents);
-        return Err(CliError::Failure(format!(
-            "{}: {damaged} of {} {} damaged. Copy the file again or convert it again",
-            report.file,
-            counted(extents, "extent"),
-            if damaged == 1 { "is" } else { "are" }
-        )));
+        let (file, damaged) = (&report.file, how_much(&report.damaged, report.extents));
+        return Err(CliError::Failure(format!("{file}: {damaged} damaged. Copy the file again or convert it again")));
     }
     match report.source {
         Some(Source { folder, same: false, files }) if files.iter().all(|f| f.difference.is_none() || is_text(f)) => {
@@ -120,6 +118,20 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
         ))),
         _ => Ok(()),
     }
+}
+
+/// How many extents, and tables of volumes, are damaged, with the verb.
+fn how_much(damaged: &[Damage], extents: usize) -> String {
+    let of_extents = damaged.iter().filter(|damage| damage.offset.is_some()).count();
+    let tables = damaged.len() - of_extents;
+    let mut parts = Vec::new();
+    if of_extents > 0 {
+        parts.push(format!("{of_extents} of {}", counted(extents, "extent")));
+    }
+    if tables > 0 {
+        parts.push(format!("{} of its volumes", counted(tables, "table")));
+    }
+    format!("{} {}", parts.join(" and "), if damaged.len() == 1 { "is" } else { "are" })
 }
 
 /// Whether `sluice set` replaces this file.
@@ -169,7 +181,8 @@ fn volume_of(error: &FormatError) -> Option<String> {
         FormatError::ExtentChecksum { path, .. }
         | FormatError::ExtentCode { path, .. }
         | FormatError::ExtentRead { path, .. }
-        | FormatError::RegionChecksum { path, .. } => Some(path.display().to_string()),
+        | FormatError::RegionChecksum { path, .. }
+        | FormatError::Io { path, .. } => Some(path.display().to_string()),
         _ => None,
     }
 }
@@ -177,17 +190,21 @@ fn volume_of(error: &FormatError) -> Option<String> {
 impl From<FormatError> for Damage {
     fn from(error: FormatError) -> Self {
         let problem = error.to_string();
+        let of = |extent, offset, problem| Damage { extent, volume: None, offset, problem };
         match error {
             FormatError::ExtentChecksum { extent, offset, .. } => {
-                Damage { extent, volume: None, offset, problem: "its checksum does not match".into() }
+                of(extent, Some(offset), "its checksum does not match".into())
             }
             FormatError::ExtentCode { extent, offset, problem, .. } => {
-                Damage { extent, volume: None, offset, problem: format!("it cannot be decompressed: {problem}") }
+                of(extent, Some(offset), format!("it cannot be decompressed: {problem}"))
             }
             FormatError::ExtentRead { extent, offset, source, .. } => {
-                Damage { extent, volume: None, offset, problem: format!("it cannot be read: {source}") }
+                of(extent, Some(offset), format!("it cannot be read: {source}"))
             }
-            _ => Damage { extent: "file".into(), volume: None, offset: 0, problem },
+            FormatError::RegionChecksum { region, .. } => {
+                of(format!("the {region}"), None, "its checksum does not match".into())
+            }
+            _ => of("the tables".into(), None, problem),
         }
     }
 }
@@ -212,7 +229,8 @@ fn describe(report: &Report) -> String {
     }
     for d in &report.damaged {
         let volume = d.volume.as_ref().map(|path| format!(" of {path}")).unwrap_or_default();
-        out += &format!("damaged: {} at offset {}{volume}: {}\n", d.extent, d.offset, d.problem);
+        let offset = d.offset.map(|offset| format!(" at offset {offset}")).unwrap_or_default();
+        out += &format!("damaged: {}{offset}{volume}: {}\n", d.extent, d.problem);
     }
     let Some(source) = &report.source else { return out };
     if source.same {

@@ -65,6 +65,7 @@ struct About {
     vocab_size: usize,
     layers: usize,
     context: usize,
+    max_positions: usize,
     family: String,
     binding: Binding,
     files: Vec<(String, Vec<u8>)>,
@@ -77,6 +78,7 @@ impl About {
             vocab_size: engine.spec().vocab_size,
             layers: engine.spec().layers.len(),
             context: engine.memory().context,
+            max_positions: engine.spec().max_positions,
             family: engine.spec().family.clone(),
             binding: engine.binding(),
             files: files.map(|(name, bytes)| (name.to_owned(), bytes.to_vec())).collect(),
@@ -192,6 +194,11 @@ impl Model {
     /// Most tokens of a generation, including the prompt.
     pub fn context(&self) -> usize {
         self.about.context
+    }
+
+    /// Most tokens that the model itself allows: [`Model::context`] is never larger.
+    pub fn max_positions(&self) -> usize {
+        self.about.max_positions
     }
 
     /// The source's name for this kind of model, such as `deepseek_v3`.
