@@ -44,7 +44,7 @@ const SECOND_NAME: &str = "m-00002-of-00002.sluice";
 fn places_that_have_something_else_hide_no_better_one() {
     let drives = Drives::new();
     fs::write(drives.at("file"), "a file").unwrap();
-    fs::create_dir_all(drives.at("folder").clone() + "/" + SECOND_NAME).unwrap();
+    fs::create_dir_all(drives.at("folder") + "/" + SECOND_NAME).unwrap();
     // Another model's volume of that name.
     stdout(&drives.run(&["restripe", "m.sluice", "--volumes", "other,other/..", "--shares", "5,1"]));
     fs::rename(drives.at(SECOND_NAME), drives.at("other") + "/" + SECOND_NAME).unwrap();
