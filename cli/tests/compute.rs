@@ -196,11 +196,13 @@ fn drafts_are_counted_and_change_no_text() {
         assert_eq!(stderr(&output).contains(&said), proposed > 0, "{}", stderr(&output));
     }
     // Unless something else is said, the text itself proposes; but neither where all rows are recorded, nor where the text depends on steps.
-    let proposed = |more: &[&str]| json(&run(&[&["--draft-tokens", "3"], more].concat()))["profile"]["drafts"].take();
-    assert_ne!(proposed(&[]), none);
+    let three = |more: &[&str]| run(&[&["--draft-tokens", "3"], more].concat());
+    assert_ne!(json(&three(&[]))["profile"]["drafts"], none);
     let folder = tempfile::tempdir().unwrap();
-    assert_eq!(proposed(&["--trace", folder.path().join("t.jsonl").to_str().unwrap()]), none);
-    assert_eq!(proposed(&["--expert-preference", "0.1"]), none);
+    let trace = folder.path().join("t.jsonl");
+    for more in [["--trace", trace.to_str().unwrap()], ["--expert-preference", "0.1"]] {
+        assert_fails(&three(&more), 2, &["no tokens are proposed", "--drafts lookup"]);
+    }
     assert_fails(&run(&["--drafts", "mtp"]), 1, &["multi-token prediction"]);
     assert_fails(&run(&["--drafts", "always"]), 2, &["--drafts", "lookup"]);
 }

@@ -126,8 +126,8 @@ fn what_cannot_be_done_is_said_as_it_is() {
         fails(&["run", "n.sluice", "--prompt-ids", "5"], &["n.sluice is not finished", "same command again"]);
     assert!(!unfinished.contains("did you mean"), "{unfinished}");
     fails(
-        &["run", "m.sluice", "--prompt-ids", "5", "--draft-tokens", "3"],
-        &["--draft-tokens 3 would change nothing", "--drafts"],
+        &["run", "m.sluice", "--prompt-ids", "5", "--drafts", "off", "--draft-tokens", "3"],
+        &["--draft-tokens 3 would change nothing", "--drafts lookup"],
     );
     // The extent table of a volume, of which each has a copy.
     let mut second = fs::read(drives.at(SECOND)).unwrap();
