@@ -258,8 +258,8 @@ mod tests {
             ("100000000000.0", "0.0", "`f32_operations_per_second` is 0"),
             (
                 "\"available\": 6442450944",
-                "\"available\": 18446744073710000000",
-                "`available` is 18446744073710000000, more than",
+                "\"available\": 18446744073709551615",
+                "`available` is 18446744073709551615, more than",
             ),
             ("\"ram\": 8589934592", "\"ram\": 0", "`ram` is 0"),
             ("\"threads\": 4", "\"threads\": 0", "`threads` is 0"),

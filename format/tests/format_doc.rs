@@ -148,7 +148,7 @@ fn errors() {
         variants.map(|l| l.trim_end_matches(" {").split('(').next().unwrap().to_owned()).collect();
     let mut documented: BTreeSet<_> = table("checks").into_iter().map(|row| row[2].clone()).collect();
     // Named in the sentences below the table.
-    let below = ["Io", "ExtentRead", "Interrupted", "Locked", "Layout", "VolumeSize", "Ambiguous"];
+    let below = ["Io", "ExtentRead", "Interrupted", "Locked", "Layout", "VolumeSize", "Ambiguous", "DamagedVolume"];
     documented.extend(below.map(str::to_owned));
     assert_eq!(documented, variants);
     let steps: Vec<_> = table("checks").iter().map(|row| row[0].parse::<usize>().unwrap()).collect();

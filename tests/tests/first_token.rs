@@ -4,7 +4,6 @@ use std::path::Path;
 
 use sluice_format::{ExtentKind, ExtentRecord, ModelFile, WeightType};
 use sluice_generate::{Model, Request};
-use sluice_model::memory::MemoryPlan;
 use sluice_model::{Engine, EngineOptions, ModelError, ReadEngineKind, RuntimeError};
 use sluice_storage::io::ReadError;
 use sluice_storage::pool::PoolError;
@@ -120,7 +119,11 @@ fn a_context_that_is_decided_while_the_drive_reads_is_as_good_as_one_from_the_st
                     engine = Engine::of(engine.into_file(), &with(context, budget)).unwrap();
                 }
                 // What the system had differs from moment to moment.
-                let plan = |engine: &Engine| MemoryPlan { available, ..engine.memory().clone() };
+                let plan = |engine: &Engine| {
+                    let mut plan = engine.memory().clone();
+                    plan.available = available;
+                    plan
+                };
                 assert_eq!(plan(&engine), plan(&direct), "{name}, {context} tokens in {budget:?}");
                 assert_eq!((engine.pages(), engine.pages().is_empty()), (direct.pages(), false));
                 assert!(greedy(&mut engine, &prompt, 3) == greedy(&mut direct, &prompt, 3), "{name}, {budget:?}");

@@ -51,7 +51,7 @@ Examples:
   sluice convert DeepSeek-R1/ r1.sluice
   sluice convert DeepSeek-R1/ r1.sluice --dry-run
   sluice convert hf:deepseek-ai/DeepSeek-R1 r1.sluice
-  sluice convert hf:Qwen/Qwen3-30B-A3B --type q4
+  sluice convert hf:Qwen/Qwen3-30B-A3B --type q4 --dense-type q8
   sluice convert hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M qwen3.sluice
   sluice convert my-moe-bf16/ my-moe.sluice --type q4 --dense-type q8
   sluice convert my-moe-bf16/ my-moe.sluice --compress --split-size 50GB
