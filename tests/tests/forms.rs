@@ -114,7 +114,7 @@ fn rewriting_gives_what_converting_would() {
     }
     // Volumes are not replaced in place, and no other file without `overwrite`.
     assert!(upgrade(both.path(), None, &as_it_is, &()).unwrap_err().to_string().contains("several volumes"));
-    let exists = upgrade(plain.path(), Some(&to("a.sluice")), &UpgradeOptions { compress, ..as_it_is }, &());
+    let exists = upgrade(plain.path(), Some(&to("d.sluice")), &UpgradeOptions { compress, ..as_it_is }, &());
     assert!(exists.unwrap_err().to_string().contains("exists"));
     // A damaged extent ends the rewriting, and leaves no file.
     let damaged = to("damaged.sluice");

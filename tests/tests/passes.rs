@@ -1,6 +1,6 @@
 //! Long prompts take longer passes than the plan has scratch for, where that saves reading; no bit changes, and neither does the plan.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use sluice_converter::synth::{Geometry, SynthOptions, WeightTypes, synth};
 use sluice_format::WeightType;
@@ -29,7 +29,7 @@ fn model() -> (TempDir, PathBuf) {
     (folder, path)
 }
 
-fn open(path: &PathBuf, budget: Option<u64>, prompt_attention: PromptAttention) -> Engine {
+fn open(path: &Path, budget: Option<u64>, prompt_attention: PromptAttention) -> Engine {
     let context = Some(TOKENS + 8);
     let options = EngineOptions { context, budget, prompt_attention, forget: true, ..EngineOptions::default() };
     Engine::open(path, &options).unwrap()
