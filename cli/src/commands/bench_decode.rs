@@ -486,6 +486,13 @@ impl Drive {
         read: fn(&mut Drive) -> Result<f64, BenchError>,
         work: impl FnOnce() -> T,
     ) -> Result<(T, f64), BenchError> {
+        struct Done<'d>(&'d AtomicBool);
+        // Also if `work` panics: otherwise the reads would go on for ever.
+        impl Drop for Done<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
         let done = AtomicBool::new(false);
         let (outcome, found) = thread::scope(|scope| {
             let reads = scope.spawn(|| -> Result<Vec<f64>, BenchError> {
@@ -495,8 +502,9 @@ impl Drive {
                 }
                 Ok(found)
             });
+            let ended = Done(&done);
             let outcome = work();
-            done.store(true, Ordering::Relaxed);
+            drop(ended);
             (outcome, reads.join().unwrap_or_else(|panic| resume_unwind(panic)))
         });
         Ok((outcome, median(&found?)))
@@ -518,9 +526,10 @@ impl Drive {
         Ok(longest)
     }
 
-    /// Bytes of a burst from one drive.
+    /// Bytes that all drives together read in the time in which the one with the smallest part reads a burst, without what it waits.
     pub(crate) fn burst_bytes(&self) -> f64 {
-        self.point.in_flight_bytes() as f64
+        let least = self.benches.iter().map(|(_, share)| *share).fold(1.0, f64::min);
+        self.point.in_flight_bytes() as f64 / least
     }
 
     pub(crate) fn median(&self) -> f64 {

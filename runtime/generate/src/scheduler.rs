@@ -489,7 +489,7 @@ impl Scheduler {
         self.prepare(engine, only.is_none());
         self.save_running();
         let takes_part = |r: &Running| !r.is_over() && r.follows.is_none() && only.is_none_or(|id| id == r.id);
-        let rows = self.rows(engine, &takes_part);
+        let (rows, left_to_read) = self.rows(engine, &takes_part);
         self.room_for_step(engine, &rows);
         self.tokens.clear();
         for (running, &count) in self.running.iter().zip(&rows) {
@@ -529,8 +529,14 @@ impl Scheduler {
         let counts: Vec<usize> = spans.iter().map(|span| span.tokens.len()).collect();
         let mut wanted = self.proposer.wanted(&counts, engine);
         let started = Instant::now();
-        let outcome =
-            take_step(engine, &self.shared, (&mut spans, &mut takers), watch, cancel.as_ref(), wanted.as_mut());
+        let outcome = take_step(
+            engine,
+            &self.shared,
+            (&mut spans, &mut takers),
+            watch,
+            (cancel.as_ref(), left_to_read),
+            wanted.as_mut(),
+        );
         let seconds = started.elapsed().as_secs_f64();
         self.shared.end_step(engine.stats());
         let generated = self.account(before, if outcome.is_ok() { Some(prompt_rows) } else { None });
@@ -571,8 +577,8 @@ impl Scheduler {
         }
     }
 
-    /// Rows of each running generation in a step.
-    fn rows(&self, engine: &Engine, takes_part: &dyn Fn(&Running) -> bool) -> Vec<usize> {
+    /// Rows of each running generation in a step, and the tokens of prompts that later steps read, if the step is one of prompts alone.
+    fn rows(&self, engine: &Engine, takes_part: &dyn Fn(&Running) -> bool) -> (Vec<usize>, usize) {
         let wanted = |prompt: bool| -> Vec<usize> {
             let of = |r: &Running| match r.generation.offer(r.sequence.position()) {
                 (tokens, phase) if phase.reads() == prompt && takes_part(r) => match prompt {
@@ -602,8 +608,10 @@ impl Scheduler {
         };
         let usual = of(false, rows);
         let left = of(true, rows - usual.iter().sum::<usize>());
-        let reading = usual.into_iter().zip(left).map(|(usual, left)| usual + left);
-        reading.zip(decoding).map(|(a, b)| a + b).collect()
+        let reading: Vec<usize> = usual.into_iter().zip(left).map(|(usual, left)| usual + left).collect();
+        let later = wanted.iter().sum::<usize>() - reading.iter().sum::<usize>();
+        let rows = reading.into_iter().zip(decoding).map(|(a, b)| a + b).collect();
+        (rows, if decoded == 0 { later } else { 0 })
     }
 
     /// Repeats a failed step for each generation alone, and ends those whose step fails again. False if this was interrupted by a
@@ -693,7 +701,7 @@ fn take_step(
     shared: &Shared,
     (spans, takers): (&mut [Span<'_>], &mut [Taker<'_>]),
     watch: &mut Watch<'_>,
-    cancel: Option<&Cancel>,
+    (cancel, left_to_read): (Option<&Cancel>, usize),
     wanted: Option<&mut Wanted>,
 ) -> Result<(), RuntimeError> {
     let Watch { progress, routing } = watch;
@@ -706,7 +714,7 @@ fn take_step(
         routing.iter_mut().for_each(|routing| routing(layer, position, top_k, choices));
     };
     let mut on_head_inputs = wanted.map(|wanted| move |rows: &[f32]| wanted.see(rows));
-    let mut control = Control { cancel, progress: Some(&mut on_progress), ..Control::default() };
+    let mut control = Control { cancel, left_to_read, progress: Some(&mut on_progress), ..Control::default() };
     if sees_routing {
         control.routing = Some(&mut on_routing);
     }

@@ -76,6 +76,8 @@ pub struct Control<'a> {
     pub head_inputs: Option<&'a mut HeadInputObserver<'a>>,
     /// The residual stream of the step's rows, `[rows, hidden]`, with which the step begins instead of their tokens' embeddings.
     pub states: Option<&'a [f32]>,
+    /// Tokens of the step's prompts that later steps will read. How many rows go through a layer together is chosen for all of them.
+    pub left_to_read: usize,
     /// Sees the inputs of every quantisable matrix.
     pub inputs: Option<Arc<dyn InputObserver>>,
 }

@@ -601,9 +601,10 @@ impl Engine {
         self.compute.observer = control.inputs.clone();
         self.compute.cancel = control.cancel.cloned();
         self.compute.threads.cancel_by(control.cancel.map(Cancel::flag));
-        let outcome = self.with_rows_for(head_inputs.is_none().then(|| passes::reading(spans)), |engine, rows| {
-            engine.passes(rows, head_inputs, spans, control, sink)
-        });
+        let outcome = self
+            .with_rows_for(head_inputs.is_none().then(|| passes::reading(spans, control)), |engine, rows| {
+                engine.passes(rows, head_inputs, spans, control, sink)
+            });
         if outcome.is_err() {
             self.storage.pool.stop_reading_ahead();
         }

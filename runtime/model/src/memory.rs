@@ -18,7 +18,7 @@ use crate::{Model, dense_extents, opened_extents};
 use sluice_storage::pool::{LEAST_SLOTS, LayerSize, RING_SLOTS, SlotPlan};
 
 use self::passes::LongPasses;
-pub(crate) use self::passes::Reading;
+pub(crate) use self::passes::{LongPass, Reading};
 pub use available::{GroupLimit, SystemMemory, available_memory, group_limits};
 pub use pressure::{Pressure, PressureWatch, Sample, Wish};
 

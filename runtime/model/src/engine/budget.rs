@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use sluice_storage::io::trim_heap;
-use sluice_storage::pool::SlotPlan;
+use sluice_storage::pool::{LEAST_SLOTS, SlotPlan};
 
 use super::{Engine, RuntimeError};
 use crate::memory::{Bytes, MIN_SLOTS, MemoryPlan, Wish, available_memory};
@@ -47,7 +47,7 @@ impl MemoryPlan {
 
     /// Expert slots that a budget of `bytes` holds; `None` if it is below the least.
     fn slots_of(&self, bytes: u64) -> Option<SlotPlan> {
-        self.most_slots.within(bytes.checked_sub(self.fixed())?)
+        self.most_slots.within(bytes.checked_sub(self.fixed())?, LEAST_SLOTS)
     }
 
     /// Changes the slots, as far as the plan says what there is.
@@ -179,7 +179,7 @@ impl Engine {
             Wish::Less => before.saturating_sub(step).max(self.allowed_slots.least_bytes()),
             Wish::More => before + step,
         };
-        let slots = self.allowed_slots.within(bytes).filter(|slots| *slots != self.memory.slot_plan);
+        let slots = self.allowed_slots.within(bytes, LEAST_SLOTS).filter(|slots| *slots != self.memory.slot_plan);
         if let Some(slots) = slots.filter(|_| !self.is_at_rest()) {
             self.resize(&slots);
         }

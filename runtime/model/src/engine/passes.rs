@@ -6,22 +6,24 @@ use sluice_storage::io::trim_heap;
 use sluice_storage::pool::SlotPlan;
 
 use super::Engine;
-use crate::memory::Reading;
+use crate::control::Control;
+use crate::memory::{LongPass, Reading, available_memory};
 use crate::rows::Span;
 
-/// What a step reads of prompts.
-pub(super) fn reading(spans: &[Span<'_>]) -> Reading {
+/// What a step and those after it read of prompts.
+pub(super) fn reading(spans: &[Span<'_>], control: &Control<'_>) -> Reading {
     let reads = spans.iter().filter(|span| span.phase.reads());
     let before = reads.clone().map(|span| span.sequence.position()).sum();
     match reads.count() {
         0 => Reading::default(),
-        _ => Reading { rows: spans.iter().map(|span| span.tokens.len()).sum(), before },
+        _ => Reading { rows: spans.iter().map(|span| span.tokens.len()).sum(), later: control.left_to_read, before },
     }
 }
 
 impl Engine {
     /// How many rows would go through a layer together if a step read so many tokens of prompts, with so many tokens before them in
-    /// their sequences. A caller that divides prompts among steps gives each step as many.
+    /// their sequences. A caller that divides prompts among steps gives each step as many, and says what is left for later ones
+    /// ([`Control::left_to_read`]).
     pub fn rows_together(&self, tokens: usize, before: usize) -> usize {
         self.memory.rows_together(tokens, before)
     }
@@ -30,12 +32,29 @@ impl Engine {
     /// give it, and have it again afterwards. In a step of the prediction layer, for which `reading` is `None`, passes are as planned.
     pub(super) fn with_rows_for<R>(&mut self, reading: Option<Reading>, f: impl FnOnce(&mut Engine, usize) -> R) -> R {
         match self.memory.passes(reading.unwrap_or_default()) {
-            (rows, None) => f(self, rows),
-            (rows, Some(slots)) => {
-                let long = Lengthened::new(self, &slots);
-                f(&mut *long.engine, rows)
+            (_, Some(pass)) if self.has_memory_for(&pass) => {
+                let long = Lengthened::new(self, &pass);
+                f(&mut *long.engine, pass.rows)
             }
+            (rows, _) => f(self, rows),
         }
+    }
+
+    /// Whether the memory of slots that go, and what the system has, suffice for the scratch of a longer pass: slots that were never filled
+    /// have no memory, and other programs may have taken it since the plan was made. If they suffice, other slots take no more than what
+    /// the scratch leaves.
+    fn has_memory_for(&mut self, pass: &LongPass) -> bool {
+        let pool = &mut self.storage.pool;
+        let unfilled = pool.unfilled_bytes();
+        if unfilled == 0 {
+            return true;
+        }
+        let given = (self.memory.slot_bytes - pass.slots.bytes()).saturating_sub(unfilled);
+        let others = self.storage.dense.missing_bytes() + self.memory.left_alone();
+        let left = (available_memory() + given).saturating_sub(others).checked_sub(pass.scratch);
+        left.into_iter().for_each(|left| pool.limit_new_memory(left));
+        self.looked = None;
+        left.is_some()
     }
 }
 
@@ -49,9 +68,9 @@ struct Lengthened<'e> {
 }
 
 impl<'e> Lengthened<'e> {
-    fn new(engine: &'e mut Engine, slots: &SlotPlan) -> Self {
+    fn new(engine: &'e mut Engine, pass: &LongPass) -> Self {
         let (before, effective) = (engine.memory.slot_plan.clone(), engine.memory.effective);
-        engine.resize(slots);
+        engine.resize(&pass.slots);
         Lengthened { engine, slots: before, effective }
     }
 }

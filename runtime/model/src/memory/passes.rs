@@ -9,7 +9,7 @@
 use sluice_format::{AttentionSpec, ModelSpec};
 
 use super::{MemoryPlan, Need};
-use sluice_storage::pool::{LayerSize, SlotClass, SlotPlan};
+use sluice_storage::pool::{LayerSize, PREFETCH_SLOTS, SlotClass, SlotPlan};
 
 /// Rows by which the lengths of passes differ that are compared.
 const STEP: usize = 256;
@@ -35,8 +35,20 @@ pub(super) struct LongPasses {
 pub(crate) struct Reading {
     /// Rows of the step, those that generate included; 0 if it reads no prompt.
     pub rows: usize,
+    /// Tokens of the same prompts that later steps read.
+    pub later: usize,
     /// Tokens that stand before them in their sequences.
     pub before: usize,
+}
+
+/// A pass that is longer than planned.
+#[derive(Clone, Debug)]
+pub(crate) struct LongPass {
+    pub rows: usize,
+    /// The slots that remain meanwhile.
+    pub slots: SlotPlan,
+    /// Bytes that it needs beyond those of the plan.
+    pub scratch: u64,
 }
 
 impl LongPasses {
@@ -79,36 +91,38 @@ fn expansion(spec: &ModelSpec) -> u64 {
 }
 
 impl MemoryPlan {
-    /// How many rows go through a layer together in a step with this much to read, and the slots that remain meanwhile if these are more
-    /// rows than there is scratch for.
-    pub(crate) fn passes(&self, reading: Reading) -> (usize, Option<SlotPlan>) {
+    /// How many rows go through a layer together as planned, and the longer pass that is better for so much to read, if one is.
+    pub(crate) fn passes(&self, reading: Reading) -> (usize, Option<LongPass>) {
         let (long, streamed) = (&self.long_passes, self.dense_streamed);
         if reading.rows <= self.rows {
             return (self.rows, None);
         }
+        let reading = Reading { rows: reading.rows + reading.later, later: 0, ..reading };
         let bytes = |class: &SlotClass| class.len.saturating_mul(class.experts as u64);
         let all: u64 = self.slot_plan.classes().iter().map(bytes).fold(0, u64::saturating_add);
         let planned = long.cost(reading, self.rows, (self.slot_bytes, all), streamed);
-        let mut best = (planned * (1.0 - LEAST_GAIN), self.rows, None);
+        let mut best = (planned * (1.0 - LEAST_GAIN), None);
         for &(rows, extra) in &long.lengths {
-            let slots = self.slot_bytes.checked_sub(extra).and_then(|bytes| self.slot_plan.within(bytes));
+            let slots =
+                self.slot_bytes.checked_sub(extra).and_then(|bytes| self.slot_plan.within(bytes, PREFETCH_SLOTS));
             let Some(slots) = slots else { break };
             let held = slots.bytes();
             // Experts whose slots go have to be read again.
             let cost = long.cost(reading, rows, (held, all), streamed) + (self.slot_bytes - held) as f64;
             if cost < best.0 {
-                best = (cost, rows, Some(slots));
+                best = (cost, Some(LongPass { rows, slots, scratch: extra }));
             }
             if rows >= reading.rows {
                 break;
             }
         }
-        (best.1, best.2)
+        (self.rows, best.1)
     }
 
     /// How many rows go through a layer together in a step that reads so many tokens of prompts, with so many tokens before them in their
     /// sequences.
     pub fn rows_together(&self, tokens: usize, before: usize) -> usize {
-        self.passes(Reading { rows: tokens, before }).0
+        let (planned, longer) = self.passes(Reading { rows: tokens, later: 0, before });
+        longer.map_or(planned, |pass| pass.rows)
     }
 }

@@ -329,6 +329,8 @@ impl Drop for UringEngine {
             }
             self.reap(&mut ended);
         }
+        // The kernel ends a ring some time after it is closed. Until then, what it has pinned would not be available to the next one.
+        let _ = self.ring.submitter().unregister_buffers();
     }
 }
 

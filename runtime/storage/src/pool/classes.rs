@@ -177,12 +177,12 @@ impl SlotPlan {
         self.classes.iter().map(|class| class.least() as u64 * class.len).sum()
     }
 
-    /// The same sizes in at most `bytes` bytes, with at most as many slots of each; `None` for less than
-    /// [`least_bytes`](Self::least_bytes).
+    /// The same sizes in at most `bytes` bytes, with at most as many slots of each, and at least `least` or as many as there are, if these are
+    /// fewer; `None` if `bytes` does not suffice.
     #[must_use]
-    pub fn within(&self, bytes: u64) -> Option<SlotPlan> {
+    pub fn within(&self, bytes: u64, least: usize) -> Option<SlotPlan> {
         let mut plan = self.clone();
-        let least: Vec<usize> = self.classes.iter().map(SlotClass::least).collect();
+        let least: Vec<usize> = self.classes.iter().map(|class| class.slots.min(least)).collect();
         plan.shrink(bytes, &least);
         (plan.bytes() <= bytes).then_some(plan)
     }
@@ -272,11 +272,11 @@ mod tests {
             }
             let least = plan.least_bytes();
             let to = least + ((plan.bytes() - least) as f64 * less) as u64;
-            let smaller = plan.within(to).expect("at least the least");
+            let smaller = plan.within(to, LEAST_SLOTS).expect("at least the least");
             prop_assert!(smaller.bytes() <= to);
             prop_assert!(smaller.classes().iter().zip(plan.classes()).all(|(a, b)| a.slots <= b.slots && a.slots >= b.least()));
-            prop_assert_eq!(plan.within(plan.bytes()), Some(plan.clone()));
-            prop_assert!(least == 0 || plan.within(least - 1).is_none());
+            prop_assert_eq!(plan.within(plan.bytes(), LEAST_SLOTS), Some(plan.clone()));
+            prop_assert!(least == 0 || plan.within(least - 1, LEAST_SLOTS).is_none());
         }
     }
 
@@ -322,6 +322,6 @@ mod tests {
     fn nothing_is_planned_for_a_model_without_experts() {
         let plan = SlotPlan::new([], 1 << 30);
         assert_eq!((plan.slots(), plan.bytes(), plan.least_bytes()), (0, 0, 0));
-        assert_eq!(plan.within(0), Some(plan));
+        assert_eq!(plan.within(0, LEAST_SLOTS), Some(plan));
     }
 }

@@ -46,6 +46,7 @@ pub use directory::{DenseLocation, ExpertDirectory, ExpertKey, ExtentLocation, P
 pub use error::PoolError;
 pub use parts::{Arrival, ExpertPart};
 pub use policy::{Choice, Key, Policy, PolicyKind};
+pub use prefetch::PREFETCH_SLOTS;
 pub use sectors::{SectorCache, TableLocation};
 pub use settle::{Damaged, Expert, Unsettled};
 pub use storage::{Storage, StorageConfig};

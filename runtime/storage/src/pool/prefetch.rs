@@ -17,6 +17,8 @@ use crate::io::{Check, Class};
 
 /// Most prefetches at once: more than a layer's worth would build on prefetches that may be wrong.
 const OPEN_MAX: usize = 16;
+/// Slots of a size that are reserved for passes: where there are fewer, none of them is prefetched into.
+pub const PREFETCH_SLOTS: usize = 2 * OPEN_MAX;
 /// While a prompt is read, prefetches may take the slots of this part of all experts. More would keep fewer experts from one pass to the
 /// next, and so more would have to be read.
 const AHEAD: usize = 16;
@@ -29,7 +31,7 @@ pub(super) struct Prefetches {
     given_up: Vec<bool>,
     /// For each expert, whether it was prefetched and has not been requested since.
     unproven: Vec<bool>,
-    /// Slots of a size that are reserved for passes: where there are fewer, none of them is prefetched into.
+    /// [`PREFETCH_SLOTS`]; tests have fewer slots.
     least_slots: usize,
     /// Most prefetches for a prompt, as far as they take slots from other experts, and as far as slots are empty.
     ahead: (usize, usize),
@@ -45,7 +47,7 @@ impl Prefetches {
             open: Vec::with_capacity(slots.min(most)),
             given_up: vec![false; slots],
             unproven: vec![false; shape.keys()],
-            least_slots: 2 * OPEN_MAX,
+            least_slots: PREFETCH_SLOTS,
             ahead: (ahead, most),
             held: Vec::with_capacity(shape.experts as usize),
         }

@@ -27,7 +27,17 @@ impl Pool {
     /// Empty slots that have no memory and may take some: those that have never been filled, above all.
     #[must_use]
     pub fn unfilled(&self) -> usize {
-        self.classes.iter().flat_map(|class| &class.free).filter(|&&number| self.is_absent(number)).count()
+        self.classes.iter().map(|class| self.unfilled_of(class)).sum()
+    }
+
+    /// Bytes that they take once they are filled.
+    #[must_use]
+    pub fn unfilled_bytes(&self) -> u64 {
+        self.classes.iter().map(|class| (self.unfilled_of(class) * class.bytes) as u64).sum()
+    }
+
+    fn unfilled_of(&self, class: &Slots) -> usize {
+        class.free.iter().filter(|&&number| self.is_absent(number)).count()
     }
 
     /// Lets slots without memory take at most this many bytes from now on. Beyond that, experts leave slots that have memory, as if the

@@ -129,7 +129,7 @@ proptest! {
                 }
                 Step::Resize(part) => {
                     let least = plan.least_bytes();
-                    now = plan.within(least + ((plan.bytes() - least) as f64 * part) as u64).expect("at least the least");
+                    now = plan.within(least + ((plan.bytes() - least) as f64 * part) as u64, LEAST_SLOTS).expect("at least the least");
                     pool.resize(&now.counts());
                     prop_assert!(pool.slot_counts().eq(now.counts()));
                 }
