@@ -15,7 +15,7 @@ fn model() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let config = serde_json::json!({
         "model_type": "deepseek_v3", "vocab_size": 512, "hidden_size": 512, "intermediate_size": 256,
-        "moe_intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4, "n_shared_experts": 0,
+        "moe_intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "n_shared_experts": 0,
         "n_routed_experts": 128, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
         "routed_scaling_factor": 1.0, "q_lora_rank": null, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
         "qk_rope_head_dim": 16, "v_head_dim": 32, "max_position_embeddings": 2048

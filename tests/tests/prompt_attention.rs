@@ -354,7 +354,7 @@ fn who_waits_for_pages_says_the_same() {
     let spill = tempfile::tempdir().unwrap();
     let wishes = proptest::collection::vec((1usize..200, 20usize..180, 0usize..90), 2..8);
     let case = (wishes, 1usize..3, 1usize..300, any::<bool>());
-    let config = ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() };
+    let config = ProptestConfig { cases: 6, failure_persistence: None, ..ProptestConfig::default() };
     let outcome = proptest::test_runner::TestRunner::new(config).run(&case, |(wishes, sequences, rows, spills)| {
         let request = |number: usize| {
             // Some begin with the same text.
