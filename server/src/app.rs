@@ -1,7 +1,6 @@
 //! The state that all handlers share, and the routes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -11,7 +10,7 @@ use axum::http::{HeaderName, HeaderValue, Response};
 use axum::middleware::{self, Next};
 
 use sluice_sessions::Store;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tower_http::timeout::{RequestBodyDeadlineLayer, RequestBodyTimeoutLayer};
 
 use crate::api;
@@ -43,7 +42,7 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Most requests that are prepared at the same time.
 const PREPARING: usize = 2;
 /// Most WebSockets at the same time.
-pub const SOCKETS: usize = 256;
+pub const SOCKETS: u32 = 256;
 
 /// The state that all handlers share.
 pub struct App {
@@ -68,7 +67,7 @@ pub struct App {
     /// When the server began.
     pub started: Instant,
     /// Set once the server is about to end.
-    pub closing: AtomicBool,
+    pub closing: watch::Sender<bool>,
 }
 
 impl App {
@@ -88,10 +87,10 @@ impl App {
             live: Live::default(),
             batches,
             preparing: Semaphore::new(PREPARING),
-            sockets: Arc::new(Semaphore::new(SOCKETS)),
+            sockets: Arc::new(Semaphore::new(SOCKETS as usize)),
             metrics: Metrics::new(),
             started: Instant::now(),
-            closing: AtomicBool::new(false),
+            closing: watch::Sender::new(false),
         })
     }
 
@@ -100,10 +99,16 @@ impl App {
     /// # Errors
     /// If the server is about to end.
     pub fn open(&self) -> Result<(), ApiError> {
-        match self.closing.load(Ordering::Relaxed) {
+        match *self.closing.borrow() {
             true => Err(ApiError::new(Kind::Closing, "the server is about to end: try again when it is back")),
             false => Ok(()),
         }
+    }
+
+    /// Completes once the server is about to end.
+    pub async fn ending(&self) {
+        // It fails only if there is no server any more.
+        let _ = self.closing.subscribe().wait_for(|closing| *closing).await;
     }
 }
 

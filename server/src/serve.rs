@@ -6,7 +6,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::Router;
@@ -18,7 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::app::{App, router};
+use crate::app::{App, SOCKETS, router};
 use crate::batches::{Batches, worker};
 use crate::models::{Models, ModelsError};
 use crate::options::{BatchOptions, ServerOptions, SessionOptions};
@@ -34,6 +33,8 @@ const HEAD_BYTES: usize = 64 << 10;
 const CONNECTIONS: usize = 1024;
 /// How often the server, once told to end, checks whether answers are left.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long clients may take to read what is left for them once all answers have ended.
+const PARTING: Duration = Duration::from_secs(2);
 
 /// Why a server cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -150,7 +151,7 @@ impl Server {
                 drop(place);
             });
         }
-        app.closing.store(true, Ordering::Relaxed);
+        app.closing.send_replace(true);
         drop(listener);
         if let Some(batches) = &app.batches {
             batches.close();
@@ -205,9 +206,10 @@ async fn end(app: &Arc<App>, ending: watch::Sender<bool>) {
         sleep(LOOK).await;
     }
     app.live.cancel_all();
-    // Connections write their remaining data; idle ones are closed.
+    // Connections write their remaining data; idle ones are closed. WebSockets are not among them any more, and have places of their own.
     ending.send_replace(true);
-    let _ = timeout(Duration::from_secs(2), ending.closed()).await;
+    let parted = async { tokio::join!(ending.closed(), app.sockets.acquire_many(SOCKETS)) };
+    let _ = timeout(PARTING, parted).await;
     let models = Arc::clone(&app.models);
     let _ = tokio::task::spawn_blocking(move || models.close()).await;
 }

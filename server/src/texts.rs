@@ -8,7 +8,7 @@ use sluice_checksum::xxh3_64;
 use sluice_dialect::{Dialect, Tools};
 use sluice_format::ModelFile;
 use sluice_generate::{GenerationError, Priority, Request, Sampled, SamplerConfig, Shape, recommended};
-use sluice_grammar::{Form, Grammar, Vocabulary};
+use sluice_grammar::{Form, Grammar, GrammarError, Vocabulary};
 use sluice_text::{ChatTemplate, Prompt, RenderOptions, Special, StopCondition, TextFiles, Tokenizer};
 
 use crate::answer::Reading;
@@ -402,7 +402,13 @@ impl Texts {
             Vocabulary::new(tokenizer, self.vocab_size, &end).map_err(|error| error.to_string())
         });
         let vocabulary = vocabulary.as_ref().map_err(|error| ApiError::new(Kind::NotImplemented, error.clone()))?;
-        Grammar::compile(vocabulary, form).map_err(|error| ApiError::field(field, error.to_string()))
+        Grammar::compile(vocabulary, form).map_err(|error| match error {
+            GrammarError::Busy { .. } => {
+                let error = ApiError::new(Kind::Busy, format!("`{field}`: {error}")).code("rate_limit_exceeded");
+                ApiError { retry_after: Some(10), ..error }
+            }
+            error => ApiError::field(field, error.to_string()),
+        })
     }
 }
 

@@ -44,6 +44,17 @@ pub enum GrammarError {
         limit: usize,
     },
 
+    /// Nothing is wrong with it, but there is no place to compile it.
+    #[error(
+        "it cannot be compiled now: {running} others have taken more than {seconds} seconds and have not ended; try again later"
+    )]
+    Busy {
+        /// How many others there are.
+        running: usize,
+        /// How long each of them has taken at least.
+        seconds: u64,
+    },
+
     /// A regular expression or a grammar that cannot be understood.
     #[error("the {what} cannot be used: {reason}")]
     Invalid {

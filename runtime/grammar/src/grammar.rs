@@ -2,10 +2,8 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
 
 use llguidance::Matcher;
 use llguidance::api::TopLevelGrammar;
@@ -14,6 +12,7 @@ use sluice_generate::Constraint;
 
 use crate::constraint::{Behind, Matching};
 use crate::error::clip;
+use crate::places::MAX_TIME;
 use crate::{GrammarError, Vocabulary, lark, schema};
 
 /// Longest regular expression that a caller may bring, in bytes.
@@ -22,28 +21,6 @@ const MAX_REGEX_BYTES: usize = 32 << 10;
 /// Stack for compiling a grammar, in bytes: the library calls itself for each rule that refers to another. Only the used part of
 /// the stack takes memory.
 const STACK_BYTES: usize = 256 << 20;
-
-/// How long compiling may take. Real grammars take milliseconds.
-const MAX_TIME: Duration = Duration::from_secs(20);
-
-/// Most grammars of a vocabulary that are compiled at once, including those that take too long.
-const MAX_RUNNING: usize = 16;
-
-/// Counts a running compilation.
-struct Running(Vocabulary);
-
-impl Running {
-    fn new(vocabulary: &Vocabulary) -> Self {
-        vocabulary.running().fetch_add(1, Ordering::Relaxed);
-        Running(vocabulary.clone())
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.running().fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 /// The form that a text must have.
 #[derive(Debug, Clone, PartialEq)]
@@ -98,26 +75,22 @@ impl Grammar {
     /// Checks a form and compiles it.
     ///
     /// Refuses demands that cannot be enforced. A schema's references must stay inside the schema: nothing is
-    /// fetched.
+    /// fetched. Callers that come all at once wait for each other.
     ///
     /// # Errors
-    /// When the form is malformed, too large, allows nothing, or asks for something that is not supported.
+    /// When the form is malformed, too large, allows nothing, or asks for something that is not supported; when too many others have
+    /// taken too long, and have not ended yet.
     pub fn compile(vocabulary: &Vocabulary, form: &Form) -> Result<Grammar, GrammarError> {
         let invalid = |reason: String| GrammarError::Invalid { what: form.name(), reason };
-        let running = vocabulary.running();
-        if running.load(Ordering::Relaxed) >= MAX_RUNNING {
-            return Err(GrammarError::TooLarge {
-                what: "grammars that are compiled at once".into(),
-                limit: MAX_RUNNING,
-            });
-        }
+        let place = vocabulary.places().take()?;
         // A thread with a stack of its own, which also confines a panic of the library.
         let (sender, receiver) = mpsc::channel();
         let (own, own_form) = (vocabulary.clone(), form.clone());
         let work = move || {
-            let _running = Running::new(&own);
+            let matcher = matcher(&own, &own_form);
+            drop(place);
             // If this took too long, nobody waits any more.
-            let _ = sender.send(matcher(&own, &own_form));
+            let _ = sender.send(matcher);
         };
         let thread = thread::Builder::new().name("sluice-grammar".into()).stack_size(STACK_BYTES);
         thread.spawn(work).map_err(|e| invalid(format!("no thread can be started: {e}")))?;

@@ -12,6 +12,7 @@ mod constraint;
 mod error;
 mod grammar;
 mod lark;
+mod places;
 mod schema;
 mod vocabulary;
 

@@ -3,13 +3,13 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 
 use llguidance::ParserFactory;
 use sluice_text::Tokenizer;
 use toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
 
 use crate::GrammarError;
+use crate::places::Places;
 
 /// Longest token that a grammar allows, in bytes. The library's tree has room for 1,024.
 const MAX_TOKEN_BYTES: usize = 1000;
@@ -41,8 +41,8 @@ struct Inner {
     end: Vec<u32>,
     /// Bit `id % 32` of word `id / 32`: whether the token exists at all.
     known: Vec<u32>,
-    /// How many grammars are being compiled.
-    running: AtomicUsize,
+    /// For the grammars that are being compiled.
+    places: Arc<Places>,
 }
 
 impl fmt::Debug for Vocabulary {
@@ -93,7 +93,7 @@ impl Vocabulary {
             tokenizer: tokenizer.clone(),
             end: end.to_vec(),
             known,
-            running: AtomicUsize::new(0),
+            places: Arc::default(),
         };
         Ok(Vocabulary { inner: Arc::new(inner) })
     }
@@ -161,9 +161,9 @@ impl Vocabulary {
         &self.inner.known
     }
 
-    /// How many grammars are being compiled.
-    pub(crate) fn running(&self) -> &AtomicUsize {
-        &self.inner.running
+    /// Places for the grammars that are being compiled.
+    pub(crate) fn places(&self) -> &Arc<Places> {
+        &self.inner.places
     }
 
     /// The tokenizer.

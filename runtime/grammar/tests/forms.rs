@@ -1,5 +1,7 @@
 //! Every form, with every kind of tokenizer: the text has the form, and ends by itself.
 
+use std::sync::Barrier;
+
 use crate::common::{KINDS, Outcome, Random, published};
 use serde_json::{Value, json};
 use sluice_grammar::{Form, Grammar, GrammarError, lark_json};
@@ -185,4 +187,24 @@ fn grammars_that_cannot_be_used_are_refused() {
     }
     let deep = format!("start: {}\"a\"{}", "(".repeat(10_000), ")".repeat(10_000));
     assert!(matches!(Grammar::compile(&vocabulary, &Form::Lark(deep)), Err(GrammarError::TooLarge { .. })));
+}
+
+#[test]
+fn callers_that_come_all_at_once_wait_for_each_other() {
+    // More than there are places: the requests of a batch are checked by all threads of a machine.
+    const CALLERS: usize = 40;
+    let (_, vocabulary) = published("qwen2");
+    let texts = (0..100).map(|n| format!("a text with the number {n}")).collect();
+    let form = Form::Choice(texts);
+    let all = Barrier::new(CALLERS);
+    std::thread::scope(|scope| {
+        for _ in 0..CALLERS {
+            scope.spawn(|| {
+                all.wait();
+                for _ in 0..8 {
+                    Grammar::compile(&vocabulary, &form).unwrap();
+                }
+            });
+        }
+    });
 }
