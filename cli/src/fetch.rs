@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use indicatif::MultiProgress;
 use sluice_converter::{ConvertError, Options, Plan, Progress, check_destination, plan_source};
-use sluice_format::model_path;
+use sluice_format::{VolumeName, model_path};
 use sluice_hub::models::Models;
 use sluice_hub::{Client, HubConversion, HubError, Needs, Notice, Observer, Patience, Reference, Settings};
 use sluice_lab::estimate;
@@ -296,26 +296,40 @@ pub(crate) fn model_file_or(argument: &Path) -> Result<PathBuf, CliError> {
 }
 
 /// The model of the folder of models that a name stands for, and the folder. `None` for what names a file, or a place for one, and where no
-/// variable says where the folder is.
+/// variable says where the folder is. Also for the name of a volume, and for that of a model of which only other volumes are here: the error
+/// of opening it says which is missing, and where it was looked for.
 fn in_folder(argument: &Path) -> Result<Option<(Option<PathBuf>, PathBuf)>, CliError> {
     let name = match (argument.to_str(), argument.file_name()) {
         (Some(text), Some(name)) if name == text => text,
         _ => return Ok(None),
     };
-    if model_path(argument)?.symlink_metadata().is_ok() {
+    let here = model_path(argument)?;
+    if here.symlink_metadata().is_ok() {
         return Ok(None);
     }
     let Ok(models) = Models::of_user() else { return Ok(None) };
     models.check()?;
     let folder = models.folder().to_owned();
     match &models.called(name)[..] {
-        [] => Ok(Some((None, folder))),
+        [] if VolumeName::parse(&here).is_some() => Ok(None),
+        [] => Ok(Some((missing_first(&folder, name)?, folder))),
         [one] => Ok(Some((Some(one.path.clone()), folder))),
         several => {
             let names: Vec<String> = several.iter().map(|entry| format!("\n  {}", entry.path.display())).collect();
             Err(CliError::Usage(format!("{name} is there several times; name one of these files:{}", names.concat())))
         }
     }
+}
+
+/// Where the first volume of a model should be of which the folder of models has only others.
+fn missing_first(folder: &Path, name: &str) -> Result<Option<PathBuf>, CliError> {
+    for whole in [folder.join(name), folder.join(format!("{name}.sluice"))] {
+        let first = model_path(&whole)?;
+        if first != whole && first.parent() == Some(folder) {
+            return Ok(Some(first));
+        }
+    }
+    Ok(None)
 }
 
 /// Asks at the terminal.

@@ -198,6 +198,42 @@ fn listed_and_removed_with_all_volumes() {
     assert!(!first.exists() && !Path::new(&second).exists());
 }
 
+/// What a link leads to stays, and so do the volumes of a copy that `SLUICE_VOLUMES` names.
+#[test]
+fn what_lies_behind_a_link_or_belongs_to_a_copy_is_not_removed() {
+    let drives = Drives::new();
+    let home = drives.at("home");
+    let models = PathBuf::from(&home).join("models");
+    fs::create_dir_all(&models).unwrap();
+    fs::copy(demo_model(), drives.at("m.sluice")).unwrap();
+    stdout(&sluice(&["restripe", &drives.at("m.sluice"), "--volumes", &drives.list(), "--shares", "1,1"]));
+    let [first, second] = ["a/m-00001-of-00002.sluice", "b/m-00002-of-00002.sluice"].map(|name| drives.at(name));
+    let beside = drives.at("a/m-00002-of-00002.sluice");
+    fs::copy(&second, &beside).unwrap();
+    let remove = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+        command.args(["rm", "m", "--yes"]).env("SLUICE_HOME", &home).env("SLUICE_VOLUMES", drives.at("a"));
+        let removed = command.stdin(Stdio::null()).output().unwrap();
+        assert!([&first, &second, &beside].iter().all(|file| Path::new(file).exists()), "{removed:?}");
+        (stdout(&removed), String::from_utf8(removed.stderr).unwrap())
+    };
+    let [link, other] = ["m-00001-of-00002.sluice", "m-00002-of-00002.sluice"].map(|name| models.join(name));
+    for other_is_linked in [false, true] {
+        std::os::unix::fs::symlink(&first, &link).unwrap();
+        if other_is_linked {
+            std::os::unix::fs::symlink(&second, &other).unwrap();
+        }
+        let (said, noted) = remove();
+        assert!(said.contains(", 0 B") && noted.contains("m-00001-of-00002.sluice and 1 more"), "{said}{noted}");
+        assert_eq!(fs::read_dir(&models).unwrap().count(), 0);
+    }
+    // A copy, whose own second volume is beside its first.
+    fs::copy(&first, &link).unwrap();
+    fs::copy(&second, &other).unwrap();
+    remove();
+    assert_eq!(fs::read_dir(&models).unwrap().count(), 0);
+}
+
 /// The simulated drive of each volume works at the same time; what that gives is measured, not tested.
 #[test]
 fn simulated_drives_are_one_for_each_volume() {

@@ -107,6 +107,28 @@ fn a_repeated_restripe_has_nothing_to_do() {
     assert_eq!(fs::read(drives.at("a/m.sluice.counts")).unwrap(), fs::read(drives.at("m.sluice.counts")).unwrap());
 }
 
+/// A name without a folder can be one of the folder of models too, which must not hide that a volume is missing.
+#[test]
+fn of_a_bare_name_too_the_missing_volume_is_named() {
+    let drives = Drives::new();
+    let first = "m-00001-of-00002.sluice";
+    fs::create_dir_all(drives.at("home/models")).unwrap();
+    fs::rename(drives.at(SECOND), drives.at("b/n-00002-of-00002.sluice")).unwrap();
+    let run = |name: &str, words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
+        command.args(["run", name, "--prompt-ids", "5"]).env("SLUICE_HOME", drives.at("home"));
+        let output = command.current_dir(drives.at("b")).stdin(Stdio::null()).output().unwrap();
+        assert_fails(&output, 1, words);
+    };
+    run(first, &[first, "SLUICE_VOLUMES"]);
+    run("n.sluice", &["n-00001-of-00002.sluice", "SLUICE_VOLUMES"]);
+    run("m.sluice", &["no model of that name"]);
+    fs::rename(drives.at("b/n-00002-of-00002.sluice"), drives.at("home/models/m-00002-of-00002.sluice")).unwrap();
+    run("m.sluice", &[&format!("home/models/{first}"), "SLUICE_VOLUMES"]);
+    run("m", &[&format!("home/models/{first}"), "SLUICE_VOLUMES"]);
+    run("n", &["no model of that name"]);
+}
+
 #[test]
 fn what_cannot_be_done_is_said_as_it_is() {
     let drives = Drives::new();

@@ -344,6 +344,17 @@ pub enum ConvertError {
         /// The first of the volumes to be written.
         first: PathBuf,
     },
+    /// The volumes that a file is to be divided into are there already, but damaged.
+    #[error(
+        "{path} stays as it is: the volumes that it is to be divided into are there already, but damaged ({source}). Remove them, or ask to \
+         overwrite them"
+    )]
+    DamagedVolumes {
+        /// The file.
+        path: PathBuf,
+        /// The first damage.
+        source: FormatError,
+    },
     /// One file would have the name of a volume, or take the place of one, which a model in several files would lose.
     #[error("{path}: {problem}. Choose another name for the model file")]
     IsVolume {

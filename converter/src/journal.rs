@@ -9,12 +9,15 @@
 //! The journal of a striped model begins with a record of its other volumes ([`Elsewhere`]): their folders, and the number that is in the
 //! names of its partial files there. It can be read without the plan, so that a conversion to other folders finds what it replaces. It is
 //! written before any of these files is made.
+//!
+//! When all volumes are whole and get their names, one after the other, a last record says so ([`say_named`]): only then is a finished volume
+//! in one of these places known to be of this conversion. A conversion that goes on cuts that record off with all that it does not know.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use sluice_checksum::{xxh3_64, xxh3_64_with_seed};
@@ -36,8 +39,10 @@ const CHECKSUM: usize = 8;
 /// What a record is, in its first byte.
 const EXTENT: u8 = 1;
 const PART: u8 = 2;
-/// 3 was the record of an earlier program, without the number.
 const ELSEWHERE: u8 = 4;
+/// The record of an earlier program that had the place of [`ELSEWHERE`].
+const FORMER_ELSEWHERE: u8 = 3;
+const NAMED: u8 = 5;
 /// Kind, extent, what has become of it (codec, stored bytes, their checksum, that of the padded bytes), digest, source bytes; the
 /// errors and the record's own checksum follow.
 const EXTENT_FIXED: usize = 1 + 8 + WRITTEN + 16 + 8;
@@ -47,6 +52,8 @@ const ERROR_LEN: usize = 24;
 const PART_LEN: usize = 1 + 8 + 16 + CHECKSUM;
 /// Kind, bytes of the folders, and the number; then of each folder its bytes and its path, and the record's own checksum.
 const ELSEWHERE_FIXED: usize = 1 + 4 + 8;
+/// Of each volume behind the first; the kind is before them all, and the record's own checksum behind.
+const NAMED_EACH: usize = 8 + 8;
 /// Most bytes of the folders: paths are shorter on every system, and there are no more than 15.
 const FOLDERS_MOST: usize = 1 << 17;
 /// Most bytes of a header that is read without its plan.
@@ -70,6 +77,20 @@ pub(crate) struct Elsewhere {
     /// Stands in the names of its partial files in these folders, so that models of one name which share a folder are told apart.
     pub(crate) id: u64,
     pub(crate) folders: Vec<PathBuf>,
+}
+
+/// When a finished volume was last written, which its name does not change: that tells it from one of a copy of the same model, whose
+/// content can be the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LastWritten {
+    seconds: i64,
+    nanoseconds: i64,
+}
+
+impl LastWritten {
+    pub(crate) fn of(found: &Metadata) -> Self {
+        LastWritten { seconds: found.mtime(), nanoseconds: found.mtime_nsec() }
+    }
 }
 
 /// What a journal says.
@@ -364,6 +385,18 @@ fn parse_elsewhere(records: &[u8], seed: u64) -> Option<(Elsewhere, usize)> {
 
 /// Where the volumes behind the first are, if the journal at `path`, of whatever plan, says so.
 pub(crate) fn elsewhere_at(path: &Path) -> Option<Elsewhere> {
+    let (seed, records) = first_records(path)?;
+    parse_elsewhere(&records, seed).map(|(elsewhere, _)| elsewhere)
+}
+
+/// Whether there is a journal at `path`, of whatever plan, that is of a model in one folder.
+pub(crate) fn is_of_one_folder(path: &Path) -> bool {
+    first_records(path)
+        .is_some_and(|(_, records)| records.first().is_none_or(|kind| ![ELSEWHERE, FORMER_ELSEWHERE].contains(kind)))
+}
+
+/// What the checksums of the records in the journal at `path` begin with, and its first records, as far as they can say where volumes are.
+fn first_records(path: &Path) -> Option<(u64, Vec<u8>)> {
     let file = open_own(path, false).ok()??;
     let mut fixed = [0; HEADER_FIXED];
     file.read_exact_at(&mut fixed, 0).ok()?;
@@ -374,7 +407,41 @@ pub(crate) fn elsewhere_at(path: &Path) -> Option<Elsewhere> {
     file.take(most as u64).read_to_end(&mut bytes).ok()?;
     let (header, seed) = (bytes.get(..len)?, u64_at(&bytes, MAGIC.len())?);
     let is_whole = bytes.starts_with(&MAGIC) && u64_at(&bytes, len)? == xxh3_64(header);
-    is_whole.then(|| parse_elsewhere(&bytes[len + CHECKSUM..], seed)).flatten().map(|(elsewhere, _)| elsewhere)
+    is_whole.then(|| (seed, bytes.split_off(len + CHECKSUM)))
+}
+
+/// Has the journal at `path`, of whatever plan, say that volumes are whole and get their names now. `volumes`: those behind the first.
+pub(crate) fn say_named(path: &Path, volumes: &[LastWritten], syncer: &Syncer) -> Result<(), ConvertError> {
+    let Some(file) = open_own(path, false)? else { return Ok(()) };
+    let mut seed = [0; 8];
+    file.read_exact_at(&mut seed, MAGIC.len() as u64).map_err(ConvertError::io(path, "read the journal"))?;
+    let mut record = vec![NAMED];
+    record.extend(volumes.iter().flat_map(|v| [v.seconds, v.nanoseconds]).flat_map(i64::to_le_bytes));
+    record.extend(xxh3_64_with_seed(&record, u64::from_le_bytes(seed)).to_le_bytes());
+    let end = file.metadata().map_err(ConvertError::io(path, "read its length"))?.len();
+    file.write_all_at(&record, end).map_err(ConvertError::io(path, "write the journal"))?;
+    syncer.all(&file).map_err(ConvertError::io(path, "sync the journal"))
+}
+
+/// The volumes behind the first, of `count` in all, of which the journal at `path` says last that they are whole and get their names.
+pub(crate) fn named_at(path: &Path, count: usize) -> Option<Vec<LastWritten>> {
+    let file = open_own(path, false).ok()??;
+    let mut seed = [0; 8];
+    file.read_exact_at(&mut seed, MAGIC.len() as u64).ok()?;
+    let mut record = vec![0; 1 + count.checked_sub(1)? * NAMED_EACH + CHECKSUM];
+    let start = file.metadata().ok()?.len().checked_sub(record.len() as u64)?;
+    file.read_exact_at(&mut record, start).ok()?;
+    let (body, checksum) = record.split_last_chunk::<CHECKSUM>()?;
+    if body[0] != NAMED || u64::from_le_bytes(*checksum) != xxh3_64_with_seed(body, u64::from_le_bytes(seed)) {
+        return None;
+    }
+    let (numbers, _) = body[1..].as_chunks::<8>();
+    let (volumes, _) = numbers.as_chunks::<2>();
+    let volume = |[seconds, nanoseconds]: &[[u8; 8]; 2]| LastWritten {
+        seconds: i64::from_le_bytes(*seconds),
+        nanoseconds: i64::from_le_bytes(*nanoseconds),
+    };
+    Some(volumes.iter().map(volume).collect())
 }
 
 /// Whether `bytes` begin with the sound header of another plan: its length is in it.
@@ -510,6 +577,34 @@ mod tests {
         let long = Elsewhere { id: 1, folders: vec![PathBuf::from("x".repeat(FOLDERS_MOST))] };
         create(&path, IDENTITY, &Content { elsewhere: Some(long), ..empty() });
         assert!(matches!(open(&path), Found::Same { content: found, .. } if found == empty()));
+    }
+
+    #[test]
+    fn that_volumes_get_their_names_is_known_until_the_conversion_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let at = |n: i64| LastWritten { seconds: n, nanoseconds: -n };
+        let say = |volumes: &[LastWritten]| say_named(&path, volumes, &Syncer::default()).unwrap();
+        say(&[at(1)]);
+        assert!(named_at(&path, 2).is_none() && !path.exists() && !is_of_one_folder(&path));
+        create(&path, IDENTITY, &Content { outcomes: vec![outcome(2)], ..empty() });
+        assert!(named_at(&path, 2).is_none() && is_of_one_folder(&path));
+        say(&[at(1)]);
+        say(&[at(2), at(3)]);
+        assert_eq!((named_at(&path, 3), named_at(&path, 2)), (Some(vec![at(2), at(3)]), None));
+        let bytes = std::fs::read(&path).unwrap();
+        for damaged in bytes.len() - 1 - 2 * NAMED_EACH - CHECKSUM..bytes.len() {
+            let mut bytes = bytes.clone();
+            bytes[damaged] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+            assert!(named_at(&path, 3).is_none(), "byte {damaged}");
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(matches!(open(&path), Found::Same { content, .. } if content.outcomes == [outcome(2)]));
+        assert!(named_at(&path, 3).is_none());
+        let elsewhere = Elsewhere { id: 1, folders: vec!["/mnt/b".into()] };
+        create(&path, IDENTITY, &Content { elsewhere: Some(elsewhere), ..empty() });
+        assert!(!is_of_one_folder(&path));
     }
 
     #[test]

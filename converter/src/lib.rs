@@ -201,7 +201,7 @@ pub fn settle(plan: &Plan, dst: &Path, tokens: Option<&[u32]>) -> Result<Option<
     let (destination, identity) = (plan.destination(dst), partial::identity(plan, plan.hash_with(tokens)));
     let Some(settled) = settle::settled(destination, plan, identity) else { return Ok(None) };
     settle::sync_folders(destination)?;
-    own::clear_all(dst)?;
+    own::clear_all(dst, destination.striping.is_some())?;
     let settle::Settled { model, outcomes, parts } = settled;
     let published = partial::Published {
         model_id: model.superblock().model_id,

@@ -12,7 +12,7 @@ use nix::fcntl::OFlag;
 use sluice_format::{MAGIC, Volume, VolumeName};
 
 use crate::error::ConvertError;
-use crate::journal::Elsewhere;
+use crate::journal::{Elsewhere, LastWritten};
 use crate::upgrade::is_same;
 use crate::{journal, states};
 
@@ -168,6 +168,10 @@ pub(crate) fn layer_path(destination: &Path) -> PathBuf {
     with_suffix(destination, ".partial.layer")
 }
 
+/// No partial file beside the first is one too many: where a model is striped, its others are in other folders, and what has the name of one
+/// in this folder is of another conversion.
+pub(crate) const ANY: usize = usize::MAX;
+
 /// Files that any conversion to `destination` may have left and that are of no use to another one of `volumes` volumes: those that
 /// were to take the place of others, the file of a layer, and partial files of further volumes.
 fn idle(destination: &Path, volumes: usize) -> Vec<(PathBuf, Own)> {
@@ -189,7 +193,7 @@ fn idle(destination: &Path, volumes: usize) -> Vec<(PathBuf, Own)> {
 }
 
 /// Removes what conversions to `destination` have left that is of no use to one of `volumes` volumes, whose first partial file the caller
-/// has locked.
+/// has locked. For a striped model this is [`ANY`].
 pub(crate) fn clear_idle(destination: &Path, volumes: usize) -> Result<(), ConvertError> {
     idle(destination, volumes).into_iter().try_for_each(|(path, own)| clear(&path, own))
 }
@@ -201,25 +205,30 @@ pub fn left_elsewhere(destination: &Path) -> Vec<PathBuf> {
     let count = folders.len() + 1;
     let name = VolumeName::first_of(&whole_of(destination), u16::try_from(count).unwrap_or(u16::MAX));
     let first = Volume::open(&partial_path(destination, 0)).ok();
+    let finished = journal::named_at(&journal_path(destination), count).unwrap_or_default();
     let left = |(folder, volume): (&PathBuf, u16)| {
         let partial = partial_elsewhere(destination, folder, usize::from(volume), id);
         if matches!(check(&partial, Own::Model), Ok(true)) {
             return Some(partial);
         }
         let named = folder.join(name.path_of(volume).file_name().unwrap_or_default());
-        first.as_ref().is_some_and(|first| is_twin(first, &named, usize::from(volume), count)).then_some(named)
+        first.as_ref().is_some_and(|first| is_twin(first, &named, usize::from(volume), &finished)).then_some(named)
     };
     folders.iter().zip(1..).filter_map(left).collect()
 }
 
-/// Whether the file at `path` is a finished volume of the model whose first volume, finished as well, is `first`: it repeats the tables.
-pub(crate) fn is_twin(first: &Volume, path: &Path, volume: usize, count: usize) -> bool {
+/// Whether the file at `path` is a finished volume of the model whose first volume, finished as well, is `first`, and which the journal
+/// says to have `finished` volumes behind it: it repeats the tables, and was last written then. Tables alone do not tell copies of a model
+/// apart.
+pub(crate) fn is_twin(first: &Volume, path: &Path, volume: usize, finished: &[LastWritten]) -> bool {
     let is_it = |found: &Volume| {
         let sb = found.superblock();
-        (usize::from(sb.volume), usize::from(sb.volume_count)) == (volume, count)
+        (usize::from(sb.volume), usize::from(sb.volume_count)) == (volume, finished.len() + 1)
             && tables_of(found) == tables_of(first)
     };
-    Volume::open(path).is_ok_and(|found| is_it(&found))
+    let written = path.symlink_metadata().ok().filter(|found| found.is_file()).map(|found| LastWritten::of(&found));
+    let is_named = written.is_some() && written.as_ref() == volume.checked_sub(1).and_then(|at| finished.get(at));
+    is_named && Volume::open(path).is_ok_and(|found| is_it(&found))
 }
 
 /// The checksums of the tables that each volume of a model repeats.
@@ -268,8 +277,8 @@ pub(crate) fn of_others(destination: &Path, used: &[PathBuf]) -> Vec<PathBuf> {
 
 /// Removes everything that conversions to `destination` have left beside its first partial file; the journal last, since it says whose
 /// the others are.
-pub(crate) fn clear_all(destination: &Path) -> Result<(), ConvertError> {
-    clear_idle(destination, 0)?;
+pub(crate) fn clear_all(destination: &Path, is_striped: bool) -> Result<(), ConvertError> {
+    clear_idle(destination, if is_striped { ANY } else { 0 })?;
     clear(&states_path(destination), Own::States)?;
     clear(&journal_path(destination), Own::Journal)
 }

@@ -8,12 +8,15 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use sluice_checksum::Xxh3;
-use sluice_format::{FileWriter, MAGIC, Metadata, ModelFile, ModelId, Stripe, Syncer, Volume, Written};
+use sluice_format::{FileWriter, MAGIC, Metadata, ModelId, Stripe, Syncer, Volume, Written};
 
 use crate::error::ConvertError;
-use crate::journal::{Content, Elsewhere, Found, Identity, Journal, elsewhere_at, is_journal};
+use crate::journal::{
+    Content, Elsewhere, Found, Identity, Journal, LastWritten, elsewhere_at, is_journal, is_of_one_folder, named_at,
+    say_named,
+};
 use crate::own::{
-    self, Own, clear_all, clear_idle, folder_of, is_twin, journal_path, layer_path, new_of, open_own, states_path,
+    self, ANY, Own, clear_all, clear_idle, folder_of, is_twin, journal_path, layer_path, new_of, open_own, states_path,
     tables_of,
 };
 use crate::plan::Plan;
@@ -121,15 +124,16 @@ fn source_of(plan: &Plan) -> Option<&Path> {
     plan.checkpoint.source().folder()
 }
 
-/// Those of these volumes that a program had given their names when it was killed, before the first one had its. By then all were whole, and
-/// the first one, which is still partial, repeats their tables: a volume with others is another model's, which may lie there as well. So is
-/// one in a folder that the journal does not name for it.
+/// Those of these volumes that a program had given their names when it was killed, before the first one had its. By then all were whole, the
+/// journal said so, and the first one, which is still partial, repeats their tables: a volume with others is another model's, which may lie
+/// there as well. So is one that was written at another time, or is in a folder that the journal does not name for it.
 fn early(destination: Destination<'_>, targets: &[PathBuf]) -> Vec<usize> {
     let journal = journal_path(destination.path);
     if targets.first().is_none_or(|first| first.exists()) || !is_journal(&journal) {
         return Vec::new();
     }
     let Ok(first) = Volume::open(&destination.partial(0)) else { return Vec::new() };
+    let Some(finished) = named_at(&journal, targets.len()) else { return Vec::new() };
     let elsewhere = destination.striping.and_then(|_| elsewhere_at(&journal));
     let is_named = |volume: usize| {
         let named = elsewhere.as_ref().and_then(|elsewhere| elsewhere.folders.get(volume - 1));
@@ -137,7 +141,7 @@ fn early(destination: Destination<'_>, targets: &[PathBuf]) -> Vec<usize> {
     };
     let is_early = |&volume: &usize| {
         let has_left = !destination.partial(volume).exists();
-        has_left && is_named(volume) && is_twin(&first, &targets[volume], volume, targets.len())
+        has_left && is_named(volume) && is_twin(&first, &targets[volume], volume, &finished)
     };
     (1..targets.len()).filter(is_early).collect()
 }
@@ -173,7 +177,7 @@ pub(crate) fn clear_remains(destination: Destination<'_>, most: usize) {
     let path = destination.path;
     let is_complete = || (1..=most).any(|count| destination.targets(count).first().is_some_and(|first| first.exists()));
     if !destination.partial(0).exists() && is_journal(&journal_path(path)) && is_complete() {
-        let _ = clear_all(path);
+        let _ = clear_all(path, destination.striping.is_some());
     }
 }
 
@@ -206,9 +210,9 @@ pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) ->
     let identity = identity(plan, hash);
     let mut found = Found::Nothing;
     let record = |notes: &mut Vec<String>, used: &[PathBuf]| -> Result<(), ConvertError> {
+        // While the journal is there that says where they are, before what it says of their names is cut off.
+        notes.extend(notes_of_others(destination, used)?);
         found = Journal::open(&journal_path, identity)?;
-        // While the journal is there that says where they are.
-        notes.extend(notes_of_others(destination, used));
         let Some(elsewhere) = places.elsewhere() else { return Ok(()) };
         let content = match &found {
             Found::Same { content, .. } if content.elsewhere.as_ref() == Some(&elsewhere) => return Ok(()),
@@ -235,7 +239,7 @@ pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) ->
     let (destination, layer_path) = (destination.to_owned(), layer_path(destination));
     let elsewhere = places.elsewhere();
     let partial = Partial { destination, journal_path, states_path, layer_path, writer, elsewhere, locks };
-    clear_idle(&partial.destination, if partial.elsewhere.is_some() { 1 } else { volumes })?;
+    clear_idle(&partial.destination, if partial.elsewhere.is_some() { ANY } else { volumes })?;
     if !matches!(found, Found::Same { .. }) {
         partial.clear()?;
     }
@@ -245,12 +249,17 @@ pub(crate) fn open(destination: &Path, plan: &Plan, hash: u128, scratch: u64) ->
 
 /// Removes what the interrupted conversion to the same place has left in folders that are not `used` any more, and says so; what it finds of
 /// others there stays, and is named.
-pub(crate) fn notes_of_others(destination: &Path, used: &[PathBuf]) -> Vec<String> {
+pub(crate) fn notes_of_others(destination: &Path, used: &[PathBuf]) -> Result<Vec<String>, ConvertError> {
+    let is_striped = used.iter().any(|path| folder_of(path) != folder_of(destination));
+    if is_striped && is_of_one_folder(&journal_path(destination)) {
+        // Then the volumes beside the first are of that conversion.
+        clear_idle(destination, 1)?;
+    }
     let removed = own::clear_elsewhere(destination, used).into_iter().map(|path| {
         format!("{}: an interrupted conversion to other folders had left it; it has been removed", path.display())
     });
     let mut notes: Vec<String> = removed.collect();
-    if used.iter().any(|path| folder_of(path) != folder_of(destination)) {
+    if is_striped {
         notes.extend(own::of_others(destination, used).into_iter().map(|path| {
             format!(
                 "{}: it is of another conversion by this name, to other folders, or to these in another order: remove it if that one has \
@@ -259,7 +268,7 @@ pub(crate) fn notes_of_others(destination: &Path, used: &[PathBuf]) -> Vec<Strin
             )
         }));
     }
-    notes
+    Ok(notes)
 }
 
 /// Whether a finished file may take the place of what is at `destination`, if anything is: of a model file, or of what an
@@ -475,7 +484,7 @@ impl Partial {
         written: &[Written],
         metadata: &Metadata,
     ) -> Result<Published, ConvertError> {
-        let Partial { destination, writer, locks, .. } = self;
+        let Partial { destination, journal_path, writer, locks, elsewhere, .. } = self;
         let syncer = writer.syncer().clone();
         let (model_id, lens) = writer.finish(written, &plan.records, metadata)?;
         let places = plan.destination(&destination);
@@ -486,6 +495,7 @@ impl Partial {
         }
         places.refuse_foreign(&files, &[])?;
         let orphans = if plan.options.overwrite { make_way(&files)? } else { Vec::new() };
+        say_finished(&journal_path, &locks[..files.len()], &syncer);
         for ((path, lock), target) in locks.iter().zip(&files).rev() {
             publish(lock, path, target)?;
         }
@@ -496,7 +506,7 @@ impl Partial {
         for folder in places.folders() {
             syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
         }
-        clear_all(&destination)?;
+        clear_all(&destination, elsewhere.is_some())?;
         Ok(Published { model_id, file_bytes: lens.iter().sum(), files, orphans })
     }
 }
@@ -505,8 +515,7 @@ impl Partial {
 /// remarks about volumes of the same model in other folders, which stay.
 pub(crate) fn make_way(files: &[PathBuf]) -> Result<Vec<String>, ConvertError> {
     let [first, _, ..] = files else { return Ok(Vec::new()) };
-    let old = ModelFile::open(first)
-        .map_or(Vec::new(), |old| old.volumes().iter().map(|volume| volume.path().to_owned()).collect());
+    let old = Volume::open(first).map_or(Vec::new(), |old| old.own_others());
     let is_replaced = |path: &Path| files.iter().any(|file| is_same(file, path));
     let orphans = old.iter().filter(|path| !is_replaced(path)).map(|path| {
         format!(
@@ -520,6 +529,17 @@ pub(crate) fn make_way(files: &[PathBuf]) -> Result<Vec<String>, ConvertError> {
         _ => Ok(()),
     })?;
     Ok(orphans)
+}
+
+/// Has the journal say that these volumes are whole and get their names, so that they are known as what they are if the program is killed
+/// before the first one has its own. If it cannot be said, as where the drive is full, they would then be in the way, which is no reason to
+/// give up what is finished.
+pub(crate) fn say_finished(journal: &Path, locks: &[(PathBuf, File)], syncer: &Syncer) {
+    let written = |(_, file): &(PathBuf, File)| file.metadata().map(|found| LastWritten::of(&found));
+    let others: io::Result<Vec<LastWritten>> = locks.iter().skip(1).map(written).collect();
+    if let Some(others) = others.ok().filter(|others| !others.is_empty()) {
+        let _ = say_named(journal, &others, syncer);
+    }
 }
 
 /// Gives a finished file its name. `file` is the one that was written to as `path`.

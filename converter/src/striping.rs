@@ -4,11 +4,11 @@ use std::fs;
 use std::hash::{BuildHasher as _, RandomState};
 use std::path::{Component, Path, PathBuf};
 
-use sluice_format::{ModelFile, Shares, Volume, VolumeName};
+use sluice_format::{Shares, Volume, VolumeName};
 
 use crate::error::ConvertError;
 use crate::journal::{Elsewhere, elsewhere_at};
-use crate::own::{folder_of, journal_path, partial_elsewhere, partial_path, tables_of, whole_of};
+use crate::own::{folder_of, journal_path, partial_elsewhere, partial_path, whole_of};
 use crate::upgrade::is_same;
 
 /// The folders over which a model is striped, usually one on each drive, and the share of each.
@@ -169,14 +169,8 @@ impl<'a> Destination<'a> {
         if there.is_empty() {
             return Ok(());
         }
-        let own = ModelFile::open(first).ok();
-        // Of a model that is not whole, or whose volumes were being given their names, the tables say what belongs to it.
-        let similar: Vec<_> =
-            [first, &self.partial(0)].into_iter().filter_map(|path| Volume::open(path).ok()).collect();
-        let is_own = |volume: &Volume| match &own {
-            Some(own) => own.volumes().iter().any(|known| is_same(known.path(), volume.path())),
-            None => similar.iter().any(|known| tables_of(known) == tables_of(volume)),
-        };
+        let own = Volume::open(first).map_or(Vec::new(), |first| first.own_others());
+        let is_own = |volume: &Volume| own.iter().any(|known| is_same(known, volume.path()));
         match there.iter().find(|volume| !is_own(volume)) {
             Some(foreign) => Err(ConvertError::OtherModel { path: foreign.path().to_owned(), first: first.clone() }),
             None => Ok(()),

@@ -16,10 +16,10 @@ use sluice_format::{
 use crate::Progress;
 use crate::error::ConvertError;
 use crate::journal::{Content, Identity, Journal};
-use crate::own::{self, Own, clear_all, clear_idle, journal_path, make_room};
+use crate::own::{self, ANY, Own, clear_all, clear_idle, journal_path, make_room};
 use crate::partial::{
     check_space, claim_all, clear_remains, make_way, notes_of_others, publish, refuse_existing, refuse_targets,
-    sync_note,
+    say_finished, sync_note,
 };
 use crate::settle::{model_in, sync_folders};
 use crate::striping::{Destination, Striping};
@@ -60,7 +60,8 @@ pub struct UpgradeSummary {
 /// happens `src` stays what it was until the new files take its place.
 ///
 /// # Errors
-/// [`ConvertError::Options`] for a model in several volumes without another destination; [`ConvertError::Exists`],
+/// [`ConvertError::Options`] for a model in several volumes without another destination; [`ConvertError::DamagedVolumes`] for volumes that are
+/// there already in the place of a single file, and are not what they should be; [`ConvertError::Exists`],
 /// [`ConvertError::NotReplaced`], [`ConvertError::Locked`], [`ConvertError::NoSpace`], [`ConvertError::Io`]; [`ConvertError::Format`],
 /// also for an extent that is damaged.
 pub fn upgrade(
@@ -88,7 +89,12 @@ pub fn upgrade(
         destination.refuse_name(if options.compress == Some(true) { 1 } else { layout.ends().len() })?;
     }
     let summary = match made(&model, destination, &layout, options) {
-        Some(made) => settled(&model, &made, destination, layout.ends().len())?,
+        Some(made) => {
+            if in_place {
+                refuse_damaged(src, &made, progress)?;
+            }
+            settled(&model, &made, destination, layout.ends().len())?
+        }
         None => {
             let overwrite = options.overwrite || (in_place && layout.ends().len() == 1);
             let options = UpgradeOptions { overwrite, ..*options };
@@ -161,6 +167,25 @@ fn made(
     (least..=most).filter_map(|count| model_in(destination, count)).find(is_it)
 }
 
+/// Refuses to let volumes that were found take the place of the file `src`, which is then removed, unless every byte of them is right and on
+/// the drive: their tables only say what they should be.
+fn refuse_damaged(src: &Path, made: &ModelFile, progress: &dyn Progress) -> Result<(), ConvertError> {
+    progress.started(made.extent_bytes(), 0);
+    let mut before = 0;
+    let damaged = made.verify_all(&mut |done| {
+        progress.advanced(done - before);
+        before = done;
+    });
+    if let Some(source) = damaged.into_iter().next() {
+        return Err(ConvertError::DamagedVolumes { path: src.to_owned(), source });
+    }
+    let syncer = Syncer::default();
+    made.volumes().iter().map(|volume| volume.path()).try_for_each(|path| {
+        let synced = File::open(path).and_then(|file| syncer.all(&file));
+        synced.map_err(ConvertError::io(path, "sync it"))
+    })
+}
+
 /// Removes what lies beside files that are complete, if they were written from `model` by a program that was killed then.
 fn settled(
     model: &ModelFile,
@@ -220,6 +245,7 @@ fn rewrite(
     if overwrite {
         make_way(&files)?.iter().for_each(|orphan| progress.note(orphan));
     }
+    say_finished(&journal_path(dst), &locks[..files.len()], &written.syncer);
     for ((path, lock), target) in partials.iter().zip(&locks).zip(&files).rev() {
         publish(&lock.1, path, target)?;
     }
@@ -229,7 +255,7 @@ fn rewrite(
     for folder in destination.folders() {
         written.syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
     }
-    clear_all(dst)?;
+    clear_all(dst, destination.striping.is_some())?;
     Ok(UpgradeSummary {
         written: true,
         files,
@@ -334,7 +360,7 @@ fn claim(destination: Destination<'_>, count: usize, progress: &dyn Progress) ->
     let elsewhere = destination.elsewhere();
     let locks = claim_all(destination, count, &mut notes, |notes, used| {
         // While the journal is there that says where they are.
-        notes.extend(notes_of_others(dst, used));
+        notes.extend(notes_of_others(dst, used)?);
         if count == 1 {
             return Ok(());
         }
@@ -347,7 +373,7 @@ fn claim(destination: Destination<'_>, count: usize, progress: &dyn Progress) ->
         make_room(&journal, Own::Journal)?;
     }
     locks.iter().try_for_each(|(path, lock)| lock.set_len(0).map_err(ConvertError::io(path, "empty it")))?;
-    clear_idle(dst, if elsewhere.is_some() { 1 } else { count })?;
+    clear_idle(dst, if elsewhere.is_some() { ANY } else { count })?;
     notes.iter().for_each(|note| progress.note(note));
     Ok(locks)
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::common::killed::StopAtNames;
 use crate::common::{Synthetic, options};
 use sluice_converter::{
     ConvertError, Options, Progress, Striping, Summary, UpgradeOptions, convert, plan, restripe, settle, upgrade,
@@ -206,18 +207,49 @@ fn volumes_in_the_place_of_one_file_are_gone_on_with() {
     let target = |volume: u16| VolumeName::first_of(&at("own"), want.len() as u16).path_of(volume);
     for first_named in [false, true] {
         fs::write(at("own"), &whole).unwrap();
-        for (volume, file) in (0..).zip(&want) {
-            let named =
-                if volume > 0 || first_named { target(volume) } else { at("own").with_extension("sluice.partial") };
-            fs::copy(file, named).unwrap();
+        if first_named {
+            for (volume, file) in (0..).zip(&want) {
+                fs::copy(file, target(volume)).unwrap();
+            }
+            fs::write(journal_of(&at("own")), b"SLJRNL\x04\n").unwrap();
+        } else {
+            let stop = StopAtNames::new(&at("own"));
+            assert!(matches!(upgrade(&at("own"), None, &split, &stop), Err(ConvertError::InTheWay { .. })));
+            stop.put_back();
+            assert!(target(1).exists() && !target(0).exists());
         }
-        fs::write(journal_of(&at("own")), b"SLJRNL\x04\n").unwrap();
         let made = upgrade(&at("own"), None, &split, &()).unwrap();
         assert_eq!(made.written, !first_named);
         assert!(read_all(&made.files) == read_all(&want));
         assert_eq!(names(&dir.path().join("own")), names(&dir.path().join("want")));
         made.files.iter().for_each(|file| fs::remove_file(file).unwrap());
     }
+}
+
+/// Their tables can be right where their weights are not, as in copies that are not finished.
+#[test]
+fn a_file_is_not_removed_for_damaged_volumes_in_its_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = source(dir.path());
+    let path = dir.path().join("m.sluice");
+    convert(&src, &path, &options("bf16", "bf16"), &()).unwrap();
+    let whole = fs::read(&path).unwrap();
+    let split = UpgradeOptions { split_size: SPLIT, ..UpgradeOptions::default() };
+    let files = upgrade(&path, None, &split, &()).unwrap().files;
+    let sound = read_all(&files);
+    fs::write(&path, &whole).unwrap();
+    let model = ModelFile::open(&files[1]).unwrap();
+    let stripe = model.extents().iter().flat_map(|e| model.stripes(e)).find(|stripe| stripe.volume == 1).unwrap();
+    let mut damaged = sound[1].clone();
+    damaged[stripe.offset as usize] ^= 1;
+    fs::write(&files[1], damaged).unwrap();
+    let refused = upgrade(&path, None, &split, &()).unwrap_err();
+    assert!(matches!(refused, ConvertError::DamagedVolumes { .. }), "{refused}");
+    let said = refused.to_string();
+    assert!([&path, &files[1]].iter().all(|file| said.contains(file.to_str().unwrap())), "{said}");
+    assert!(fs::read(&path).unwrap() == whole);
+    upgrade(&path, None, &UpgradeOptions { overwrite: true, ..split }, &()).unwrap();
+    assert!(!path.exists() && read_all(&files) == sound);
 }
 
 /// Volumes that others need are not lost to one file.

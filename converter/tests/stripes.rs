@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::common::killed::{self, KillAt};
+use crate::common::killed::{self, KillAt, StopAtNames};
 use crate::common::{Noise, Synthetic, options};
 use sluice_converter::{
     ConvertError, Options, Progress, Striping, UpgradeOptions, convert, left_elsewhere, restripe, upgrade,
@@ -388,13 +388,13 @@ fn a_restripe_to_other_folders_finds_what_an_interrupted_one_has_left() {
     let moved = sharing(&over, &striping(dir.path(), "moved", &[2, 1]));
     let second = over.folders()[1].join("m-00002-of-00002.sluice");
     for (named, now) in [(false, &moved), (true, &moved), (true, &over)] {
-        let stop = Stop(AtomicU64::new(100_000));
-        let stopped = catch_unwind(AssertUnwindSafe(|| restripe(&path, None, &over, false, &stop)));
-        assert!(stopped.is_err() && seconds(&over.folders()[1]).len() == 1, "it was stopped");
         if named {
-            fs::copy(&want.files[0], over.folders()[0].join("m.sluice.partial")).unwrap();
-            fs::copy(&want.files[1], &second).unwrap();
-            fs::remove_file(&seconds(&over.folders()[1])[0]).unwrap();
+            stop_at_names(&path, &over);
+            assert!(second.exists() && seconds(&over.folders()[1]).is_empty());
+        } else {
+            let stop = Stop(AtomicU64::new(100_000));
+            let stopped = catch_unwind(AssertUnwindSafe(|| restripe(&path, None, &over, false, &stop)));
+            assert!(stopped.is_err() && seconds(&over.folders()[1]).len() == 1, "it was stopped");
         }
         let notes = Notes::default();
         let made = restripe(&path, None, now, false, &notes).unwrap();
@@ -406,4 +406,83 @@ fn a_restripe_to_other_folders_finds_what_an_interrupted_one_has_left() {
         made.files.iter().for_each(|file| fs::remove_file(file).unwrap());
         assert_eq!(fs::read_dir(&over.folders()[1]).unwrap().count(), 0, "nothing is left of the first one");
     }
+}
+
+/// Restripes `path`, and is stopped when the second volume has its name and the first has not.
+fn stop_at_names(path: &Path, over: &Striping) {
+    let stop = StopAtNames::new(&over.destination(path));
+    let stopped = restripe(path, None, over, false, &stop);
+    assert!(matches!(stopped, Err(ConvertError::InTheWay { .. })), "{stopped:?}");
+    stop.put_back();
+}
+
+/// Two copies of a model with the same shares have second volumes of the same content: one of a copy is neither removed nor taken back, be it
+/// that the volumes were not being given their names yet, or that the interrupted one's has been removed since.
+#[test]
+fn the_volume_of_a_copy_is_not_taken_for_one_that_an_interrupted_restripe_has_finished() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = source(dir.path());
+    let path = dir.path().join("m.sluice");
+    convert(&src, &path, &options("bf16", "bf16"), &()).unwrap();
+    let ours = striping(dir.path(), "ours", &[2, 1]);
+    let theirs = sharing(&striping(dir.path(), "theirs", &[2, 1]), &ours);
+    let moved = sharing(&ours, &striping(dir.path(), "moved", &[2, 1]));
+    for named in [false, true] {
+        if named {
+            stop_at_names(&path, &ours);
+            fs::remove_file(ours.folders()[1].join("m-00002-of-00002.sluice")).unwrap();
+        } else {
+            let stop = Stop(AtomicU64::new(100_000));
+            let stopped = catch_unwind(AssertUnwindSafe(|| restripe(&path, None, &ours, false, &stop)));
+            assert!(stopped.is_err());
+            fs::remove_file(&seconds(&ours.folders()[1])[0]).unwrap();
+        }
+        let copy = restripe(&path, None, &theirs, false, &()).unwrap().files;
+        if !named {
+            // As if it had been killed when all was written.
+            fs::copy(&copy[0], ours.folders()[0].join("m.sluice.partial")).unwrap();
+        }
+        let before = read_all(&copy);
+        for overwrite in [false, true] {
+            let refused = restripe(&path, None, &ours, overwrite, &()).unwrap_err();
+            let (ConvertError::Exists { path } | ConvertError::OtherModel { path, .. }) = &refused else {
+                panic!("{refused}")
+            };
+            assert_eq!(path, &copy[1]);
+            assert!(read_all(&copy) == before);
+        }
+        let made = restripe(&path, None, &moved, false, &()).unwrap().files;
+        assert!(read_all(&copy) == before);
+        copy.iter().chain(&made).for_each(|file| fs::remove_file(file).unwrap());
+    }
+}
+
+/// A partial volume beside the first one is of this conversion only if the one before it had all volumes in this folder.
+#[test]
+fn what_is_said_to_be_of_another_conversion_is_not_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let src = source(dir.path());
+    let path = dir.path().join("m.sluice");
+    convert(&src, &path, &options("bf16", "bf16"), &()).unwrap();
+    let over = striping(dir.path(), "over", &[2, 1]);
+    let dst = over.destination(&path);
+    // An earlier program gave it this name, with another first folder.
+    let theirs = dst.with_extension("sluice.partial-00002");
+    fs::write(&theirs, b"").unwrap();
+    let is_named = |notes: &[String]| notes.iter().any(|note| note.starts_with(theirs.to_str().unwrap()));
+    let notes = Notes::default();
+    let made = restripe(&path, None, &over, false, &notes).unwrap().files;
+    assert!(theirs.exists() && is_named(&notes.0.into_inner().unwrap()));
+    made.iter().for_each(|file| fs::remove_file(file).unwrap());
+    let made = convert(&src, &dst, &striped(false, &over), &()).unwrap();
+    assert!(theirs.exists() && is_named(&made.notes));
+    made.files.iter().for_each(|file| fs::remove_file(file).unwrap());
+    // What volumes in this folder have left is removed, and not named.
+    let split = UpgradeOptions { split_size: Some(700_000), ..UpgradeOptions::default() };
+    let stop = Stop(AtomicU64::new(100_000));
+    assert!(catch_unwind(AssertUnwindSafe(|| upgrade(&path, Some(&dst), &split, &stop))).is_err());
+    let notes = Notes::default();
+    restripe(&path, None, &over, false, &notes).unwrap();
+    assert!(!theirs.exists() && !is_named(&notes.0.into_inner().unwrap()));
+    assert_eq!(names(&over), ["m-00001-of-00002.sluice", "m-00002-of-00002.sluice"]);
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::common::killed::{self, KillAt};
+use crate::common::killed::{self, KillAt, StopAtNames};
 use crate::common::{Noise, Synthetic, options};
 use sluice_converter::{ConvertError, Options, UpgradeOptions, convert, upgrade};
 use sluice_format::{FormatError, ModelFile, VolumeName};
@@ -82,6 +82,14 @@ fn want_len(files: &[PathBuf]) -> u16 {
     files.len() as u16
 }
 
+/// Converts, and is stopped when all files but the first have their names.
+fn stop_at_names(src: &Path, dst: &Path, options: &Options) {
+    let stop = StopAtNames::new(dst);
+    let stopped = convert(src, dst, options, &stop).map(drop);
+    assert!(matches!(stopped, Err(ConvertError::InTheWay { .. })), "{stopped:?}");
+    stop.put_back();
+}
+
 /// Killed between two renames: names that have been given are taken back, and nothing is made again.
 #[test]
 fn volumes_that_have_their_names_already_are_taken_back() {
@@ -91,19 +99,10 @@ fn volumes_that_have_their_names_already_are_taken_back() {
     let whole = convert(&src, &dst, &options, &()).unwrap();
     let count = whole.files.len() as u16;
     let want: Vec<Vec<u8>> = whole.files.iter().map(|file| fs::read(file).unwrap()).collect();
-    // The same conversion again, killed late, has a journal; then as if all files but the first had their names.
     let other = dir.path().join("o.sluice");
-    let mut child = spawn(&src, &other, KillAt { bytes: whole.bytes_written - 1, journaled: true }, false);
-    child.wait().unwrap();
-    // By then all are whole.
-    fs::copy(&whole.files[0], dir.path().join("o.sluice.partial")).unwrap();
+    stop_at_names(&src, &other, &options);
     let names = VolumeName::first_of(&other, count);
-    for volume in 1..count {
-        let partial = dir.path().join(format!("o.sluice.partial-{:05}", volume + 1));
-        assert!(partial.exists());
-        fs::remove_file(partial).unwrap();
-        fs::copy(&whole.files[usize::from(volume)], names.path_of(volume)).unwrap();
-    }
+    assert!((0..count).all(|volume| names.path_of(volume).exists() == (volume > 0)));
     let plan = sluice_converter::plan(&src, &options).unwrap();
     sluice_converter::check_destination(&plan, &other).expect("what will be taken back is in nobody's way");
     let again = convert(&src, &other, &options, &()).unwrap();
@@ -124,18 +123,13 @@ fn nothing_is_left_of_volumes_that_were_not_finished() {
         let folder = dir.path().join(format!("folder-{named}"));
         fs::create_dir(&folder).unwrap();
         let dst = folder.join("m.sluice");
-        let at = KillAt { bytes: finished.bytes_written - 1, journaled: true };
-        spawn(&src, &dst, at, false).wait().unwrap();
-        assert!(folder.join("m.sluice.partial-00002").exists());
         if named {
-            // As if all but the first had their names.
-            let names = VolumeName::first_of(&dst, want_len(&finished.files));
-            fs::copy(&finished.files[0], folder.join("m.sluice.partial")).unwrap();
-            for volume in 1..want_len(&finished.files) {
-                fs::remove_file(folder.join(format!("m.sluice.partial-{:05}", volume + 1))).unwrap();
-                fs::copy(&finished.files[usize::from(volume)], names.path_of(volume)).unwrap();
-            }
+            stop_at_names(&src, &dst, &split);
+        } else {
+            let at = KillAt { bytes: finished.bytes_written - 1, journaled: true };
+            spawn(&src, &dst, at, false).wait().unwrap();
         }
+        assert_eq!(folder.join("m.sluice.partial-00002").exists(), !named);
         let strange = ["m.sluice.partial-00077", "m-00002-of-00009.sluice", "m.sluice.partial-000002"];
         strange.iter().for_each(|name| fs::write(folder.join(name), "a novel").unwrap());
         let whole = convert(&src, &dst, &Options { split_size: None, ..split.clone() }, &()).unwrap();

@@ -234,6 +234,25 @@ impl Volume {
         &self.folders
     }
 
+    /// Of the first volume: the others as far as they belong to it, which are those beside it, or else those in the folders that it names.
+    /// Others than these open the model just as well, such as those of a copy in a folder that `SLUICE_VOLUMES` names, or beside the file
+    /// that a link leads to; but who replaces or removes the model must not take them for its files.
+    pub fn own_others(&self) -> Vec<PathBuf> {
+        let reference = &self.superblock;
+        let is_first = |name: &VolumeName| name.volume == 0 && name.count == reference.volume_count;
+        let Some(name) = VolumeName::parse(&self.path).filter(|name| reference.volume == 0 && is_first(name)) else {
+            return Vec::new();
+        };
+        let own = |number: u16| {
+            let beside = name.path_of(number);
+            let recorded = self.folders.get(usize::from(number) - 1);
+            let recorded = recorded.map(|folder| name.folder.join(folder).join(beside.file_name().unwrap_or_default()));
+            let wanted = Wanted { number, named: &self.path, reference };
+            [Some(beside), recorded].into_iter().flatten().find(|place| wanted.open(place).is_ok())
+        };
+        (1..name.count).filter_map(own).collect()
+    }
+
     pub(crate) fn file(&self) -> &File {
         &self.file
     }

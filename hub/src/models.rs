@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use sluice_format::{ModelFile, VolumeName};
+use sluice_format::{ModelFile, Volume, VolumeName};
 
 use crate::error::HubError;
 use crate::name::{PREFIX, Reference};
@@ -125,12 +125,15 @@ impl Models {
             else {
                 continue;
             };
-            let family = (!interrupted).then(|| ModelFile::open(&path).ok().map(|model| model.spec().family.clone()));
+            let model = (!interrupted).then(|| ModelFile::open(&path).ok()).flatten();
+            let files = match &model {
+                Some(model) => model.volumes().iter().map(|volume| volume.path().to_owned()).collect(),
+                None => self.files(&path),
+            };
             entries.push(Entry {
                 name: name_of(stem),
-                bytes: self.others(&path).iter().filter_map(|p| p.metadata().ok()).map(|m| occupied(&m)).sum::<u64>()
-                    + occupied(&found),
-                family: family.flatten(),
+                bytes: files.iter().filter_map(|file| file.metadata().ok()).map(|m| occupied(&m)).sum(),
+                family: model.map(|model| model.spec().family.clone()),
                 modified: found.modified().ok(),
                 interrupted,
                 path,
@@ -182,18 +185,45 @@ impl Models {
         if exact.is_empty() { of(&|short| short.split(':').next() == Some(name)) } else { exact }
     }
 
+    /// The files that [`remove`](Self::remove) removes of an entry at `path`: that one, and its other volumes. Of a model behind a link
+    /// these are the links in the folder: what they lead to is kept by whoever has put it there.
+    pub fn files(&self, path: &Path) -> Vec<PathBuf> {
+        let mut files = self.others(path);
+        files.insert(0, path.to_owned());
+        files
+    }
+
+    /// Bytes on the drive of these files. A link has none.
+    pub fn frees(&self, entry: &Entry) -> u64 {
+        let files = self.files(&entry.path);
+        let found = files.iter().filter_map(|path| path.symlink_metadata().ok());
+        found.filter(fs::Metadata::is_file).map(|found| occupied(&found)).sum()
+    }
+
+    /// The files that a model is read from and that [`remove`](Self::remove) leaves: what links lead to, and volumes that were only found in
+    /// folders that `SLUICE_VOLUMES` names.
+    pub fn kept(&self, entry: &Entry) -> Vec<PathBuf> {
+        let place = |path: &Path| fs::canonicalize(path).ok();
+        let is_link = |path: &PathBuf| path.symlink_metadata().is_ok_and(|found| found.is_symlink());
+        let gone: Vec<PathBuf> = self.files(&entry.path).into_iter().filter(|path| !is_link(path)).collect();
+        let gone: Vec<Option<PathBuf>> = gone.iter().map(|path| place(path)).collect();
+        let model = (!entry.interrupted).then(|| ModelFile::open(&entry.path).ok()).flatten();
+        let volumes = model.iter().flat_map(ModelFile::volumes).map(|volume| place(volume.path()));
+        volumes.filter(|volume| !gone.contains(volume)).flatten().collect()
+    }
+
     /// Removes a model, or what an interrupted conversion has left of one; returns the bytes that this frees.
     ///
     /// # Errors
     /// [`HubError::Io`]; [`HubError::Locked`] for a conversion that is running.
     pub fn remove(&self, entry: &Entry) -> Result<u64, HubError> {
-        let mut freed = entry.bytes;
         if entry.interrupted
             && File::open(&entry.path).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
         {
             return Err(HubError::Locked { path: entry.path.clone() });
         }
         let others = self.others(&entry.path);
+        let mut freed = self.frees(entry);
         fs::remove_file(&entry.path).map_err(HubError::io(&entry.path, "remove it"))?;
         others.iter().try_for_each(|path| crate::pieces::remove(path))?;
         let whole = VolumeName::parse(&entry.path).map_or_else(|| entry.path.clone(), |name| name.whole());
@@ -217,24 +247,41 @@ impl Models {
         Ok(freed)
     }
 
-    /// The other volumes of a model, or of what an interrupted conversion has left of one.
+    /// The other volumes of a model, or of what an interrupted conversion has left of one, as far as they belong to it.
     fn others(&self, first: &Path) -> Vec<PathBuf> {
+        let is_link = |path: &Path| path.symlink_metadata().is_ok_and(|found| found.is_symlink());
         if let Some(name) = VolumeName::parse(first) {
-            // Volumes can lie in other folders. Those of a model that is not whole are not known to be its own.
-            return match ModelFile::open(first) {
-                Ok(model) => model.volumes().iter().skip(1).map(|volume| volume.path().to_owned()).collect(),
-                Err(_) => (1..name.count()).map(|volume| name.path_of(volume)).collect(),
-            };
+            let mut beside: Vec<PathBuf> = (1..name.count()).map(|volume| name.path_of(volume)).collect();
+            if is_link(first) {
+                beside.retain(|path| is_link(path));
+                return beside;
+            }
+            // Of a first volume that cannot be read, what lies beside it under its name.
+            let Ok(volume) = Volume::open(first) else { return beside };
+            let mut own = volume.own_others();
+            // So it is with a volume that is damaged, while one that belongs to another model stays.
+            beside.retain(|path| {
+                let is_found = own.iter().any(|own| own.file_name() == path.file_name());
+                !is_found && path.symlink_metadata().is_ok() && Volume::open(path).is_err()
+            });
+            own.extend(beside);
+            return own;
+        }
+        let is_interrupted = first.extension().is_some_and(|extension| extension == "partial");
+        if !is_interrupted || is_link(first) {
+            return Vec::new();
         }
         let elsewhere = sluice_converter::left_elsewhere(&first.with_extension(""));
+        if !elsewhere.is_empty() {
+            // What has the name of another volume in this folder is of another conversion.
+            return elsewhere;
+        }
         let first = first.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let is_other = |name: &String| {
             let digits = name.strip_prefix(&first).and_then(|rest| rest.strip_prefix('-'));
-            first.ends_with(".partial") && digits.is_some_and(|rest| rest.bytes().all(|b| b.is_ascii_digit()))
+            digits.is_some_and(|rest| rest.bytes().all(|b| b.is_ascii_digit()))
         };
-        let beside = self.names().into_iter().filter(is_other).map(|name| self.folder.join(name));
-        let elsewhere = elsewhere.into_iter().filter(|_| first.ends_with(".partial"));
-        beside.chain(elsewhere).collect()
+        self.names().into_iter().filter(is_other).map(|name| self.folder.join(name)).collect()
     }
 
     /// Names of the files in the folder, sorted.

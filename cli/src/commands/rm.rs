@@ -1,13 +1,14 @@
 //! `sluice rm`: removes a model from the folder of models.
 
 use std::io::{self, IsTerminal as _};
+use std::path::PathBuf;
 
 use sluice_hub::models::{Entry, Models};
 use sluice_model::memory::Bytes;
 
 use crate::error::CliError;
 use crate::fetch::confirm;
-use crate::terminal::print;
+use crate::terminal::{note, print};
 
 const EXAMPLES: &str = "\
 Only what `sluice list` shows is removed: models of the folder of models, and what interrupted conversions have left there.
@@ -46,13 +47,27 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
             args.name
         )));
     }
-    let bytes: u64 = found.iter().map(|e| e.bytes).sum();
-    if !args.yes && io::stdin().is_terminal() && io::stderr().is_terminal() {
-        let names: Vec<String> = found.iter().map(|e| e.path.display().to_string()).collect();
-        if !confirm(&format!("Remove {} ({})?", names.join(" and "), Bytes(bytes)))? {
-            return Err(CliError::Failure("nothing was removed".into()));
-        }
+    let kept: Vec<PathBuf> = found.iter().flat_map(|entry| models.kept(entry)).collect();
+    if !args.yes && io::stdin().is_terminal() && io::stderr().is_terminal() && !confirm(&question(&models, &found))? {
+        return Err(CliError::Failure("nothing was removed".into()));
     }
     let freed: u64 = found.iter().map(|e: &Entry| models.remove(e)).sum::<Result<u64, _>>()?;
+    if let [first, others @ ..] = &kept[..] {
+        let others = if others.is_empty() { String::new() } else { format!(" and {} more of its files", others.len()) };
+        let first = first.display();
+        note(&format_args!("note: {first}{others} stayed: links or SLUICE_VOLUMES led there"));
+    }
     print(&format!("removed {}, {}\n", args.name, Bytes(freed)))
+}
+
+/// Names what would be removed: the entries, and those of their volumes that lie in other folders.
+fn question(models: &Models, found: &[Entry]) -> String {
+    let mut names = Vec::new();
+    for entry in found {
+        let others = models.files(&entry.path).into_iter().skip(1);
+        let elsewhere = others.filter(|file| file.parent() != Some(models.folder()));
+        names.extend([entry.path.clone()].into_iter().chain(elsewhere).map(|file| file.display().to_string()));
+    }
+    let bytes: u64 = found.iter().map(|entry| models.frees(entry)).sum();
+    format!("Remove {} ({})?", names.join(" and "), Bytes(bytes))
 }

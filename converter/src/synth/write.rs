@@ -139,7 +139,7 @@ pub fn synth(
     let file_bytes = lock.metadata().map_err(ConvertError::io(&path, "read its length"))?.len();
     publish(&lock, &path, dst)?;
     syncer.folder(folder_of(dst)).map_err(ConvertError::io(folder_of(dst), "sync the folder"))?;
-    clear_all(dst)?;
+    clear_all(dst, false)?;
     Ok(SynthSummary {
         geometry: geometry.name().to_owned(),
         family: geometry.spec().family.clone(),

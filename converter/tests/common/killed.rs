@@ -68,6 +68,37 @@ impl Progress for Killer {
     }
 }
 
+/// Stops a program when all volumes but the first have their names, as if it had been killed then: the first partial file is moved away when
+/// the first bytes are written, and so cannot get its name.
+pub struct StopAtNames {
+    partial: PathBuf,
+}
+
+impl StopAtNames {
+    /// For the model `dst`.
+    pub fn new(dst: &Path) -> Self {
+        StopAtNames { partial: dst.with_extension("sluice.partial") }
+    }
+
+    /// To be called when the program has ended: moves the partial file back.
+    pub fn put_back(&self) {
+        fs::rename(self.aside(), &self.partial).unwrap();
+    }
+
+    fn aside(&self) -> PathBuf {
+        self.partial.with_extension("aside")
+    }
+}
+
+impl Progress for StopAtNames {
+    fn started(&self, _: u64, _: u64) {}
+    fn note(&self, _: &str) {}
+    fn advanced(&self, _: u64) {
+        // Only the first thread finds it there.
+        let _ = fs::rename(&self.partial, self.aside());
+    }
+}
+
 /// Starts the test `child` of this program (its whole name, with modules), which must call [`child`], as a process that is killed
 /// at `at`. It gets `also`.
 pub fn spawn(child: &str, src: &Path, dst: &Path, at: KillAt, also: &str) -> Child {
