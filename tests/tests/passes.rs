@@ -57,7 +57,7 @@ fn a_long_prompt_reads_experts_once_and_leaves_the_plan_as_it_was() {
         assert!(large.memory().rows >= TOKENS, "what fits beside all experts needs no decision");
         let (want, all) = run(&mut large);
         let least = large.memory().used() - large.memory().slot_bytes - large.memory().scratch;
-        let mut engine = open(&path, Some(least + 64 * MIB), form);
+        let mut engine = open(&path, Some(least + 43 * MIB), form);
         let plan = engine.memory().clone();
         assert!(plan.slots < plan.experts / 2 && plan.rows < TOKENS, "{plan:?}");
         let together = engine.rows_together(TOKENS, 0);
@@ -77,7 +77,7 @@ fn a_long_pass_that_is_cancelled_leaves_the_plan_as_it_was() {
     let mut engine = open(&path, None, PromptAttention::Absorbed);
     let least = engine.memory().used() - engine.memory().slot_bytes - engine.memory().scratch;
     let (want, _) = run(&mut engine);
-    let mut engine = open(&path, Some(least + 64 * MIB), PromptAttention::Absorbed);
+    let mut engine = open(&path, Some(least + 43 * MIB), PromptAttention::Absorbed);
     let (plan, cancel) = (engine.memory().clone(), Cancel::new());
     let (mut sequence, switch, mut rows) = (engine.new_sequence(), cancel.clone(), 0);
     let mut progress = |p: sluice_model::Progress| {
