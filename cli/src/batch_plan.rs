@@ -132,6 +132,8 @@ impl Plan {
     pub(crate) fn describe(&self, rest: &Rest) -> String {
         let mut text = describe_rest(rest);
         let Load { answers, prompt_tokens, answer_tokens, unlimited, context } = self.load;
+        // A sum of nothing is -0.
+        let answer_tokens = answer_tokens + 0.0;
         let generated = match unlimited {
             0 => format!("at most {answer_tokens:.0} to generate"),
             1 => {

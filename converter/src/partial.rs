@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use sluice_checksum::Xxh3;
-use sluice_format::{FileWriter, MAGIC, Metadata, ModelId, Stripe, Syncer, Volume, Written};
+use sluice_format::{FileWriter, MAGIC, Metadata, ModelId, Stripe, Syncer, Volume, VolumeName, Written, first_volumes};
 
 use crate::error::ConvertError;
 use crate::journal::{
@@ -507,6 +507,7 @@ impl Partial {
             syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
         }
         clear_all(&destination, elsewhere.is_some())?;
+        let orphans = orphans.into_iter().chain(namesakes(&files)).collect();
         Ok(Published { model_id, file_bytes: lens.iter().sum(), files, orphans })
     }
 }
@@ -529,6 +530,22 @@ pub(crate) fn make_way(files: &[PathBuf]) -> Result<Vec<String>, ConvertError> {
         _ => Ok(()),
     })?;
     Ok(orphans)
+}
+
+/// Remarks about other models that would have the name of this one if both were one file, such as the volumes of one that this replaces
+/// with another number of volumes.
+pub(crate) fn namesakes(files: &[PathBuf]) -> Vec<String> {
+    let Some(first) = files.first() else { return Vec::new() };
+    let whole = VolumeName::parse(first).map_or_else(|| first.clone(), |name| name.whole());
+    let others = first_volumes(&whole).into_iter().filter(|found| !is_same(found, first));
+    let remark = |found: PathBuf| {
+        let (found, first) = (found.display(), first.display());
+        let until = if files.len() > 1 { format!(". Until then, commands must name {first}") } else { String::new() };
+        format!(
+            "the volumes of another model of this name, or of an earlier one, are there too ({found}): remove them if nothing needs them{until}"
+        )
+    };
+    others.map(remark).collect()
 }
 
 /// Has the journal say that these volumes are whole and get their names, so that they are known as what they are if the program is killed

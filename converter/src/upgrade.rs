@@ -18,8 +18,8 @@ use crate::error::ConvertError;
 use crate::journal::{Content, Identity, Journal};
 use crate::own::{self, ANY, Own, clear_all, clear_idle, journal_path, make_room};
 use crate::partial::{
-    check_space, claim_all, clear_remains, make_way, notes_of_others, publish, refuse_existing, refuse_targets,
-    say_finished, sync_note,
+    check_space, claim_all, clear_remains, make_way, namesakes, notes_of_others, publish, refuse_existing,
+    refuse_targets, say_finished, sync_note,
 };
 use crate::settle::{model_in, sync_folders};
 use crate::striping::{Destination, Striping};
@@ -256,6 +256,7 @@ fn rewrite(
         written.syncer.folder(folder).map_err(ConvertError::io(folder, "sync the folder"))?;
     }
     clear_all(dst, destination.striping.is_some())?;
+    namesakes(&files).iter().for_each(|remark| progress.note(remark));
     Ok(UpgradeSummary {
         written: true,
         files,

@@ -152,6 +152,13 @@ fn what_exists_is_not_replaced_unless_asked() {
     assert!(matches!(convert(&src, &dst, &test_options(true), &()), Err(ConvertError::Exists { .. })));
     let again = convert(&src, &dst, &Options { overwrite: true, ..test_options(true) }, &()).unwrap();
     assert_eq!((&again.files, &again.model_id), (&whole.files, &whole.model_id));
+    assert!(!again.notes.iter().any(|note| note.contains("are there too")), "{:?}", again.notes);
+    // Volumes of an earlier model that no new one replaces are named, because the name now stands for two models.
+    let fewer = Options { split_size: Some(2 * SPLIT), overwrite: true, ..test_options(true) };
+    let fewer = convert(&src, &dst, &fewer, &()).unwrap();
+    assert!(fewer.files.len() > 1 && fewer.files.len() < whole.files.len(), "{:?}", fewer.files);
+    let said = |note: &String| note.contains("are there too") && note.contains(whole.files[0].to_str().unwrap());
+    assert!(fewer.notes.iter().any(said), "{:?}", fewer.notes);
     // Another file with the name of a volume stays.
     fs::write(&whole.files[1], "precious").unwrap();
     let refused = convert(&src, &dst, &Options { overwrite: true, ..test_options(true) }, &());

@@ -64,7 +64,7 @@ pub use state_id::StateId;
 pub use stripes::{MAX_SHARE, Placed, Shares, Stripe};
 pub use superblock::{FORMAT_VERSION, MAGIC, ModelId, PAGE_SIZES, READ_VERSIONS, Superblock, TableRef};
 pub use tensor::{ANY_INDEX, Layout, MAX_ORDERED_COLS, TensorRecord, order_len, pack_tensors};
-pub use volumes::{Volume, VolumeName, model_path};
+pub use volumes::{Volume, VolumeName, first_volumes, model_path};
 pub use writer::{ExtentWriter, FileWriter, Written};
 
 /// Checksum of every region of the file: xxh3-64, seed 0 (<https://github.com/Cyan4973/xxHash>).

@@ -129,15 +129,19 @@ pub fn model_path(path: &Path) -> Result<PathBuf, FormatError> {
     Ok(missing.unwrap_or_else(|| path.to_owned()))
 }
 
-/// The first volume of the model that would be called `path` if it were one file, whether that volume is there or only others are.
-fn first_volume(path: &Path) -> Result<Option<PathBuf>, FormatError> {
+/// The first volumes of the models that would be called `path` if they were one file, whether these volumes are there or only others are.
+pub fn first_volumes(path: &Path) -> BTreeSet<PathBuf> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let names = folder.read_dir().into_iter().flatten().flatten().filter_map(|entry| {
         let name = VolumeName::parse(&path.with_file_name(entry.file_name()))?;
         (name.whole() == path).then(|| name.path_of(0))
     });
-    let firsts: BTreeSet<PathBuf> = names.collect();
-    let mut firsts = firsts.into_iter();
+    names.collect()
+}
+
+/// The only one of them.
+fn first_volume(path: &Path) -> Result<Option<PathBuf>, FormatError> {
+    let mut firsts = first_volumes(path).into_iter();
     match (firsts.next(), firsts.next()) {
         (Some(first), Some(second)) => Err(FormatError::Ambiguous { path: path.to_owned(), found: [first, second] }),
         (first, _) => Ok(first),
