@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The same random mixture-of-experts weights in llama.cpp and in Sluice: speed and logits, side by side.
 
-    python3 tests/bench/llama_cpp.py --scratch DIR [--rounds N] [--types q8,q4] [--threads 2]
+    python3 tests/bench/llama_cpp.py --scratch DIR [--rounds N] [--types q8,q4] [--threads 2] [--prompts 128,1024]
+        [--llama-bench PROGRAM [--llama-bench-options=-rtr,1]]
 
 Builds nothing of Sluice: run `cargo build --release -p sluice` and `cargo build --release -p sluice-model --example
 throughput` first, and give their folder with --bin (default target/release). The scratch folder, outside the repository,
@@ -17,7 +18,8 @@ to the mixture that it calls Q4_K_M.
 Logits of one prompt, before any quantising, say whether both compute the same model; then those of every type, against
 those of Sluice in 16 bits, what it loses. Random weights say little about trained ones. For speed, each program loads its
 file, runs once unmeasured, then --inner times measured; the programs take turns, and medians are printed, with the range of
-all runs. --json adds every run.
+all runs. --json adds every run. --llama-bench names the `llama-bench` of ik_llama.cpp, which then takes
+turns with the two on the same GGUF files; what it generates follows a prompt (its `-gp`), as with the others.
 
     python3 tests/bench/llama_cpp.py --scratch OTHER --layers 2 --source F32 --types '' --rounds 0
 
@@ -158,13 +160,13 @@ def llama():
     return llama_cpp
 
 
-def prompt():
+def prompt(tokens=PROMPT):
     """Token ids without meaning; the program that measures ours makes the same."""
-    return [(i * 7919 + 13) % VOCAB for i in range(PROMPT)]
+    return [(i * 7919 + 13) % VOCAB for i in range(tokens)]
 
 
 def open_llama(ll, path, threads, **options):
-    """A context with the model in memory, on the CPU, for prompts of up to 512 tokens."""
+    """A context with the model in memory, on the CPU, for 512 tokens."""
     model_params = ll.llama_model_default_params()
     model_params.n_gpu_layers = 0
     model = ll.llama_model_load_from_file(str(path).encode(), model_params)
@@ -177,11 +179,12 @@ def open_llama(ll, path, threads, **options):
     return ll.llama_init_from_model(model, params)
 
 
-def time_llama(path, threads, inner):
+def time_llama(path, threads, inner, tokens):
     """One line of JSON per measured run, in tokens/s, as the other program prints them."""
     import time
     ll = llama()
-    context = open_llama(ll, path, int(threads))
+    ids, room = prompt(int(tokens)), int(tokens) + DECODE
+    context = open_llama(ll, path, int(threads), n_ctx=max(512, room + 16), n_batch=max(512, room))
 
     def decode(ids):
         array = (ll.llama_token * len(ids))(*ids)
@@ -191,13 +194,13 @@ def time_llama(path, threads, inner):
     for i in range(int(inner) + 1):
         ll.llama_memory_clear(ll.llama_get_memory(context), True)
         start = time.perf_counter()
-        decode(prompt())
+        decode(ids)
         middle = time.perf_counter()
         for t in range(DECODE):
             decode([(t * 104729 + 7) % VOCAB])
         end = time.perf_counter()
         if i > 0:
-            print(json.dumps({"prefill": PROMPT / (middle - start), "decode": DECODE / (end - middle)}), flush=True)
+            print(json.dumps({"prefill": len(ids) / (middle - start), "decode": DECODE / (end - middle)}), flush=True)
 
 
 def time_streamed(path, threads, ids, tokens):
@@ -414,20 +417,43 @@ def compare_logits(scratch, types, reference, theirs):
         print(f"{name}: " + ", ".join(f"{100 * n / sum(counts.values()):.1f} % {t}" for t, n in counts.items()))
 
 
-def compare_speed(scratch, type_name, name, args):
-    """Both programs in turns; prints medians in tokens/s, ranges and the ratio of medians."""
-    ours = [args.bin / "examples/throughput", scratch.sluice(type_name), args.threads, PROMPT, DECODE, args.inner]
+def time_llama_bench(program, options, path, threads, tokens, inner):
+    """What a `llama-bench` prints for one prompt, and for the tokens generated behind it, as the other programs print them."""
+    command = [program, "-m", path, "-t", threads, "-r", inner, "-o", "json", *options]
+    rates = {}
+    for what, test in [("prefill", ["-p", tokens, "-n", 0]), ("decode", ["-p", 0, "-n", 0, "-gp", f"{tokens},{DECODE}"])]:
+        result = subprocess.run([str(c) for c in [*command, *test]], capture_output=True, text=True)
+        if result.returncode != 0:
+            sys.exit(f"{program}:\n{result.stderr[-2000:]}")
+        # Some forks write a line of their own before the list.
+        [found] = json.loads(result.stdout[result.stdout.index("[\n"):])
+        rates[what] = found["samples_ts"]
+    return [{"prefill": prefill, "decode": decode} for prefill, decode in zip(rates["prefill"], rates["decode"])]
+
+
+def compare_speed(scratch, type_name, name, tokens, args):
+    """All programs in turns; prints medians in tokens/s, ranges and the ratio of medians."""
+    ours = [args.bin / "examples/throughput", scratch.sluice(type_name), args.threads, tokens, DECODE, args.inner]
     results = {"sluice": [], "llama.cpp": []}
+    if args.llama_bench:
+        results["llama-bench"] = []
     for _ in range(args.rounds):
         results["sluice"] += lines(ours)
-        results["llama.cpp"] += scratch.inside("time_llama", scratch.gguf(name), args.threads, args.inner)
+        results["llama.cpp"] += scratch.inside("time_llama", scratch.gguf(name), args.threads, args.inner, tokens)
+        if args.llama_bench:
+            results["llama-bench"] += time_llama_bench(
+                args.llama_bench, args.llama_bench_options, scratch.gguf(name), args.threads, tokens, args.inner)
     for what in ["decode", "prefill"]:
         runs = {side: sorted(r[what] for r in rows) for side, rows in results.items()}
-        a, b = (f"{statistics.median(r):7.1f} ({r[0]:.1f} to {r[-1]:.1f})" for r in runs.values())
-        ratio = statistics.median(runs["sluice"]) / statistics.median(runs["llama.cpp"])
-        print(f"{what:8} tokens/s   sluice {type_name} {a}   llama.cpp {name} {b}   {ratio:.2f}x", flush=True)
+        line = f"{what:8} prompt of {tokens}, tokens/s"
+        for side, r in runs.items():
+            label = {"sluice": type_name}.get(side, name)
+            line += f"   {side} {label} {statistics.median(r):.1f} ({r[0]:.1f} to {r[-1]:.1f})"
+            if side != "sluice":
+                line += f" {statistics.median(runs['sluice']) / statistics.median(r):.2f}x"
+        print(line, flush=True)
     if args.json:
-        print(json.dumps({"pair": [type_name, name]} | results), flush=True)
+        print(json.dumps({"pair": [type_name, name], "prompt": tokens} | results), flush=True)
 
 
 def main():
@@ -439,6 +465,9 @@ def main():
     p.add_argument("--layers", type=int, default=16)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=12, help="turns of each program; 0 compares logits only")
+    p.add_argument("--prompts", type=lambda s: [int(n) for n in s.split(",")], default=[PROMPT], help="lengths of prompts, for speed")
+    p.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="ik_llama.cpp's llama-bench, measured too")
+    p.add_argument("--llama-bench-options", type=lambda s: s.split(","), default=[], metavar="A,B", help="more arguments for it")
     p.add_argument("--inner", type=int, default=2, help="measured runs per turn")
     p.add_argument("--json", action="store_true", help="print every run as well")
     p.add_argument("--inside", nargs="+", help=argparse.SUPPRESS)
@@ -455,7 +484,8 @@ def main():
         compare_logits(scratch, args.types, *prepare(scratch, args.types))
         for type_name in args.types if args.rounds else []:
             for name in PAIRS[type_name]:
-                compare_speed(scratch, type_name, name, args)
+                for tokens in args.prompts:
+                    compare_speed(scratch, type_name, name, tokens, args)
     else:
         p.error("give a scratch folder outside the repository with --scratch")
 

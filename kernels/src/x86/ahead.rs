@@ -19,11 +19,15 @@ const LARGE: u32 = 48 << 10;
 /// they read half as fast. Those of others have not been measured.
 fn is_large() -> bool {
     static LARGE_CACHE: OnceLock<bool> = OnceLock::new();
-    *LARGE_CACHE.get_or_init(|| first_level_bytes() >= LARGE)
+    *LARGE_CACHE.get_or_init(|| cache_bytes(FIRST_LEVEL) >= LARGE)
 }
 
-/// Bytes of the first-level cache of data, as AMD's processors say it; 0 for others.
-fn first_level_bytes() -> u32 {
+/// A cache as `cpuid` names it: its kind in the lowest five bits, 1 for data and 3 for everything, then three bits of level.
+const FIRST_LEVEL: u32 = 0b001_00001;
+const SECOND_LEVEL: u32 = 0b010_00011;
+
+/// Bytes of a cache, as AMD's processors say it; 0 for others.
+fn cache_bytes(cache: u32) -> u32 {
     const EXTENDED: u32 = 0x8000_0000;
     const CACHES: u32 = 0x8000_001d;
     if cpuid(EXTENDED, 0).eax < CACHES {
@@ -31,8 +35,7 @@ fn first_level_bytes() -> u32 {
     }
     (0..4)
         .map(|sub| cpuid(CACHES, sub))
-        // Type in the lowest five bits, 1 being data, then three bits of level.
-        .find(|of| of.eax & 0xff == 0b001_00001)
+        .find(|of| of.eax & 0xff == cache)
         .map_or(0, |of| ((of.ebx >> 22) + 1) * (((of.ebx >> 12) & 0x3ff) + 1) * ((of.ebx & 0xfff) + 1) * (of.ecx + 1))
 }
 
@@ -163,20 +166,46 @@ impl Lines {
     }
 }
 
-/// How far ahead [`in_streams`] asks: few enough bytes to wait in the second-level cache.
+/// How far ahead [`Streams`] ask: few enough bytes to wait in the second-level cache.
 const SPAN: usize = 64 << 10;
 const STREAMS: usize = 4;
 
-/// Prefetches as many bytes of the next span as `bytes` has. Their lines alternate among the four parts of that span, because one
-/// core is faster with four streams than with one (Zen 3, one thread: `q8` 0.98 to 1.33, bf16 1.25 to 1.37, f32 1.17 to 1.30 of one
-/// stream, f16 the same; two threads 1.0 to 1.2). Types of 4 bits and `fp8`, whose kernels compute more, gain nothing.
-#[inline]
-#[target_feature(enable = "sse")]
-pub(super) fn in_streams(bytes: &[u8]) {
-    for line in (0..bytes.len()).step_by(64) {
-        let at = bytes.as_ptr().wrapping_add(line);
-        let from = at.addr() % SPAN / 64;
-        let to = from % STREAMS * (SPAN / 64 / STREAMS) + from / STREAMS;
-        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(SPAN + 64 * to).wrapping_sub(64 * from).cast());
+/// How far ahead one stream asks. A quarter as far is slower, four times as far is no faster, and the beginning of a task is not asked for.
+const SHORT: usize = 16 << 10;
+
+/// Bytes of a second-level cache, from which on one stream is faster than [`STREAMS`].
+const ROOMY: u32 = 1 << 20;
+
+/// Prefetches the next span while this one is read, for types whose kernels compute little.
+///
+/// The lines of a span are asked for alternately in four parts, because one core of Zen 3 is faster with four streams than with one
+/// (one thread: `q8` 0.98 to 1.33, bf16 1.25 to 1.37, f32 1.17 to 1.30 of one stream, f16 the same; two threads 1.0 to 1.2). Types of 4
+/// bits and `fp8`, whose kernels compute more, gain nothing. On Zen 4, one stream is the faster one (AVX2, `q8`: 1.6 times with one
+/// thread, 1.2 times with two).
+#[derive(Clone, Copy)]
+pub(super) struct Streams {
+    one: bool,
+}
+
+impl Streams {
+    pub(super) fn new() -> Self {
+        static ONE: OnceLock<bool> = OnceLock::new();
+        Streams { one: *ONE.get_or_init(|| !is_large() && cache_bytes(SECOND_LEVEL) >= ROOMY) }
+    }
+
+    /// Asks for as many bytes of the next span as `bytes` has.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    pub(super) fn ask(self, bytes: &[u8]) {
+        for line in (0..bytes.len()).step_by(64) {
+            let at = bytes.as_ptr().wrapping_add(line);
+            if self.one {
+                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(SHORT).cast());
+                continue;
+            }
+            let from = at.addr() % SPAN / 64;
+            let to = from % STREAMS * (SPAN / 64 / STREAMS) + from / STREAMS;
+            _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(SPAN + 64 * to).wrapping_sub(64 * from).cast());
+        }
     }
 }

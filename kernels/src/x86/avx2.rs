@@ -13,7 +13,7 @@ mod panels;
 mod update;
 mod vnni;
 
-use super::ahead::{Ahead, Stream, in_streams};
+use super::ahead::{Ahead, Stream, Streams};
 use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
 use super::{
     bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows,
@@ -277,9 +277,10 @@ fn sums<const TY: u8, const T: usize, const NAN: bool>(values: &[u8], x: [&[f32]
     let cols = x[0].len();
     let quads = in_fours(&x, cols);
     let mut s = [[_mm256_setzero_ps(); 4]; T];
+    let streams = Streams::new();
     for (i, w) in values.chunks_exact(step).take(cols / 4).enumerate() {
         if const { TY != FP8 } {
-            in_streams(w);
+            streams.ask(w);
         }
         let w = four::<TY, NAN>(w);
         for t in 0..T {
@@ -434,10 +435,10 @@ fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&
     let mut other = s;
     let blocks = w.values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
-    let ahead = Ahead::new(&[*w]);
+    let (ahead, streams) = (Ahead::new(&[*w]), Streams::new());
     for (g, (values, scales)) in (0..blocks).zip(blocks_of::<TY>(w)) {
         if TY == Q8 {
-            in_streams(values)
+            streams.ask(values);
         } else {
             ahead.block::<TY, 1, T>(g)
         }
