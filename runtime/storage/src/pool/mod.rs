@@ -751,8 +751,10 @@ impl LayerPass<'_> {
     }
 
     /// Says that the tokens of the pass will need nearly all experts of a later layer, as those of a long prompt do. Once all reads of this
-    /// pass have begun, and as experts leave slots, those of that layer are read while the drive would otherwise idle.
+    /// pass have begun, and as experts leave slots, those of that layer are read while the drive would otherwise idle; unless this layer,
+    /// of which nothing has been yielded yet, shows that the prompt uses few.
     pub fn then_read(&mut self, layer: u32) {
+        self.pool.judge_prompt(self.remaining());
         self.pool.pass.next = Some(layer);
         self.pool.read_next();
     }

@@ -22,6 +22,9 @@ pub const PREFETCH_SLOTS: usize = 2 * OPEN_MAX;
 /// While a prompt is read, prefetches may take the slots of this part of all experts. More would keep fewer experts from one pass to the
 /// next, and so more would have to be read.
 const AHEAD: usize = 16;
+/// A prompt's next layer is read ahead if it has used at least this part of the experts of the layer before, in quarters. Long prompts
+/// whose tokens resemble each other use fewer, and then most of what is read would be read for nothing, beside cores that compute.
+const LEAST_USED: usize = 3;
 
 /// The prefetches of a pool.
 pub(super) struct Prefetches {
@@ -35,6 +38,8 @@ pub(super) struct Prefetches {
     least_slots: usize,
     /// Most prefetches for a prompt, as far as they take slots from other experts, and as far as slots are empty.
     ahead: (usize, usize),
+    /// Whether the last layer that was to be followed by another used so few of its experts that the next one is not worth reading.
+    uses_few: bool,
     /// Experts that must not lose their slots to others of their layer. Empty between calls.
     pub(super) held: Vec<Key>,
 }
@@ -49,6 +54,7 @@ impl Prefetches {
             unproven: vec![false; shape.keys()],
             least_slots: PREFETCH_SLOTS,
             ahead: (ahead, most),
+            uses_few: false,
             held: Vec::with_capacity(shape.experts as usize),
         }
     }
@@ -100,7 +106,9 @@ impl Pool {
 
     /// Starts reading all experts of a layer that are absent, in ascending order, because a prompt that will soon come to it needs nearly
     /// all of them; as far as there are slots, and once the current pass has begun all of its reads. What has been read stays pinned until
-    /// the layer begins.
+    /// the layer begins. Nothing is read where [`LayerPass::then_read`] found that the prompt uses few.
+    ///
+    /// [`LayerPass::then_read`]: super::LayerPass::then_read
     pub fn read_ahead(&mut self, layer: u32) {
         let routed = self.directory.routed_layer(layer);
         let class = self.class_of_layer[routed as usize];
@@ -108,7 +116,7 @@ impl Pool {
         let (most, most_into_empty) = self.prefetches.ahead;
         // Some slots stay for experts that are computed and read in the meantime.
         let most = most.min(slots.saturating_sub(2 * OPEN_MAX).max(OPEN_MAX));
-        if slots < self.prefetches.least_slots || !self.pass.todo.is_empty() {
+        if self.prefetches.uses_few || slots < self.prefetches.least_slots || !self.pass.todo.is_empty() {
             return;
         }
         for expert in 0..self.directory.shape().experts {
@@ -129,6 +137,11 @@ impl Pool {
         while let Some(held) = self.prefetches.held.pop() {
             self.policy.unpin(held);
         }
+    }
+
+    /// Takes how many experts of its layer a pass of a long prompt uses.
+    pub(super) fn judge_prompt(&mut self, used: usize) {
+        self.prefetches.uses_few = 4 * used < LEAST_USED * self.directory.shape().experts as usize;
     }
 
     /// An empty slot of a size class for an expert of a routed layer, but none that another expert of this layer has. Those that the

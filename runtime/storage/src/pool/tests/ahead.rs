@@ -61,6 +61,22 @@ fn no_expert_of_the_next_layer_gives_its_slot_to_another() {
 }
 
 #[test]
+fn a_prompt_that_uses_few_experts_reads_none_ahead() {
+    let drive = SimDrive::new(vec![model().0]);
+    let mut pool = pool(&drive, 40, 0);
+    let most = EXPERTS * 3 / 4;
+    for (used, reads) in [(EXPERTS, true), (most - 1, false), (most, true), (1, false)] {
+        let experts: Vec<u32> = (0..used).collect();
+        pool.stop_reading_ahead();
+        run_then(&mut pool, 1, &experts, Some(2), false);
+        let before = pool.stats().prefetched;
+        pool.stop_reading_ahead();
+        pool.read_ahead(3);
+        assert_eq!(pool.stats().prefetched > before, reads, "{used} of {EXPERTS}");
+    }
+}
+
+#[test]
 fn reading_ahead_can_be_given_up() {
     let drive = SimDrive::new(vec![model().0]);
     let mut pool = pool(&drive, 40, 0);
