@@ -298,12 +298,17 @@ def make(what, path, layers, source):
 INSIDE = {f.__name__: f for f in [make, time_llama, time_streamed, llama_logits, quantise, census, differences]}
 
 
-def lines(command):
-    """Runs a program; the JSON that it printed. Both talk on standard error, which is only worth reading on failure."""
+def printed(command):
+    """Runs a program; what it printed. All talk on standard error, which is only worth reading on failure."""
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}:\n{result.stderr[-2000:]}")
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return result.stdout
+
+
+def lines(command):
+    """Runs a program; the lines of JSON that it printed."""
+    return [json.loads(line) for line in printed(command).splitlines() if line.startswith("{")]
 
 
 def install(folder):
@@ -422,11 +427,9 @@ def time_llama_bench(program, options, path, threads, tokens, inner):
     command = [program, "-m", path, "-t", threads, "-r", inner, "-o", "json", *options]
     rates = {}
     for what, test in [("prefill", ["-p", tokens, "-n", 0]), ("decode", ["-p", 0, "-n", 0, "-gp", f"{tokens},{DECODE}"])]:
-        result = subprocess.run([str(c) for c in [*command, *test]], capture_output=True, text=True)
-        if result.returncode != 0:
-            sys.exit(f"{program}:\n{result.stderr[-2000:]}")
-        # Some forks write a line of their own before the list.
-        [found] = json.loads(result.stdout[result.stdout.index("[\n"):])
+        out = printed([*command, *test])
+        # It may write a line of its own before the list.
+        [found] = json.loads(out[out.index("[\n"):])
         rates[what] = found["samples_ts"]
     return [{"prefill": prefill, "decode": decode} for prefill, decode in zip(rates["prefill"], rates["decode"])]
 
