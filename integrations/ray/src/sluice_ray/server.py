@@ -157,12 +157,6 @@ class Server:
                 self._process.kill()
                 self._address = None
 
-    def note_failure(self, address: Address) -> None:
-        """Says that a connection has ended. If the server has ended too, nobody is sent there now."""
-        with self._changed:
-            if self._address == address and self._process is not None and self._process.poll() is not None:
-                self._address = None
-
     def close(self) -> None:
         """Ends it for good."""
         self._closed.set()

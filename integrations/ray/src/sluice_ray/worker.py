@@ -102,6 +102,8 @@ class Worker:
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._gate: Gate | None = None
+        # How many are finding out whether the server is still there.
+        self._looks = 0
         self._server = Server(serving)
         try:
             self._server.start()
@@ -196,7 +198,7 @@ class Worker:
                     if isinstance(error, TimeoutError | asyncio.TimeoutError):
                         self._server.kill(address)
                     else:
-                        self._server.note_failure(address)
+                        await self._look(address)
                 else:
                     if reply.status != BUSY and reply.status not in PASSING:
                         self._server.note_success()
@@ -213,11 +215,26 @@ class Worker:
 
     async def _address(self) -> Address:
         # No thread waits for the server: it would keep the process from ending.
-        while (address := self._server.address_now()) is None:
+        while self._looks > 0 or (address := self._server.address_now()) is None:
             await asyncio.sleep(LOOK)
         return address
 
-    async def _post(self, address: Address, request: Request) -> _Reply:
+    async def _look(self, address: Address) -> None:
+        """Finds out whether the server is there, after a connection has ended without an answer.
+
+        A process that dies takes connections for a moment after it has ended others. Nobody is sent there meanwhile:
+        it would count as an attempt, though nobody tried it.
+        """
+        self._looks += 1
+        try:
+            async with self._connections().get(address.url + "/health"):
+                pass
+        except (aiohttp.ClientError, OSError):
+            self._server.kill(address)
+        finally:
+            self._looks -= 1
+
+    def _connections(self) -> aiohttp.ClientSession:
         if self._session is None:
             # Long answers are no fault; silence is one. How many connections there are is up to the gate.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=self._serving.silence)
@@ -227,7 +244,10 @@ class Worker:
             self._session = aiohttp.ClientSession(
                 timeout=timeout, connector=connector, headers=headers, trust_env=False
             )
-        async with self._session.post(address.url + request.url, json=request.body) as response:
+        return self._session
+
+    async def _post(self, address: Address, request: Request) -> _Reply:
+        async with self._connections().post(address.url + request.url, json=request.body) as response:
             body = json.loads(await response.read())
             if not isinstance(body, dict):
                 raise ValueError(f"the answer is no object: {str(body)[:200]}")
