@@ -7,6 +7,7 @@
 use crate::par_slice::Pieces;
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -23,6 +24,14 @@ const JOINED_ONE: usize = 4;
 const JOINED_MASK: usize = 0xffff << 2;
 const JOB_ONE: usize = 1 << 18;
 
+/// Tasks that a thread takes of a product at a time: what is left, divided by this and by the number of threads. They are adjacent,
+/// so that what is prefetched beyond the end of one is what the same thread reads next. One task at a time, two threads
+/// of Zen 4 read `q4` 0.85 times as fast. The last ones are single, so threads end together, however unequal their cores are.
+const SHARE: usize = 2;
+
+/// As a number of parts: one task at a time.
+const SINGLY: usize = usize::MAX;
+
 /// The closure of a job, with its lifetime erased.
 type Task = *const (dyn Fn(usize) + Sync);
 
@@ -32,6 +41,8 @@ struct Shared {
     task: UnsafeCell<Option<Task>>,
     tasks: AtomicUsize,
     next: AtomicUsize,
+    /// Into how many parts a thread divides the tasks that are left, to take the first.
+    parts: AtomicUsize,
     /// Workers that may join the job. Written like `task`.
     seats: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -78,6 +89,7 @@ impl ThreadPool {
             task: UnsafeCell::new(None),
             tasks: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
+            parts: AtomicUsize::new(SINGLY),
             seats: AtomicUsize::new(0),
             panic: Mutex::new(None),
             sleepers: AtomicUsize::new(0),
@@ -140,21 +152,22 @@ impl ThreadPool {
     /// # Panics
     /// If a task panics: with its payload, after the running tasks have ended; the remaining ones are not started.
     pub fn run(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
-        self.run_with(self.workers.len(), tasks, f);
+        self.run_with(self.workers.len(), SINGLY, tasks, f);
     }
 
     /// Like [`run`](Self::run), for the tasks of a product: see [`spare`](Self::spare).
     pub(crate) fn run_product(&self, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         let busy = self.busy.as_ref().is_some_and(|busy| busy.load(Ordering::Relaxed));
         let spared = busy && self.spares.load(Ordering::Relaxed);
-        self.run_with(self.workers.len().saturating_sub(usize::from(spared)), tasks, f);
+        let seats = self.workers.len().saturating_sub(usize::from(spared));
+        self.run_with(seats, SHARE * (seats + 1), tasks, f);
     }
 
-    /// Runs a job on the calling thread and up to `seats` workers.
-    fn run_with(&self, seats: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+    /// Runs a job on the calling thread and up to `seats` workers; a thread takes one of `parts` of what is left at a time.
+    fn run_with(&self, seats: usize, parts: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         let guard = if tasks > 1 && seats > 0 { self.caller.try_lock().ok() } else { None };
         match guard {
-            Some(_guard) => self.run_shared(seats, tasks, f),
+            Some(_guard) => self.run_shared(seats, parts, tasks, f),
             None => (0..tasks).for_each(f),
         }
     }
@@ -190,7 +203,7 @@ impl ThreadPool {
     }
 
     /// One job; the caller holds `self.caller`.
-    fn run_shared(&self, seats: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
+    fn run_shared(&self, seats: usize, parts: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) {
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. The pointer is used by threads that joined the job, and this function does
         // not return before the job is closed and they have all left it.
@@ -199,6 +212,7 @@ impl ThreadPool {
         unsafe { *shared.task.get() = Some(task) };
         shared.tasks.store(tasks, Ordering::Relaxed);
         shared.next.store(0, Ordering::Relaxed);
+        shared.parts.store(parts, Ordering::Relaxed);
         shared.seats.store(seats, Ordering::Relaxed);
         // The next job number, open, nobody joined. SeqCst pairs with the sleepers' check.
         shared.state.fetch_add(JOB_ONE | OPEN, Ordering::SeqCst);
@@ -304,16 +318,19 @@ impl Shared {
         }
     }
 
+    /// Takes adjacent tasks that nobody has taken yet.
+    fn take(&self) -> Option<Range<usize>> {
+        let (tasks, parts) = (self.tasks.load(Ordering::Relaxed), self.parts.load(Ordering::Relaxed));
+        let end = |first: usize| (first < tasks).then(|| first + ((tasks - first) / parts).max(1));
+        let first = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, end).ok()?;
+        Some(first..end(first)?)
+    }
+
     /// Runs tasks until none is left.
     fn take_tasks(&self, f: &(dyn Fn(usize) + Sync)) {
-        let tasks = self.tasks.load(Ordering::Relaxed);
-        loop {
-            let task = self.next.fetch_add(1, Ordering::Relaxed);
-            if task >= tasks {
-                return;
-            }
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| f(task))) {
-                self.next.store(tasks, Ordering::Relaxed);
+        while let Some(taken) = self.take() {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| taken.for_each(f))) {
+                self.next.store(self.tasks.load(Ordering::Relaxed), Ordering::Relaxed);
                 lock(&self.panic).get_or_insert(payload);
             }
         }
@@ -381,6 +398,22 @@ mod tests {
                 assert!(most.into_inner() <= left.max(1), "{threads} threads");
             }
         }
+    }
+
+    #[test]
+    fn a_thread_takes_adjacent_tasks_of_a_product() {
+        let taken = |tasks: usize, parts: usize| -> Vec<usize> {
+            let pool = ThreadPool::new(1);
+            pool.shared.tasks.store(tasks, Ordering::Relaxed);
+            pool.shared.parts.store(parts, Ordering::Relaxed);
+            let taken: Vec<_> = std::iter::from_fn(|| pool.shared.take()).collect();
+            assert!(taken.iter().cloned().flatten().eq(0..tasks), "{tasks} tasks: {taken:?}");
+            taken.iter().map(Range::len).collect()
+        };
+        assert_eq!(taken(64, 2 * SHARE), [16, 12, 9, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1]);
+        assert_eq!(taken(5, 8 * SHARE), [1; 5]);
+        assert_eq!(taken(5, SINGLY), [1; 5]);
+        assert_eq!(taken(0, SINGLY), []);
     }
 
     #[test]

@@ -13,8 +13,8 @@ mod panels;
 mod update;
 mod vnni;
 
-use super::ahead::{Ahead, Stream, Streams};
-use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
+use super::ahead::{Ahead, Stream, Streams, near};
+use super::{BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
 use super::{
     bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows,
     rows,
@@ -400,8 +400,9 @@ fn block_integers<const TY: u8>(w: &[u8], q: usize) -> __m256i {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [__m256; T] {
     let mut total = [_mm256_setzero_ps(); T];
+    near(w.scales);
     for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
-        prefetch(values);
+        near(values);
         let x = parts(&x, g * 32, 32);
         let mut s = [[_mm256_setzero_ps(); 4]; T];
         for q in 0..8 {
@@ -435,12 +436,17 @@ fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&
     let mut other = s;
     let blocks = w.values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
-    let (ahead, streams) = (Ahead::new(&[*w]), Streams::new());
+    let streams = Streams::new();
+    let ahead = if TY == Q8 {
+        streams.ask(w.scales);
+        None
+    } else {
+        Some(Ahead::new::<1, T>(&[*w]))
+    };
     for (g, (values, scales)) in (0..blocks).zip(blocks_of::<TY>(w)) {
-        if TY == Q8 {
-            streams.ask(values);
-        } else {
-            ahead.block::<TY, 1, T>(g)
+        match &ahead {
+            Some(ahead) => ahead.block::<TY, 1, T>(g),
+            None => streams.ask(values),
         }
         let dots = match (V, TY) {
             (true, _) => vnni::dots::<TY, T>(values, &x, g),
@@ -542,15 +548,6 @@ fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
     for (y, &x) in y_rest.iter_mut().zip(x_rest) {
         *y = a.mul_add(x, *y);
-    }
-}
-
-/// Prefetches bytes a little ahead in the stream; beyond the end this has no effect.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn prefetch(w: &[u8]) {
-    for line in (0..w.len()).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD + line).cast());
     }
 }
 

@@ -10,9 +10,9 @@ mod grouped;
 mod panels;
 mod update;
 
-use super::ahead::{Ahead, Lines, Stream};
+use super::ahead::{Ahead, Lines, Stream, near};
 use super::avx2::Avx2;
-use super::{AHEAD, BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
+use super::{BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
 use super::{
     bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, parts, quantised_rows, rows,
 };
@@ -229,8 +229,8 @@ fn sums<const TY: u8, const T: usize, const NAN: bool>(
         match ahead {
             Some(ahead) => ahead.ask(i),
             None => {
-                prefetch(a);
-                prefetch(b);
+                near(a);
+                near(b);
             }
         }
         let w = four::<TY, NAN>(a, b);
@@ -357,7 +357,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]
     // The sums of even and odd blocks alternate; at the end, their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
-    let ahead = Ahead::new(w);
+    let ahead = Ahead::new::<2, T>(w);
     let pairs = blocks_of::<TY>(&w[0]).zip(blocks_of::<TY>(&w[1]));
     for (g, ((a, a_scales), (b, b_scales))) in (0..blocks).zip(pairs) {
         ahead.block::<TY, 2, T>(g);
@@ -420,15 +420,6 @@ fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
     for (y, &x) in y_rest.iter_mut().zip(x_rest) {
         *y = a.mul_add(x, *y);
-    }
-}
-
-/// Prefetches bytes a little ahead in the stream; beyond the end this has no effect.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn prefetch(w: &[u8]) {
-    for line in (0..w.len()).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD + line).cast());
     }
 }
 

@@ -1,11 +1,11 @@
 //! `q4`, `q3` and `q2`: nibbles that `vpshufb` turns into integers, in the order of `quant::product`.
 
-use super::{fold4, load16, load32, prefetch, put, vnni};
+use super::{fold4, load16, load32, put, vnni};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
 use crate::quant::UNIT;
-use crate::x86::ahead::Ahead;
+use crate::x86::ahead::{Ahead, near};
 use crate::x86::{
     Q2, Q4, block_bytes, blocks_of, bytes, cut, levels, offset_base, padded_rows, parts, quantised_rows, words,
 };
@@ -120,7 +120,7 @@ fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&
     let mut other = s;
     let blocks = w.values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
-    let ahead = Ahead::new(&[*w]);
+    let ahead = Ahead::new::<1, T>(&[*w]);
     for (g, (values, codes)) in (0..blocks).zip(blocks_of::<TY>(w)) {
         ahead.block::<TY, 1, T>(g);
         let words = words(&x, g);
@@ -195,8 +195,9 @@ fn add<const TY: u8, const T: usize>(
 fn blocks_f32<const TY: u8, const T: usize>(w: &Group<'_>, x: [&[f32]; T]) -> [__m256; T] {
     let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, 0) }, 0));
     let mut total = [_mm256_setzero_ps(); T];
+    near(w.scales);
     for (g, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
-        prefetch(values);
+        near(values);
         let nibbles = nibbles::<TY>(values);
         let x = parts(&x, g * 32, 32);
         let mut s = [[_mm256_setzero_ps(); 4]; T];

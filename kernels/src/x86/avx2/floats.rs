@@ -2,11 +2,12 @@
 //! them meets three tokens. With fewer tokens that would cost more than it saves.
 
 use super::codebook;
-use super::{block_integers, block_scales, fold4, load, load16, prefetch, put, store};
+use super::{block_integers, block_scales, fold4, load, load16, put, store};
 use crate::activations::Activations;
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::{BLOCK, Group, ROW_GROUP};
 use crate::quant::UNIT;
+use crate::x86::ahead::near;
 use crate::x86::{AVX2_TOKENS, block_bytes, by_halves, has_codebook, levels, offset_base, scales_from, unit};
 use std::arch::x86_64::*;
 
@@ -28,8 +29,9 @@ pub(super) fn tile<const TY: u8>(w: &Group<'_>, x: &Activations, shape: TileShap
     let (full, rest) = rows[..shape.tokens].as_chunks::<PASS>();
     let mut floats: Floats = [[0.0; ROW_GROUP]; BLOCK];
     let mut totals = [[_mm256_setzero_ps(); PASS]; AVX2_TOKENS.div_ceil(PASS)];
+    near(w.scales);
     for (b, values) in w.values.chunks_exact(const { block_bytes(TY) }).enumerate() {
-        prefetch(values);
+        near(values);
         let scales = unpack::<TY>(w, values, b, &mut floats);
         for (x, totals) in full.iter().zip(&mut totals) {
             add::<TY, PASS>(&floats, scales, &each!(&x[0][b]; PASS, t => &x[t][b]), totals);

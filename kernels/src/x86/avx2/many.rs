@@ -50,7 +50,7 @@ pub(super) fn tile<const TY: u8, const G: usize, const V: bool>(
     }
     let rows = &rows[..shape.tokens];
     let mut sums: Sums<G> = [[[_mm256_setzero_ps(); G]; AVX2_TOKENS]; 2];
-    let ahead = Ahead::new(w);
+    let ahead = Ahead::new::<G, AVX2_TOKENS>(w);
     // Because the compiler does not know the number of steps, it keeps the loop over them, and so the order described above.
     let steps = black_box(const { steps_of(TY) });
     for g in 0..blocks {

@@ -85,7 +85,7 @@ fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]
     // The sums of even and odd blocks alternate; at the end, their order does not matter.
     let mut s = [_mm512_setzero_ps(); T];
     let mut other = s;
-    let ahead = Ahead::new(w);
+    let ahead = Ahead::new::<2, T>(w);
     let pairs = blocks_of::<TY>(&w[0]).zip(blocks_of::<TY>(&w[1]));
     for (g, ((a, a_codes), (b, b_codes))) in (0..blocks).zip(pairs) {
         ahead.block::<TY, 2, T>(g);
