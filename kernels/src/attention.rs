@@ -26,6 +26,9 @@ pub struct KeyBlock<'a> {
     positions: Range<usize>,
     pub(crate) keys: KvRows<'a>,
     pub(crate) values: KvRows<'a>,
+    /// Keys of the block that is met afterwards.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86-64 asks for them"))]
+    pub(crate) next: Option<KvRows<'a>>,
 }
 
 impl<'a> KeyBlock<'a> {
@@ -37,7 +40,19 @@ impl<'a> KeyBlock<'a> {
     pub fn new(positions: Range<usize>, keys: KvRows<'a>, values: KvRows<'a>) -> Self {
         let one = !positions.is_empty() && positions.start / KEY_BLOCK == (positions.end - 1) / KEY_BLOCK;
         assert!(one, "positions {positions:?} are not of one block of {KEY_BLOCK}");
-        KeyBlock { positions, keys, values }
+        KeyBlock { positions, keys, values, next: None }
+    }
+
+    /// The same block; the queries meet the block that begins with these keys afterwards, so they are fetched meanwhile.
+    #[must_use]
+    pub fn before(self, next: Option<KvRows<'a>>) -> Self {
+        KeyBlock { next, ..self }
+    }
+
+    /// Whether values are other rows than keys.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn has_values(&self) -> bool {
+        self.keys.place(0) != self.values.place(0)
     }
 
     /// Rows that have a key.

@@ -306,6 +306,17 @@ impl<'a> KvRows<'a> {
         }
     }
 
+    /// Where the numbers of a row begin, and bytes from one row to the next. There may be fewer rows.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(crate) fn place(&self, row: usize) -> (*const u8, usize) {
+        let (first, bytes) = match self.ty {
+            KvType::F32 => (self.plain.as_ptr().cast(), 4 * self.stride),
+            ty => (self.values.as_ptr(), ty.value_bytes() * self.stride),
+        };
+        (first.wrapping_add(row * bytes), bytes)
+    }
+
     /// The first numbers of row `j`, as many as `out` has.
     ///
     /// # Panics

@@ -35,7 +35,7 @@ impl Cached {
     fn block(&self, positions: Range<usize>) -> KeyBlock<'_> {
         let keys = self.keys.rows(positions.clone());
         let values = self.values.as_ref().map_or(keys, |values| values.rows(positions.clone()));
-        KeyBlock::new(positions, keys, values)
+        KeyBlock::new(positions, keys, values).before(Some(values))
     }
 
     /// The numbers of the key and the value at a position.

@@ -129,7 +129,7 @@ fn attend(k: Kernels, queries: &Guarded, s: usize, keys: KvRows<'_>, values: KvR
         for query in queries.chunks_exact(key).cycle().take(n) {
             tile.add(0..s, Some(0.1)).copy_from_slice(query);
         }
-        k.attend_block(&mut tile, &KeyBlock::new(0..s, keys, values));
+        k.attend_block(&mut tile, &KeyBlock::new(0..s, keys, values).before(Some(keys)));
         tile.finish();
         assert!(tile.results().iter().all(|v| v.is_finite()));
     }

@@ -143,8 +143,8 @@ fn gate_up_equals_two_products_and_an_activation() {
             let data = matrix(ty, rows, cols, &mut rng);
             let w = Matrix::new(ty, rows, cols, &data).unwrap();
             let x = activations(&rng.vec(n * cols), n, cols, Precision::Int8);
+            let y = matmul(Kernels::scalar(), &pool, w, &x);
             for act in [Activation::Silu, Activation::SwigluOai { alpha: 1.702, limit: 0.5 }, Activation::GeluTanh] {
-                let y = matmul(Kernels::scalar(), &pool, w, &x);
                 let value = |t: usize, i: usize, up: usize| y[t * rows + (2 * (i / 8) + up) * 8 + i % 8];
                 let want: Vec<f32> = (0..n * width)
                     .map(|j| act.apply(value(j / width, j % width, 0), value(j / width, j % width, 1)))

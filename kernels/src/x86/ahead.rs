@@ -3,9 +3,11 @@
 use super::avx2::cpuid;
 use super::grouped::{STRIP, block_len};
 use super::{AHEAD, block_bytes};
+use crate::kv::KvRows;
 use crate::matrix::{Group, ROW_GROUP};
 use sluice_weights::Codes;
 use std::arch::x86_64::*;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 /// Bytes of a first-level cache that can hold what is asked for a pair of row groups ahead, beside what is being multiplied.
@@ -68,6 +70,14 @@ fn ask_bytes(large: bool, from: *const u8, len: usize) {
 #[target_feature(enable = "sse")]
 pub(super) fn near(bytes: &[u8]) {
     ask_bytes(true, bytes.as_ptr().wrapping_add(AHEAD), bytes.len());
+}
+
+/// Asks for cached rows.
+#[inline]
+#[target_feature(enable = "sse")]
+pub(super) fn cached(rows: &KvRows<'_>, range: Range<usize>) {
+    let (first, bytes) = rows.place(range.start);
+    ask_bytes(false, first, bytes * range.len());
 }
 
 /// How far ahead row groups are asked for at least, if they are small. With groups of 2 KiB (`q4`, 512 columns), Zen 4 reads 1.4

@@ -12,7 +12,7 @@ macro_rules! attention {
     ($features:tt, $vector:ty, zero: $zero:ident, add: $add:ident, fmadd: $fmadd:ident, mul: $mul:ident, splat: $splat:ident) => {
         #[target_feature(enable = $features)]
         pub(super) fn attend_block(tile: &mut QueryTile, block: &KeyBlock<'_>) {
-            score(tile, block);
+            scores_of(tile, block, block.has_values().then_some(&block.values));
             tile.weigh(block.place(0));
             match block.values.ty() {
                 KvType::F32 => add_values::<F32>(tile, block),
@@ -24,18 +24,23 @@ macro_rules! attention {
 
         #[target_feature(enable = $features)]
         pub(super) fn score(tile: &mut QueryTile, block: &KeyBlock<'_>) {
+            scores_of(tile, block, None);
+        }
+
+        #[target_feature(enable = $features)]
+        fn scores_of(tile: &mut QueryTile, block: &KeyBlock<'_>, wanted: Option<&KvRows<'_>>) {
             match block.keys.ty() {
-                KvType::F32 => scores::<F32>(tile, block),
-                KvType::F16 => scores::<F16>(tile, block),
-                KvType::Bf16 => scores::<BF16>(tile, block),
-                KvType::Q8 => scores::<Q8>(tile, block),
+                KvType::F32 => scores::<F32>(tile, block, wanted),
+                KvType::F16 => scores::<F16>(tile, block, wanted),
+                KvType::Bf16 => scores::<BF16>(tile, block, wanted),
+                KvType::Q8 => scores::<Q8>(tile, block, wanted),
             }
         }
 
         /// Stores in `tile.scores` the products of all queries with the rows that they see, and of some queries with additional
-        /// rows.
+        /// rows. Asks for the rows of `wanted` meanwhile, which are read afterwards.
         #[target_feature(enable = $features)]
-        fn scores<const TY: u8>(tile: &mut QueryTile, block: &KeyBlock<'_>) {
+        fn scores<const TY: u8>(tile: &mut QueryTile, block: &KeyBlock<'_>, wanted: Option<&KvRows<'_>>) {
             let QueryTile { key, queries, parts, scores, .. } = tile;
             let (key, n) = (*key, parts.len());
             let query = |i: usize| &queries[i * key..][..key];
@@ -49,10 +54,12 @@ macro_rules! attention {
                         (2, [one, other]) => {
                             let part = here(parts[i]).or(here(parts[i + 1]));
                             let out = [&mut one[place..], &mut other[place..]];
-                            products::<TY, 2, PAIRED, PAIRED_VECS>([query(i), query(i + 1)], &block.keys, part, out);
+                            let wanted = wanted.filter(|_| i == 0);
+                            products::<TY, 2, PAIRED, PAIRED_VECS>([query(i), query(i + 1)], &block.keys, part, out, wanted);
                         }
                         (_, [one]) if key.is_multiple_of(DOT_LANES) => {
-                            products::<TY, 1, ALONE, VECS>([query(i)], &block.keys, here(parts[i]), [&mut one[place..]]);
+                            let wanted = wanted.filter(|_| i == 0);
+                            products::<TY, 1, ALONE, VECS>([query(i)], &block.keys, here(parts[i]), [&mut one[place..]], wanted);
                         }
                         (_, one) => {
                             for row in here(parts[i]).rows() {
@@ -67,7 +74,7 @@ macro_rules! attention {
         }
 
         /// Products of `Q` queries with the rows `part`, `T` rows at a time, for widths of whole lanes. `V`: vectors of a product
-        /// that are summed at once.
+        /// that are summed at once. Asks for the same rows of `wanted`.
         #[inline]
         #[target_feature(enable = $features)]
         fn products<const TY: u8, const Q: usize, const T: usize, const V: usize>(
@@ -75,10 +82,14 @@ macro_rules! attention {
             keys: &KvRows<'_>,
             part: Part,
             out: [&mut [f32]; Q],
+            wanted: Option<&KvRows<'_>>,
         ) {
             let ty = const { kv_type(TY) };
             let mut row = part.from;
             while row + 4 <= part.to {
+                if let Some(wanted) = wanted {
+                    ahead::cached(wanted, row..row + 4);
+                }
                 let mut halves = [[$zero(); 4]; Q];
                 for round in 0..4 / T {
                     let at = row + round * T;
@@ -184,6 +195,11 @@ macro_rules! attention {
                 } else {
                     left.min(WIDTH)
                 };
+                // The processor does not know where the next block is, and its keys take as long to read as all columns to sum.
+                if let Some(next) = &block.next {
+                    let rows = |column: usize| block.len() * column / value;
+                    ahead::cached(next, rows(at)..rows(at + taken));
+                }
                 for_groups::<TY>(tile, block, at, taken);
                 at += taken;
             }

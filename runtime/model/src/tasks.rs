@@ -152,12 +152,13 @@ pub fn attend<'a>(
 
 /// Like [`attend`], for queries that will meet other keys afterwards.
 pub fn meet<'a>(step: Step<'_>, tile: &mut QueryTile, rows: impl Fn(Range<usize>) -> (KvRows<'a>, KvRows<'a>)) -> bool {
-    for positions in key_blocks(tile.positions()) {
+    let mut blocks = key_blocks(tile.positions()).map(|positions| (positions.clone(), rows(positions))).peekable();
+    while let Some((positions, (keys, values))) = blocks.next() {
         if step.is_cancelled() {
             return false;
         }
-        let (keys, values) = rows(positions.clone());
-        step.compute.kernels.attend_block(tile, &KeyBlock::new(positions, keys, values));
+        let next = blocks.peek().map(|&(_, (keys, _))| keys);
+        step.compute.kernels.attend_block(tile, &KeyBlock::new(positions, keys, values).before(next));
     }
     true
 }

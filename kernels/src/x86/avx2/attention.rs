@@ -1,6 +1,6 @@
 //! Attention over cached rows of every type: numbers become f32 in registers, and from there all types share one code.
 
-use super::super::{BF16, F16, F32, Q8, bytes, kv_type, near_rows};
+use super::super::{BF16, F16, F32, Q8, ahead, bytes, kv_type, near_rows};
 use super::{load, load16, store, widen_bf16};
 use crate::attention::{KeyBlock, Part, QueryTile};
 use crate::kv::{KvRows, KvType, Row, u16_at};
