@@ -121,6 +121,7 @@ def main():
     # The model files go away with whoever is asked to stop.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("plan: stopped"))
     outcomes, drive = [], None
+    os.makedirs(args.scratch, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         sluice = Sluice(args.sluice, folder, args.threads)
         print("| geometry | experts in memory | drive | hits | planned | run | planned ÷ run | with other models' hits | bound |")
