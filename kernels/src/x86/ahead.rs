@@ -80,8 +80,8 @@ pub(super) fn cached(rows: &KvRows<'_>, range: Range<usize>) {
     ask_bytes(false, first, bytes * range.len());
 }
 
-/// How far ahead row groups are asked for at least, if they are small. With groups of 2 KiB (`q4`, 512 columns), Zen 4 reads 1.4
-/// times as fast as if only the next one is asked for.
+/// How far ahead one stream asks, and small row groups are asked for at least. With groups of 2 KiB (`q4`, 512 columns), Zen 4 reads
+/// 1.4 times as fast as if only the next one is asked for. A quarter as far is slower, four times as far is no faster.
 const NEAREST: usize = 16 << 10;
 
 /// From here, groups of `bytes` are asked for while `N` are read: the next `N`, or later ones if those are too near.
@@ -209,16 +209,13 @@ impl Lines {
     #[inline]
     #[target_feature(enable = "sse")]
     pub(super) fn ask(self, i: usize) {
-        ask(self.large, self.next.wrapping_add(64 * i));
+        ask(self.large, self.next.wrapping_add(LINE * i));
     }
 }
 
 /// How far ahead [`Streams`] ask: few enough bytes to wait in the second-level cache.
 const SPAN: usize = 64 << 10;
 const STREAMS: usize = 4;
-
-/// How far ahead one stream asks. A quarter as far is slower, four times as far is no faster, and the beginning of a task is not asked for.
-const SHORT: usize = 16 << 10;
 
 /// Bytes of a second-level cache, from which on one stream is faster than [`STREAMS`].
 const ROOMY: u32 = 1 << 20;
@@ -247,7 +244,7 @@ impl Streams {
         for line in (0..bytes.len()).step_by(LINE) {
             let at = bytes.as_ptr().wrapping_add(line);
             if self.one {
-                ask(false, at.wrapping_add(SHORT));
+                ask(false, at.wrapping_add(NEAREST));
                 continue;
             }
             let from = at.addr() % SPAN / LINE;
