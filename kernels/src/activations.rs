@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::BLOCK;
 use crate::math::ROUND;
+use crate::quant::UNIT;
 
 /// The numbers in which activations are multiplied.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -42,6 +43,8 @@ pub(crate) struct QuantisedBlock {
     /// Eight words of four values, the lowest column in the lowest byte.
     pub(crate) words: [i32; 8],
     pub(crate) scale: f32,
+    /// `scale` times [`UNIT`], which the block scales of a codebook are to be multiplied by.
+    pub(crate) unit_scale: f32,
     /// The sum of all values.
     pub(crate) sum: i32,
     /// The sums of the first half of the columns and of the second.
@@ -248,7 +251,7 @@ fn quantise_block(block: &[f32; BLOCK]) -> QuantisedBlock {
     let top = block.iter().fold(0, |m: i32, v| m.max((v.to_bits() & 0x7fff_ffff) as i32));
     let absmax = f32::from_bits(top as u32);
     if !absmax.is_finite() {
-        return QuantisedBlock { scale: f32::NAN, ..QuantisedBlock::default() };
+        return QuantisedBlock { scale: f32::NAN, unit_scale: f32::NAN, ..QuantisedBlock::default() };
     }
     if absmax < SMALLEST {
         return QuantisedBlock::default();
@@ -271,9 +274,11 @@ fn quantise_block(block: &[f32; BLOCK]) -> QuantisedBlock {
     for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
         *word = i32::from_le_bytes(*bytes);
     }
+    let scale = absmax / 127.0;
     QuantisedBlock {
         words,
-        scale: absmax / 127.0,
+        scale,
+        unit_scale: scale * UNIT,
         sum: pairs[0] + pairs[1],
         halves: Packed::new(halves[0], halves[1]),
         minus_pairs: Packed::new(-pairs[0], -pairs[1]),

@@ -251,8 +251,9 @@ fn extreme_integers_do_not_saturate() {
                 }
                 (0..2).for_each(|g| data[g * group + 32..][..8 * 64 / book(ty).2].fill(code));
                 let w = Matrix::new(ty, 16, cols, &data).unwrap();
-                for sign in [1.0, -1.0] {
-                    let x = activations(&vec![sign * 127.0; 9 * cols], 9, cols, Precision::Int8);
+                // A single token, a few and many are multiplied in ways of their own.
+                for (sign, n) in [(1.0, 1), (-1.0, 1), (1.0, 3), (-1.0, 3), (1.0, 9), (-1.0, 9)] {
+                    let x = activations(&vec![sign * 127.0; n * cols], n, cols, Precision::Int8);
                     let want: f32 = unpack(w)[..cols].iter().sum::<f32>() * 127.0 * sign;
                     for k in Kernels::available() {
                         let y = matmul(k, &pool, w, &x);

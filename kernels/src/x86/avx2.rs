@@ -14,12 +14,12 @@ mod update;
 mod vnni;
 
 use super::ahead::{Ahead, Stream, Streams, near};
+use super::{AVX2_TOKENS, unit, words};
 use super::{BF16, F16, F32, FP8, INT4, MXFP4, Q2, Q3, Q4, Q8};
 use super::{
     bias, block_bytes, blocks_of, bytes, cut, e2m1_table, four_columns, in_fours, padded_rows, parts, quantised_rows,
     rows,
 };
-use super::{unit, words};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::attention::{KeyBlock, QueryTile};
 use crate::chains::Rows;
@@ -124,12 +124,13 @@ fn tile<const V: bool>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &
     }
     if shape.int8 && shape.tokens > 1 {
         return match w.ty() {
-            WeightType::Q8 => many::<Q8, V>(w, x, shape, out),
-            WeightType::Int4 => many::<INT4, V>(w, x, shape, out),
-            WeightType::Mxfp4 => many::<MXFP4, V>(w, x, shape, out),
-            WeightType::Q4 => many::<Q4, V>(w, x, shape, out),
-            WeightType::Q3 => many::<Q3, V>(w, x, shape, out),
-            WeightType::Q2 => many::<Q2, V>(w, x, shape, out),
+            WeightType::Q8 if V => many::<Q8, V, 8>(w, x, shape, out),
+            WeightType::Q8 => many::<Q8, V, 16>(w, x, shape, out),
+            WeightType::Int4 => many::<INT4, V, 8>(w, x, shape, out),
+            WeightType::Mxfp4 => many::<MXFP4, V, 8>(w, x, shape, out),
+            WeightType::Q4 => many::<Q4, V, 8>(w, x, shape, out),
+            WeightType::Q3 => many::<Q3, V, 8>(w, x, shape, out),
+            WeightType::Q2 => many::<Q2, V, 8>(w, x, shape, out),
             _ => unreachable!("unblocked types have no integers"),
         };
     }
@@ -158,11 +159,18 @@ fn tile<const V: bool>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn many<const TY: u8, const V: bool>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &mut Tile) {
-    if shape.groups == 2 {
-        many::tile::<TY, 2, V>(&[w.group(shape.group), w.group(shape.group + 1)], x, shape, out);
-    } else {
-        many::tile::<TY, 1, V>(&[w.group(shape.group)], x, shape, out);
+fn many<const TY: u8, const V: bool, const N: usize>(
+    w: &Matrix<'_>,
+    x: &Activations,
+    shape: TileShape,
+    out: &mut Tile,
+) {
+    let first = w.group(shape.group);
+    match (shape.groups, shape.tokens <= many::FEW) {
+        (2, true) => many::tile::<TY, 2, V, 8, { many::FEW }>(&[first, w.group(shape.group + 1)], x, shape, out),
+        (2, false) => many::tile::<TY, 2, V, N, AVX2_TOKENS>(&[first, w.group(shape.group + 1)], x, shape, out),
+        (_, true) => many::tile::<TY, 1, V, 8, { many::FEW }>(&[first], x, shape, out),
+        (_, false) => many::tile::<TY, 1, V, N, AVX2_TOKENS>(&[first], x, shape, out),
     }
 }
 

@@ -21,7 +21,7 @@ use std::iter::Zip;
 use std::slice::ChunksExact;
 
 /// Tokens of a tile that AVX2 takes together, except for grouped types.
-pub(crate) const AVX2_TOKENS: usize = 16;
+pub(crate) const AVX2_TOKENS: usize = 32;
 
 /// The type of cached numbers that a constant represents.
 const fn kv_type(ty: u8) -> KvType {

@@ -7,9 +7,13 @@ use crate::matrix::Group;
 use crate::quant::UNIT;
 use crate::x86::ahead::{Ahead, near};
 use crate::x86::{
-    Q2, Q4, block_bytes, blocks_of, bytes, cut, levels, offset_base, padded_rows, parts, quantised_rows, words,
+    Q2, Q4, block_bytes, blocks_of, bytes, cut, has_codebook, levels, offset_base, padded_rows, parts, quantised_rows,
+    words,
 };
 use std::arch::x86_64::*;
+
+/// The number that makes levels unsigned.
+pub(super) const LEVEL_BIAS: i32 = 64;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn tile<const TY: u8, const V: bool>(
@@ -105,6 +109,22 @@ pub(super) fn scale_and_offset<const TY: u8>(codes: &[u8], at: usize) -> (__m256
     (_mm256_cvtph_ps(_mm_slli_epi16::<7>(scale)), offset)
 }
 
+/// What was added to the integers of a type with a codebook, apart from offsets that differ by block.
+const fn all_biases(ty: u8) -> i32 {
+    if has_codebook(ty) { LEVEL_BIAS + offset_base(ty) } else { 0 }
+}
+
+/// The scale over `UNIT` of part `P` of a block, and the factor that applies offset and bias to the columns of that part, whose sum
+/// is number `P` of a pair of 16 bits: the sum fits, and the other factor is zero.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn scale_and_bias<const TY: u8, const P: usize>(codes: &[u8]) -> (__m256, __m256i) {
+    let (scale, offset) = scale_and_offset::<TY>(codes, 8 * P);
+    let bias = _mm256_set1_epi32(const { -all_biases(TY) & 0xffff });
+    let bias = _mm256_add_epi16(offset, bias);
+    (scale, if P == 0 { bias } else { _mm256_slli_epi32::<16>(bias) })
+}
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn row_scales(scales: &[u8]) -> __m256 {
@@ -114,7 +134,7 @@ pub(super) fn row_scales(scales: &[u8]) -> __m256 {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&[QuantisedBlock]; T]) -> [__m256; T] {
-    let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, 64) }, 0));
+    let table = _mm256_broadcastsi128_si256(load16(&const { levels(TY, LEVEL_BIAS) }, 0));
     // The sums of even and odd blocks alternate; at the end, their order does not matter.
     let mut s = [_mm256_setzero_ps(); T];
     let mut other = s;
@@ -124,28 +144,31 @@ fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&
     for (g, (values, codes)) in (0..blocks).zip(blocks_of::<TY>(w)) {
         ahead.block::<TY, 1, T>(g);
         let words = words(&x, g);
+        let (scale, bias) = scale_and_bias::<TY, 0>(codes);
+        let x_scales = each!(_mm256_setzero_ps(); T, t => _mm256_set1_ps(x[t][g].unit_scale));
         if TY == Q4 {
-            let mut dots = [_mm256_setzero_si256(); T];
+            let mut dots = biased(bias, &each!(0; T, t => x[t][g].sum));
             for v in 0..4 {
                 let nibbles = load32(values, 32 * v);
                 dot::<T, V>(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
                 dot::<T, V>(&mut dots, look_up::<TY>(table, nibbles, true), &words, v + 4);
             }
-            let next = add::<TY, T>(codes, 0, &dots, &each!(0; T, t => x[t][g].sum), &x, g, &s);
+            let next = add(&dots, scale, &x_scales, &s);
             (s, other) = (other, next);
             continue;
         }
         let nibbles = nibbles::<TY>(values);
-        let (mut low, mut high) = ([_mm256_setzero_si256(); T], [_mm256_setzero_si256(); T]);
+        let mut low = biased(bias, &each!(0; T, t => x[t][g].halves.0));
         for v in 0..4 {
             dot::<T, V>(&mut low, level::<TY>(table, &nibbles, 0, v), &words, v);
         }
-        s = add::<TY, T>(codes, 0, &low, &each!(0; T, t => x[t][g].halves.first()), &x, g, &s);
+        s = add(&low, scale, &x_scales, &s);
+        let (scale, bias) = scale_and_bias::<TY, 1>(codes);
+        let mut high = biased(bias, &each!(0; T, t => x[t][g].halves.0));
         for v in 0..4 {
             dot::<T, V>(&mut high, level::<TY>(table, &nibbles, 1, v), &words, v + 4);
         }
-        let rest = each!(0; T, t => x[t][g].halves.second());
-        other = add::<TY, T>(codes, 8, &high, &rest, &x, g, &other);
+        other = add(&high, scale, &x_scales, &other);
     }
     let scales = row_scales(w.scales);
     each!(_mm256_setzero_ps(); T, t => _mm256_mul_ps(_mm256_add_ps(s[t], other[t]), scales))
@@ -166,28 +189,19 @@ fn dot<const T: usize, const V: bool>(dots: &mut [__m256i; T], level: __m256i, w
     }
 }
 
-/// Adds the block whose bytes are at `at` and whose columns of `x` add up to `sums`. The sums fit in 16 bits, so one multiplication
-/// of 16-bit pairs, with zero as the upper number, applies offset and bias.
+/// What offsets and biases add to products, so that sums begin with it: the factors in `bias` times sums of columns of `x`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add<const TY: u8, const T: usize>(
-    codes: &[u8],
-    at: usize,
-    dots: &[__m256i; T],
-    sums: &[i32; T],
-    x: &[&[QuantisedBlock]; T],
-    g: usize,
-    s: &[__m256; T],
-) -> [__m256; T] {
-    let (scale, offset) = scale_and_offset::<TY>(codes, at);
-    let bias = _mm256_sub_epi32(offset, _mm256_set1_epi32(const { 64 + offset_base(TY) }));
-    let mut next = *s;
-    for t in 0..T {
-        let dot = _mm256_add_epi32(dots[t], _mm256_madd_epi16(bias, _mm256_set1_epi32(sums[t] & 0xffff)));
-        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[t][g].scale * UNIT));
-        next[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, s[t]);
-    }
-    next
+fn biased<const T: usize>(bias: __m256i, columns: &[i32; T]) -> [__m256i; T] {
+    each!(bias; T, t => _mm256_madd_epi16(bias, _mm256_set1_epi32(columns[t])))
+}
+
+/// Adds a block to sums of rows.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add<const T: usize>(dots: &[__m256i; T], scale: __m256, x_scales: &[__m256; T], s: &[__m256; T]) -> [__m256; T] {
+    let product = |t: usize| _mm256_mul_ps(scale, x_scales[t]);
+    each!(scale; T, t => _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), product(t), s[t]))
 }
 
 #[inline]

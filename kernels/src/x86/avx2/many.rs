@@ -3,16 +3,15 @@
 //! The integers of a block are unpacked once for all tokens of a tile. Then each vector of them meets four tokens, and each word of
 //! a token meets both row groups, before the next: sums stay in registers, and each load serves several products.
 
-use super::codebook::{level, nibbles, row_scales, scale_and_offset};
+use super::codebook::{self, LEVEL_BIAS, level, nibbles, row_scales};
 use super::{block_scales, load16, load32, put, vnni};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
-use crate::quant::UNIT;
 use crate::x86::ahead::Ahead;
 use crate::x86::{
-    AVX2_TOKENS, INT4, MXFP4, Q4, Q8, bias, block_bytes, by_halves, e2m1_table, has_codebook, levels, offset_base,
-    scale_bytes, scales_from, unit,
+    AVX2_TOKENS, INT4, MXFP4, Q8, bias, block_bytes, by_halves, e2m1_table, has_codebook, levels, scale_bytes,
+    scales_from, unit,
 };
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -20,51 +19,67 @@ use std::hint::black_box;
 /// Tokens that a vector of weights meets: with two row groups, as many as leave their sums in the 16 registers.
 const PASS: usize = 4;
 
-/// The number that makes the levels of `q4`, `q3` and `q2` unsigned.
-const LEVEL_BIAS: i32 = 64;
+/// So few tokens have a tile of their own: they do not pay for signs of `q8` taken apart, nor for sums of tokens that are not there.
+pub(super) const FEW: usize = PASS;
 
 /// The sums of a tile, by token and row group, for even and for odd blocks.
-type Sums<const G: usize> = [[[__m256; G]; AVX2_TOKENS]; 2];
+type Sums<const G: usize, const M: usize> = [[[__m256; G]; M]; 2];
 
-/// One block of a row group.
+/// One block of a row group, as `N` vectors of four columns: eight of integers, unsigned but for those of `q8` without AVX-VNNI; or
+/// eight of magnitudes, and eight that are all ones where the integer is negative.
 #[derive(Clone, Copy)]
-struct Block<'a> {
-    values: &'a [u8],
+struct Block<const N: usize> {
+    integers: [__m256i; N],
     /// Scales of its parts, and the factors of a pair of sums of columns that apply offset and bias.
     terms: [(__m256, __m256i); 2],
-    /// Eight vectors of unsigned integers, four columns each; unused if integers are stored as such.
-    integers: [__m256i; 8],
+    /// Of magnitudes, the sum of those of negative integers, by row.
+    negative: __m256i,
+}
+
+impl<const N: usize> Block<N> {
+    /// Whether it has magnitudes.
+    const SIGNS: bool = N == 16;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn new() -> Self {
+        let nothing = _mm256_setzero_si256();
+        Block { integers: [nothing; N], terms: [(_mm256_setzero_ps(), nothing); 2], negative: nothing }
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn tile<const TY: u8, const G: usize, const V: bool>(
+pub(super) fn tile<const TY: u8, const G: usize, const V: bool, const N: usize, const M: usize>(
     w: &[Group<'_>; G],
     x: &Activations,
     shape: TileShape,
     out: &mut Tile,
 ) {
     let blocks = w[0].values.len() / const { block_bytes(TY) };
-    let mut rows: [&[QuantisedBlock]; AVX2_TOKENS] = [&[]; AVX2_TOKENS];
+    let mut rows: [&[QuantisedBlock]; M] = [&[]; M];
     for (t, row) in rows[..shape.tokens].iter_mut().enumerate() {
         *row = &x.quantised_row(shape.token + t)[..blocks];
     }
     let rows = &rows[..shape.tokens];
-    let mut sums: Sums<G> = [[[_mm256_setzero_ps(); G]; AVX2_TOKENS]; 2];
+    let mut sums: Sums<G, M> = [[[_mm256_setzero_ps(); G]; M]; 2];
+    let mut block = [Block::<N>::new(); G];
     let ahead = Ahead::new::<G, AVX2_TOKENS>(w);
     // Because the compiler does not know the number of steps, it keeps the loop over them, and so the order described above.
     let steps = black_box(const { steps_of(TY) });
     for g in 0..blocks {
         ahead.block::<TY, G, AVX2_TOKENS>(g);
-        let block = each!(block::<TY, V>(&w[0], g); G, i => block::<TY, V>(&w[i], g));
+        for i in 0..G {
+            fill::<TY, V, N>(&mut block[i], &w[i], g);
+        }
         let (full, rest) = rows.as_chunks::<PASS>();
         for (p, x) in full.iter().enumerate() {
-            pass::<TY, G, PASS, V>(&block, x, g, steps, &mut sums, PASS * p);
+            pass::<TY, G, PASS, V, N, M>(&block, x, g, steps, &mut sums, PASS * p);
         }
         let first = PASS * full.len();
         match *rest {
-            [a, b, c] => pass::<TY, G, 3, V>(&block, &[a, b, c], g, steps, &mut sums, first),
-            [a, b] => pass::<TY, G, 2, V>(&block, &[a, b], g, steps, &mut sums, first),
-            [a] => pass::<TY, G, 1, V>(&block, &[a], g, steps, &mut sums, first),
+            [a, b, c] => pass::<TY, G, 3, V, N, M>(&block, &[a, b, c], g, steps, &mut sums, first),
+            [a, b] => pass::<TY, G, 2, V, N, M>(&block, &[a, b], g, steps, &mut sums, first),
+            [a] => pass::<TY, G, 1, V, N, M>(&block, &[a], g, steps, &mut sums, first),
             _ => {}
         }
     }
@@ -77,27 +92,27 @@ pub(super) fn tile<const TY: u8, const G: usize, const V: bool>(
     }
 }
 
+/// Unpacks block `g`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn block<'a, const TY: u8, const V: bool>(w: &Group<'a>, g: usize) -> Block<'a> {
+fn fill<const TY: u8, const V: bool, const N: usize>(block: &mut Block<N>, w: &Group<'_>, g: usize) {
     let (len, scale_len) = const { (block_bytes(TY), scale_bytes(TY)) };
     let values = &w.values[g * len..][..len];
     let scales = &w.scales[const { scales_from(TY) } + g * scale_len..][..scale_len];
-    let first = scale_and_bias::<TY, 0>(scales);
-    let second = if const { by_halves(TY) } { scale_and_bias::<TY, 1>(scales) } else { first };
-    Block { values, terms: [first, second], integers: unpack::<TY, V>(values) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn unpack<const TY: u8, const V: bool>(values: &[u8]) -> [__m256i; 8] {
-    let mut integers = [_mm256_setzero_si256(); 8];
+    block.terms[0] = scale_and_bias::<TY, 0>(scales);
+    if const { by_halves(TY) } {
+        block.terms[1] = scale_and_bias::<TY, 1>(scales);
+    }
+    if Block::<N>::SIGNS {
+        return magnitudes(block, values);
+    }
+    let integers = &mut block.integers;
     if TY == Q8 {
-        if V {
-            let flip = _mm256_set1_epi8(-128);
-            integers = each!(integers[0]; 8, q => _mm256_xor_si256(load32(values, 32 * q), flip));
+        let flip = _mm256_set1_epi8(if V { -128 } else { 0 });
+        for q in 0..8 {
+            integers[q] = _mm256_xor_si256(load32(values, 32 * q), flip);
         }
-        return integers;
+        return;
     }
     let table = _mm256_broadcastsi128_si256(load16(&const { table(TY) }, 0));
     if const { has_codebook(TY) } {
@@ -106,14 +121,27 @@ fn unpack<const TY: u8, const V: bool>(values: &[u8]) -> [__m256i; 8] {
             integers[v] = level::<TY>(table, &nibbles, 0, v);
             integers[v + 4] = level::<TY>(table, &nibbles, 1, v);
         }
-        return integers;
+        return;
     }
     for v in 0..4 {
         let (low, high) = super::nibbles(load32(values, 32 * v));
         (integers[v], integers[v + 4]) =
             if TY == MXFP4 { (_mm256_shuffle_epi8(table, low), _mm256_shuffle_epi8(table, high)) } else { (low, high) };
     }
-    integers
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn magnitudes<const N: usize>(block: &mut Block<N>, values: &[u8]) {
+    let mut pairs = _mm256_setzero_si256();
+    for q in 0..8 {
+        let w = load32(values, 32 * q);
+        let (magnitude, sign) = (_mm256_abs_epi8(w), _mm256_cmpgt_epi8(_mm256_setzero_si256(), w));
+        let negative = _mm256_and_si256(magnitude, sign);
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(negative, _mm256_set1_epi8(1)));
+        (block.integers[q], block.integers[N - 8 + q]) = (magnitude, sign);
+    }
+    block.negative = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
 /// The integers of the nibbles of a type, made unsigned.
@@ -128,21 +156,21 @@ const fn table(ty: u8) -> [u8; 16] {
 /// Adds block `g` of `T` tokens, whose sums begin at `first`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn pass<const TY: u8, const G: usize, const T: usize, const V: bool>(
-    w: &[Block<'_>; G],
+fn pass<const TY: u8, const G: usize, const T: usize, const V: bool, const N: usize, const M: usize>(
+    w: &[Block<N>; G],
     x: &[&[QuantisedBlock]; T],
     g: usize,
     steps: usize,
-    sums: &mut Sums<G>,
+    sums: &mut Sums<G, M>,
     first: usize,
 ) {
     let x: [&QuantisedBlock; T] = each!(&x[0][g]; T, t => &x[t][g]);
     if const { by_halves(TY) } {
         let [even, odd] = sums;
-        part::<TY, G, T, 0, V>(w, &x, steps, even[first..].first_chunk_mut().expect(PASS_FITS));
-        part::<TY, G, T, 1, V>(w, &x, steps, odd[first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 0, V, N>(w, &x, steps, even[first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 1, V, N>(w, &x, steps, odd[first..].first_chunk_mut().expect(PASS_FITS));
     } else {
-        part::<TY, G, T, 0, V>(w, &x, steps, sums[g % 2][first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 0, V, N>(w, &x, steps, sums[g % 2][first..].first_chunk_mut().expect(PASS_FITS));
     }
 }
 
@@ -156,66 +184,57 @@ const fn steps_of(ty: u8) -> usize {
 /// Adds the columns that share a scale: all of a block, or a half of it.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn part<const TY: u8, const G: usize, const T: usize, const P: usize, const V: bool>(
-    w: &[Block<'_>; G],
+fn part<const TY: u8, const G: usize, const T: usize, const P: usize, const V: bool, const N: usize>(
+    w: &[Block<N>; G],
     x: &[&QuantisedBlock; T],
     steps: usize,
     sums: &mut [[__m256; G]; T],
 ) {
     let mut dots = [[_mm256_setzero_si256(); G]; T];
-    // Sums of 16 bits may wrap in between, but without their bias they end within 16·8·127 or 16·12·127.
-    if V && matches!(TY, Q8 | INT4 | MXFP4) {
-        for t in 0..T {
-            dots[t] = [_mm256_set1_epi32(-const { byte_bias(TY) } * x[t].sum); G];
-        }
-    } else if matches!(TY, INT4 | MXFP4) {
-        for t in 0..T {
-            let start = _mm256_mullo_epi16(
-                _mm256_set1_epi32(x[t].minus_pairs.0),
-                _mm256_set1_epi16(const { bias_of(TY) as i16 }),
-            );
-            dots[t] = [start; G];
-        }
+    for t in 0..T {
+        dots[t] = each!(dots[t][0]; G, i => start::<TY, P, V, N>(&w[i], x[t]));
     }
     for step in 0..steps {
         // Shows that it is in bounds, without telling the compiler how many steps there are.
-        let step = step % const { steps_of(TY) };
+        let step = 2 * P + step % const { steps_of(TY) };
         for q in [2 * step, 2 * step + 1] {
-            let q = 4 * P + q;
-            let vector = each!(_mm256_setzero_si256(); G, i => {
-                if TY == Q8 && !V { load32(w[i].values, 32 * q) } else { w[i].integers[q] }
-            });
+            let vector = each!(_mm256_setzero_si256(); G, i => w[i].integers[q]);
+            let signs = each!(_mm256_setzero_si256(); G, i => w[i].integers[N - 8 + q]);
             for t in 0..T {
                 let x = _mm256_set1_epi32(x[t].words[q]);
                 for i in 0..G {
-                    dots[t][i] = add_products::<TY, V>(dots[t][i], vector[i], x);
+                    dots[t][i] = add_products::<TY, V, N>(dots[t][i], vector[i], signs[i], x);
                 }
             }
         }
     }
+    let ones = _mm256_set1_epi16(1);
     for i in 0..G {
-        let (scale, bias) = w[i].terms[P];
         for t in 0..T {
-            let dot = match TY {
-                INT4 | MXFP4 if !V => _mm256_madd_epi16(dots[t][i], _mm256_set1_epi16(1)),
-                Q4 => _mm256_add_epi32(dots[t][i], _mm256_madd_epi16(bias, _mm256_set1_epi32(x[t].sum))),
-                _ if const { by_halves(TY) } => {
-                    _mm256_add_epi32(dots[t][i], _mm256_madd_epi16(bias, _mm256_set1_epi32(x[t].halves.0)))
-                }
-                _ => dots[t][i],
-            };
-            let x_scale = _mm256_mul_ps(_mm256_set1_ps(x[t].scale), _mm256_set1_ps(const { factor(TY) }));
-            sums[t][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(scale, x_scale), sums[t][i]);
+            let dot = if matches!(TY, INT4 | MXFP4) && !V { _mm256_madd_epi16(dots[t][i], ones) } else { dots[t][i] };
+            let x_scale = _mm256_set1_ps(if const { has_codebook(TY) } { x[t].unit_scale } else { x[t].scale });
+            let scale = _mm256_mul_ps(w[i].terms[P].0, x_scale);
+            sums[t][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, sums[t][i]);
         }
     }
 }
 
-/// The number that was added to the integers, apart from offsets that differ by block.
-const fn bias_of(ty: u8) -> i32 {
-    match ty {
-        INT4 | MXFP4 => bias(ty),
-        _ if has_codebook(ty) => LEVEL_BIAS + offset_base(ty),
-        _ => 0,
+/// What takes offsets and biases out of the sums again, so that they begin with it.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn start<const TY: u8, const P: usize, const V: bool, const N: usize>(w: &Block<N>, x: &QuantisedBlock) -> __m256i {
+    match TY {
+        Q8 if Block::<N>::SIGNS => w.negative,
+        Q8 if !V => _mm256_setzero_si256(),
+        Q8 | INT4 | MXFP4 if V => _mm256_set1_epi32(-const { byte_bias(TY) } * x.sum),
+        // Sums of 16 bits may wrap in between, but without their bias they end within 16·8·127 or 16·12·127.
+        INT4 | MXFP4 => {
+            _mm256_mullo_epi16(_mm256_set1_epi32(x.minus_pairs.0), _mm256_set1_epi16(const { byte_bias(TY) as i16 }))
+        }
+        _ => {
+            let columns = if const { by_halves(TY) } { x.halves.0 } else { x.sum };
+            _mm256_madd_epi16(w.terms[P].1, _mm256_set1_epi32(columns))
+        }
     }
 }
 
@@ -224,31 +243,33 @@ const fn byte_bias(ty: u8) -> i32 {
     if has_codebook(ty) { 0 } else { bias(ty) }
 }
 
-/// The factor by which the scale of the activations is multiplied.
-const fn factor(ty: u8) -> f32 {
-    if has_codebook(ty) { UNIT } else { 1.0 }
-}
-
-/// Adds the products of four columns to pairs of sums of 16 bits, or to sums of 32. Sums of two products stay within 2·128·127 =
-/// 32512, so nothing saturates. `q8` has no bias: the other operand takes over the sign. With AVX-VNNI, all sums have 32 bits and
-/// all integers are unsigned.
+/// Adds the products of four columns to pairs of sums of 16 bits, or to sums of 32. Sums of two products stay within -2·128·128 and
+/// 2·128·127, so nothing saturates. With AVX-VNNI, all sums have 32 bits and all integers are unsigned.
+///
+/// Without it, a magnitude of `q8` meets `x` where the integer is positive, and `-x - 1` where it is negative, which is `x` with all
+/// bits flipped. What that subtracts too much is the magnitude, whatever the token, so sums begin with it. `vpsignb` would give `x`
+/// the sign of the integer, but it runs where multiplications run: on Zen 4, a loop of these instructions takes 1.0 cycles for a
+/// vector, and one with `vpsignb` 1.6. Taking the signs apart pays from a few tokens on.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_products<const TY: u8, const V: bool>(dots: __m256i, w: __m256i, x: __m256i) -> __m256i {
+fn add_products<const TY: u8, const V: bool, const N: usize>(
+    dots: __m256i,
+    w: __m256i,
+    signs: __m256i,
+    x: __m256i,
+) -> __m256i {
     if V {
         return vnni::add_products(dots, w, x);
     }
-    match TY {
-        INT4 | MXFP4 => _mm256_add_epi16(dots, _mm256_maddubs_epi16(w, x)),
-        Q8 => {
-            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-            _mm256_add_epi32(dots, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-        }
-        _ => {
-            let pairs = _mm256_maddubs_epi16(w, x);
-            _mm256_add_epi32(dots, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-        }
+    if matches!(TY, INT4 | MXFP4) {
+        return _mm256_add_epi16(dots, _mm256_maddubs_epi16(w, x));
     }
+    let pairs = match TY {
+        Q8 if Block::<N>::SIGNS => _mm256_maddubs_epi16(w, _mm256_xor_si256(x, signs)),
+        Q8 => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
+        _ => _mm256_maddubs_epi16(w, x),
+    };
+    _mm256_add_epi32(dots, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
 /// The scales of part `P` of a block, and the factors of a pair of sums of columns that apply offset and bias.
@@ -260,8 +281,5 @@ fn scale_and_bias<const TY: u8, const P: usize>(scales: &[u8]) -> (__m256, __m25
         let scale = _mm256_mul_ps(block_scales::<TY>(scales, 0), _mm256_set1_ps(const { unit(TY) }));
         return (scale, _mm256_setzero_si256());
     }
-    let (scale, offset) = scale_and_offset::<TY>(scales, 8 * P);
-    let bias = _mm256_sub_epi32(offset, _mm256_set1_epi32(const { bias_of(TY) }));
-    let bias = if P == 0 { _mm256_and_si256(bias, _mm256_set1_epi32(0xffff)) } else { _mm256_slli_epi32::<16>(bias) };
-    (scale, bias)
+    codebook::scale_and_bias::<TY, P>(scales)
 }
