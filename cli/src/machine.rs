@@ -16,7 +16,7 @@ use crate::commands::bench_machine::DriveRate;
 use crate::error::CliError;
 
 /// Version of the file. Earlier ones are read too: they say less. Others are refused.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// A larger file is not ours.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -25,6 +25,8 @@ const SLOWEST_MEMORY: f64 = 1e7;
 const SLOWEST_PRODUCT: f64 = 1e5;
 const SLOWEST_DRIVE: f64 = 1e4;
 const FASTEST: f64 = 1e18;
+/// More threads than any machine runs.
+const MOST_THREADS: usize = 1 << 16;
 
 /// The speeds of a machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,6 +59,9 @@ pub(crate) struct MachineFile {
     /// Multiplications and additions of f32 per second, of which attention consists.
     #[serde(default)]
     pub(crate) f32_operations_per_second: Option<f64>,
+    /// Bytes per second that are verified while products have them in a cache.
+    #[serde(default)]
+    pub(crate) verified_bytes_per_second: Option<f64>,
     /// Seconds that a product takes however small it is: threads begin, and wait for each other.
     #[serde(default)]
     pub(crate) section_seconds: f64,
@@ -75,6 +80,8 @@ pub(crate) struct Measured<'a> {
     pub(crate) reads: Option<(f64, f64)>,
     /// Operations of f32 per second.
     pub(crate) operations: f64,
+    /// Bytes that are verified in a second.
+    pub(crate) verified: f64,
     /// Seconds of the smallest product.
     pub(crate) section: f64,
 }
@@ -100,6 +107,7 @@ impl MachineFile {
             reads_beside_products: measured.reads.map(|(part, _)| part),
             burst_latency_seconds: measured.reads.map(|(_, latency)| latency),
             f32_operations_per_second: Some(measured.operations),
+            verified_bytes_per_second: Some(measured.verified),
             section_seconds: measured.section,
             isa: isa.to_owned(),
             threads,
@@ -145,14 +153,15 @@ impl MachineFile {
         if let Some(available) = self.available.filter(|available| *available > self.ram) {
             return Err(format!("`available` is {available}, more than `ram`, which is {}", self.ram));
         }
-        if self.threads == 0 {
-            return Err("`threads` is 0".into());
+        if !(1..=MOST_THREADS).contains(&self.threads) {
+            return Err(format!("`threads` is {}", self.threads));
         }
         let one = |name: &str, rate: Option<f64>, slowest: f64| {
             let wrong = rate.filter(|rate| !(slowest..=FASTEST).contains(rate));
             wrong.map_or(Ok(()), |rate| Err(format!("`{name}` is {rate}, which is no speed in bytes per second")))
         };
         one("memory_bytes_per_second", Some(self.memory_bytes_per_second), SLOWEST_MEMORY)?;
+        one("verified_bytes_per_second", self.verified_bytes_per_second, SLOWEST_PRODUCT)?;
         one("drive_bytes_per_second", self.drive_bytes_per_second, SLOWEST_DRIVE)?;
         for (name, rates) in [
             ("product_bytes_per_second", &self.product_bytes_per_second),
@@ -208,6 +217,7 @@ impl MachineFile {
             burst_latency: self.burst_latency_seconds,
             keys: self.memory_bytes_per_second,
             operations: self.f32_operations_per_second,
+            verified: self.verified_bytes_per_second,
             section_seconds: self.section_seconds,
         }
     }
@@ -231,7 +241,14 @@ mod tests {
 
     fn machine() -> MachineFile {
         let products = &[(WeightType::Q8, 20e9, 18e9), (WeightType::Q4, 10e9, 8e9)];
-        let measured = Measured { memory: 25e9, products, reads: Some((0.75, 2e-4)), operations: 1e11, section: 5e-6 };
+        let measured = Measured {
+            memory: 25e9,
+            products,
+            reads: Some((0.75, 2e-4)),
+            operations: 1e11,
+            verified: 3e10,
+            section: 5e-6,
+        };
         let drive = DriveRate { bytes_per_second: 3e9, latency: Some(1e-4) };
         MachineFile::new((8 << 30, 6 << 30, Some(drive)), &measured, ("avx2", 4))
     }
@@ -247,7 +264,7 @@ mod tests {
         fs::write(&path, text.replace("\"available\": 6442450944,", "")).unwrap();
         assert_eq!((machine().memory(), MachineFile::load(&path).unwrap().memory()), (6 << 30, 8 << 30));
         for (from, to, word) in [
-            ("\"version\": 3", "\"version\": 4", "version 4"),
+            ("\"version\": 4", "\"version\": 5", "version 5"),
             ("0.75", "1.5", "`reads_beside_products` is 1.5"),
             ("0.0001", "1.5", "`drive_latency_seconds` is 1.5"),
             ("0.0002", "-1.5", "`burst_latency_seconds` is -1.5"),
@@ -263,6 +280,8 @@ mod tests {
             ),
             ("\"ram\": 8589934592", "\"ram\": 0", "`ram` is 0"),
             ("\"threads\": 4", "\"threads\": 0", "`threads` is 0"),
+            ("\"threads\": 4", "\"threads\": 1000000", "`threads` is 1000000"),
+            ("30000000000.0", "0.5", "`verified_bytes_per_second` is 0.5"),
             ("5e-6", "2.5", "smallest product"),
             ("\"isa\"", "\"isas\"", "isas"),
             ("{", "", "machine.json"),
@@ -279,6 +298,7 @@ mod tests {
         let cores = MachineFile::load(&path).unwrap().cores(Some("q4"), None);
         assert_eq!((cores.experts, cores.experts_beside_reads, cores.dense), (10e9, 10e9, 25e9));
         assert_eq!((cores.operations, cores.section_seconds, cores.reads_beside), (None, 0.0, 1.0));
+        assert_eq!(cores.verified, None);
     }
 
     #[test]
@@ -287,6 +307,7 @@ mod tests {
         assert_eq!((cores.experts, cores.experts_beside_reads), (10e9, 8e9));
         assert_eq!((cores.dense, cores.dense_beside_reads, cores.keys), (25e9, 25e9, 25e9));
         assert_eq!((cores.operations, cores.section_seconds, cores.reads_beside), (Some(1e11), 5e-6, 0.75));
+        assert_eq!(cores.verified, Some(3e10));
     }
 
     #[test]

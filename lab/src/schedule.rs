@@ -54,6 +54,8 @@ pub struct Cores {
     pub keys: f64,
     /// Multiplications and additions of f32, of which attention consists; none where that was not measured.
     pub operations: Option<f64>,
+    /// Bytes of experts that are verified while products have them in a cache; none where that was not measured.
+    pub verified: Option<f64>,
     /// Seconds that a parallel section takes however little it does.
     pub section_seconds: f64,
 }
@@ -70,8 +72,14 @@ impl Cores {
             burst_latency: None,
             keys: bytes_per_second,
             operations: None,
+            verified: None,
             section_seconds: 0.0,
         }
+    }
+
+    /// Seconds for which so many bytes are verified.
+    pub(crate) fn verifying(&self, bytes: f64) -> f64 {
+        self.verified.map_or(0.0, |rate| bytes / rate)
     }
 }
 
@@ -103,6 +111,8 @@ pub(crate) struct Layer {
     pub(crate) top_k: usize,
     /// An expert, computing …
     pub(crate) expert: f64,
+    /// … verifying it once it was read, …
+    pub(crate) verify: f64,
     /// … and reading.
     pub(crate) read: f64,
     /// The drive's time for dense parts that do not stay in memory.
@@ -163,6 +173,7 @@ impl Work {
                 shared: dense,
                 top_k,
                 expert: expert.map_or(0.0, |e| e.padded_len as f64 / cores.experts + sections(FFN_SECTIONS)),
+                verify: expert.map_or(0.0, |e| cores.verifying(e.padded_len as f64)),
                 read: expert.map_or(0.0, |e| e.stored_len as f64 / ssd),
                 streamed,
             }
@@ -260,10 +271,11 @@ impl Simulation<'_> {
         self.ahead.extend((1..=named).map(|count| end + count as f64 * next.read));
         self.idle = self.ahead.last().copied().unwrap_or(end);
         self.compute(layer.shared + layer.top_k.saturating_sub(missing) as f64 * layer.expert, beside_experts);
+        let arrived = layer.expert + layer.verify;
         for at in 0..self.missed.len() {
             self.now = self.now.max(self.missed[at] - read);
-            self.compute(layer.expert, beside_experts);
-            self.now = self.now.max(self.missed[at] + LAST_PART * layer.expert);
+            self.compute(arrived, beside_experts);
+            self.now = self.now.max(self.missed[at] + LAST_PART * arrived);
         }
     }
 }
@@ -439,13 +451,17 @@ mod tests {
 
     #[test]
     fn a_layer_by_hand() {
-        let layer = Layer { before: 1.0, shared: 0.5, top_k: 3, expert: 1.0, read: 4.0, streamed: 0.0 };
+        let layer = Layer { before: 1.0, shared: 0.5, top_k: 3, expert: 1.0, read: 4.0, ..Layer::default() };
         let work = Work { layers: vec![layer], head: 2.0, latency: 0.25, beside: (0.5, 1.0), reads_beside: 1.0 };
         // Attention 1. The reads end at 5 and 9 s, and a quarter later, because the first byte of the first comes then. Beside them, shared part and one expert take 1.5 ÷ 0.5 = 3 s, until 4; the first missing
         // one 2 s, until 6, the second begun in parts, 2 s, until 8, but its last part comes at 9. The head: 2 s.
         let (token, reading) = simulate(&work, &[2], &mut |_| 0);
         assert!((token - (9.25 + LAST_PART + 2.0)).abs() < 1e-9, "{token}");
         assert_eq!(reading, 8.0);
+        // Verification takes 1 s of each beside reads, and the last part is longer.
+        let verified = Work { layers: vec![Layer { verify: 0.5, ..layer }], ..work.clone() };
+        let (token, _) = simulate(&verified, &[2], &mut |_| 0);
+        assert!((token - (9.25 + 1.5 * LAST_PART + 2.0)).abs() < 1e-9, "{token}");
         // Dense parts of 30 s are read for each layer while the one before it is computed, and both tokens ask for them.
         let streamed = Work { layers: vec![Layer { streamed: 30.0, ..layer }], ..work };
         let (token, reading) = simulate(&streamed, &[0, 0], &mut |_| 0);

@@ -674,7 +674,8 @@ fn regimes(o: &Outcome) -> String {
         );
     }
     if let Some(roof) = o.balanced.time_over_roof {
-        out += &format!("  {} other tokens: {roof:.2} of their roofs\n", o.balanced.tokens);
+        let other = if tokens > 0 { "other " } else { "" };
+        out += &format!("  {} {other}tokens: {roof:.2} of their roofs\n", o.balanced.tokens);
     }
     out
 }

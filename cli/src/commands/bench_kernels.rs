@@ -7,6 +7,7 @@ use std::thread::available_parallelism;
 use std::time::Instant;
 
 use serde::Serialize;
+use sluice_checksum::xxh3_64;
 use sluice_kernels::{
     Activations, Kernels, Matrix, Precision, READING_STREAMS, ROW_GROUP, ThreadPool, WeightType, row_group_len,
 };
@@ -138,6 +139,9 @@ fn describe(report: &Report) -> String {
 /// Of which the smallest product is.
 const SECTION_TYPE: WeightType = WeightType::Q8;
 const SECTIONS: usize = 2000;
+/// Bytes that are verified together, while a cache still has them: about a pair of row groups. And how often, for a measurement.
+const VERIFIED_BYTES: usize = 16 << 10;
+const VERIFIED_TIMES: usize = 2000;
 
 /// Measures products of weights out of `data`.
 pub(crate) struct Bench<'a> {
@@ -209,6 +213,24 @@ impl Bench<'_> {
                 black_box(self.kernels.look_at(part, streams));
             });
         })
+    }
+
+    /// Bytes per second of which all threads form checksums, as products do it: piece by piece, from a cache.
+    pub(crate) fn verify_rate(&self) -> f64 {
+        let (threads, piece) = (self.pool.threads(), VERIFIED_BYTES.min(self.data.len()));
+        let times: Vec<_> = (0..ROUNDS)
+            .map(|_| {
+                seconds(|| {
+                    self.pool.run(threads, &|i| {
+                        let from = i * piece % (self.data.len() - piece + 1);
+                        for _ in 0..VERIFIED_TIMES {
+                            black_box(xxh3_64(black_box(&self.data[from..][..piece])));
+                        }
+                    });
+                })
+            })
+            .collect();
+        (threads * piece * VERIFIED_TIMES) as f64 / median(&times)
     }
 
     /// Seconds that a product of one token takes however small it is, its input's rounding included: the median of some thousand.

@@ -10,7 +10,7 @@ use sluice_format::ModelFile;
 use sluice_kernels::{Kernels, ThreadPool, WeightType};
 use sluice_model::RuntimeError;
 use sluice_model::memory::{Bytes, SystemMemory, available_memory};
-use sluice_storage::io::bench::BenchError;
+use sluice_storage::io::bench::{BenchError, median};
 use sluice_storage::io::calibration::DeviceId;
 use sluice_storage::io::{Calibration, CalibrationStore, DataFile, DirectMode, Tuning};
 
@@ -26,8 +26,7 @@ const EXAMPLES: &str = "\
 What is measured is kept in ~/.cache/sluice/machine.json, and `sluice plan` uses it from then on. FILE can be any file on the drive \
 that models lie on: if `sluice bench disk` has measured that drive, its speed is kept as well.
 
-It measures in several rounds, and the best of each figure counts, since other programs can only make it worse. Where the rounds differ \
-much, the machine was busy, and nothing is kept.
+It measures in several rounds, and the median of each figure counts. Where the rounds differ much, the machine was busy, and nothing is kept.
 
 Examples:
   sluice bench machine
@@ -84,12 +83,12 @@ const ATTENTION_ROWS: usize = 64;
 
 /// For how long a drive is read alone.
 const READING: Duration = Duration::from_millis(300);
-/// How often everything is measured.
+/// How often everything is measured: an odd number, for the sake of medians.
 const ROUNDS: usize = 3;
 /// Part by which the worst round may be slower than the best one.
 const SPREAD_MAX: f64 = 0.2;
 
-/// What one round has measured, or the best of several.
+/// What one round has measured, or the median of several.
 #[derive(Clone, Debug, PartialEq)]
 struct Round {
     /// Bytes per second of plain reading.
@@ -100,6 +99,8 @@ struct Round {
     reads: Option<Reads>,
     /// Operations of f32 per second.
     operations: f64,
+    /// Bytes that are verified in a second.
+    verified: f64,
     /// Seconds of the smallest product.
     section: f64,
 }
@@ -120,14 +121,18 @@ impl Round {
             TYPES.into_iter().zip(rates).zip(beside).map(|((ty, rate), beside)| (ty, rate, beside)).collect();
         let operations = 1e9 * bench.gemm(WeightType::F32, ATTENTION_ROWS);
         bar.inc(1);
-        let section = bench.section();
+        let (verified, section) = (bench.verify_rate(), bench.section());
         bar.inc(1);
-        Round { memory, products, reads, operations, section }
+        Round { memory, products, reads, operations, verified, section }
     }
 
     /// The rates, with what they are of.
     fn rates(&self) -> Vec<(String, f64)> {
-        let mut rates = vec![("memory".to_owned(), self.memory), ("attention".to_owned(), self.operations)];
+        let mut rates = vec![
+            ("memory".to_owned(), self.memory),
+            ("attention".to_owned(), self.operations),
+            ("verification".to_owned(), self.verified),
+        ];
         for (ty, all, beside) in &self.products {
             rates.push((ty.name().to_owned(), *all));
             rates.push((format!("{} while the drive is read", ty.name()), *beside));
@@ -135,20 +140,23 @@ impl Round {
         rates
     }
 
-    /// The better of each figure of both: whatever else runs can only make one worse.
-    fn or_better(&self, other: &Round) -> Round {
-        let products = self.products.iter().zip(&other.products);
-        let reads = self.reads.zip(other.reads).map(|(a, b)| Reads {
-            alone: a.alone.max(b.alone),
-            beside: a.beside.max(b.beside),
-            latency: a.latency.min(b.latency),
+    /// The median of each figure.
+    fn median(rounds: &[Round]) -> Round {
+        let of = |figure: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(figure).collect::<Vec<_>>());
+        let reads: Option<Vec<Reads>> = rounds.iter().map(|round| round.reads).collect();
+        let reads = reads.map(|reads| {
+            let of = |figure: &dyn Fn(&Reads) -> f64| median(&reads.iter().map(figure).collect::<Vec<_>>());
+            Reads { alone: of(&|r| r.alone), beside: of(&|r| r.beside), latency: of(&|r| r.latency) }
         });
+        let products = rounds[0].products.iter().enumerate();
+        let products = products.map(|(at, (ty, ..))| (*ty, of(&|r| r.products[at].1), of(&|r| r.products[at].2)));
         Round {
-            memory: self.memory.max(other.memory),
+            memory: of(&|r| r.memory),
+            products: products.collect(),
             reads,
-            products: products.map(|(a, b)| (a.0, a.1.max(b.1), a.2.max(b.2))).collect(),
-            operations: self.operations.max(other.operations),
-            section: self.section.min(other.section),
+            operations: of(&|r| r.operations),
+            verified: of(&|r| r.verified),
+            section: of(&|r| r.section),
         }
     }
 }
@@ -249,7 +257,7 @@ pub(crate) fn run(args: &Args) -> Result<(), CliError> {
     }
 }
 
-/// Measures in rounds: the best of each figure, and by how much the rounds differ, and in what.
+/// Measures in rounds: the median of each figure, and by how much the rounds differ, and in what.
 fn measure(args: &Args) -> Result<(MachineFile, (f64, String)), CliError> {
     let (available, speed) = (available_memory(), args.file.as_deref().map(drive).transpose()?.flatten());
     let ram = SystemMemory::read(Path::new("/")).total.unwrap_or(available);
@@ -269,10 +277,10 @@ fn measure(args: &Args) -> Result<(MachineFile, (f64, String)), CliError> {
     let mut reads = args.file.as_deref().and_then(drive_to_read);
     let rounds: Vec<Round> = (0..ROUNDS).map(|_| Round::of(&bench, fewer.as_ref(), &mut reads, &bar)).collect();
     bar.finish_and_clear();
-    let best = rounds[1..].iter().fold(rounds[0].clone(), |best, round| best.or_better(round));
-    let Round { memory, products, reads, operations, section } = &best;
+    let Round { memory, products, reads, operations, verified, section } = &Round::median(&rounds);
     let reads = reads.map(|reads| (reads.part(), reads.latency));
-    let measured = Measured { memory: *memory, products, reads, operations: *operations, section: *section };
+    let measured =
+        Measured { memory: *memory, products, reads, operations: *operations, verified: *verified, section: *section };
     let machine = MachineFile::new((ram, available, speed), &measured, (kernels.isa_name(), threads));
     Ok((machine, spread(&rounds)))
 }
@@ -349,6 +357,9 @@ fn describe(machine: &MachineFile) -> String {
             machine.burst_latency_seconds.map_or(String::new(), |wait| format!(", bursts wait {:.0} µs", 1e6 * wait));
         let _ = writeln!(out, "{:<12} {:.0} % of its rate while these compute{wait}", "drive", 100.0 * part);
     }
+    if let Some(verified) = machine.verified_bytes_per_second {
+        let _ = writeln!(out, "{:<12} {} of what was read", "verifies", rate(verified));
+    }
     let section = 1e6 * machine.section_seconds;
     if let Some(operations) = machine.f32_operations_per_second {
         let _ = writeln!(out, "{:<12} {:.0} GOP/s of f32", "attention", operations / 1e9);
@@ -364,13 +375,17 @@ mod tests {
     fn round(memory: f64, q4: (f64, f64), operations: f64, section: f64) -> Round {
         let products = vec![(WeightType::Q8, 20e9, 18e9), (WeightType::Q4, q4.0, q4.1)];
         let reads = Reads { alone: memory / 10.0, beside: q4.1 / 5.0, latency: 2.0 * section };
-        Round { memory, products, reads: Some(reads), operations, section }
+        Round { memory, products, reads: Some(reads), operations, verified: 2.0 * memory, section }
     }
 
     #[test]
-    fn the_best_of_each_figure_counts() {
-        let rounds = [round(20e9, (8e9, 9e9), 1e11, 6e-6), round(25e9, (10e9, 7e9), 9e10, 5e-6)];
-        assert_eq!(rounds[0].or_better(&rounds[1]), round(25e9, (10e9, 9e9), 1e11, 5e-6));
+    fn the_median_of_each_figure_counts() {
+        let rounds = [
+            round(20e9, (8e9, 9e9), 1e11, 6e-6),
+            round(25e9, (10e9, 7e9), 9e10, 5e-6),
+            round(24e9, (11e9, 8e9), 2e11, 9e-6),
+        ];
+        assert_eq!(Round::median(&rounds), round(24e9, (10e9, 8e9), 1e11, 6e-6));
     }
 
     #[test]

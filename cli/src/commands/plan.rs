@@ -645,6 +645,7 @@ fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
         };
         line("hit rate", format!("{:.0} %: {source}", 100.0 * s.hit_rate));
     }
+    line("for the system", gigabytes(s.memory.available.saturating_sub(s.memory.effective)));
     let _ = writeln!(out, "\nso a token takes");
     let ssd = gigabytes(r.machine.ssd);
     let (missed, cycle) = (gigabytes(s.missed_bytes), gigabytes(n.token_cycle_bytes));

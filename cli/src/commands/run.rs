@@ -244,8 +244,8 @@ fn prepare(args: &Args, file: &ModelFile, given: Given) -> Result<Prepared, CliE
     let tokenizer = tokenizer(file)?;
     if tokenizer.is_none() && !args.ids && !args.json {
         return Err(CliError::Usage(format!(
-            "{name} has no tokenizer, so its output cannot be shown as text: ask for token ids with --ids, or add one with \
-             `sluice set {name} --tokenizer FILE`"
+            "{name} has no tokenizer, so it neither reads nor writes text: give token ids with --prompt-ids and ask for ids with --ids, \
+             or add one with `sluice set {name} --tokenizer FILE`"
         )));
     }
     if tokenizer.is_none() && !args.stop.is_empty() {
