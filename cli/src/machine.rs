@@ -59,7 +59,7 @@ pub(crate) struct MachineFile {
     /// Multiplications and additions of f32 per second, of which attention consists.
     #[serde(default)]
     pub(crate) f32_operations_per_second: Option<f64>,
-    /// Bytes per second that are verified while products have them in a cache.
+    /// Bytes of checksums per second of the threads that compute while the drive is read, out of a cache.
     #[serde(default)]
     pub(crate) verified_bytes_per_second: Option<f64>,
     /// Seconds that a product takes however small it is: threads begin, and wait for each other.
@@ -80,8 +80,8 @@ pub(crate) struct Measured<'a> {
     pub(crate) reads: Option<(f64, f64)>,
     /// Operations of f32 per second.
     pub(crate) operations: f64,
-    /// Bytes that are verified in a second.
-    pub(crate) verified: f64,
+    /// Bytes of checksums per second.
+    pub(crate) verification: f64,
     /// Seconds of the smallest product.
     pub(crate) section: f64,
 }
@@ -107,7 +107,7 @@ impl MachineFile {
             reads_beside_products: measured.reads.map(|(part, _)| part),
             burst_latency_seconds: measured.reads.map(|(_, latency)| latency),
             f32_operations_per_second: Some(measured.operations),
-            verified_bytes_per_second: Some(measured.verified),
+            verified_bytes_per_second: Some(measured.verification),
             section_seconds: measured.section,
             isa: isa.to_owned(),
             threads,
@@ -137,10 +137,14 @@ impl MachineFile {
                 "{name} does not describe a machine: {problem}. `sluice bench machine` writes such files"
             ))
         };
-        let machine: MachineFile = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
-        if !(1..=VERSION).contains(&machine.version) {
-            return Err(wrong(format!("it has version {}, this program {VERSION}", machine.version)));
+        let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
+        // Before anything else, because later versions may have fields that this one does not know.
+        let version = value.get("version").ok_or_else(|| wrong("it has no `version`".into()))?;
+        if !version.as_u64().is_some_and(|version| (1..=u64::from(VERSION)).contains(&version)) {
+            return Err(wrong(format!("it has version {version}, this program {VERSION}")));
         }
+        let machine: MachineFile =
+            serde_path_to_error::deserialize(value).map_err(|e| wrong(format!("`{}`: {}", e.path(), e.inner())))?;
         machine.check().map_err(wrong)?;
         Ok(machine)
     }
@@ -154,11 +158,11 @@ impl MachineFile {
             return Err(format!("`available` is {available}, more than `ram`, which is {}", self.ram));
         }
         if !(1..=MOST_THREADS).contains(&self.threads) {
-            return Err(format!("`threads` is {}", self.threads));
+            return Err(format!("`threads` is {}, which no machine has", self.threads));
         }
         let one = |name: &str, rate: Option<f64>, slowest: f64| {
             let wrong = rate.filter(|rate| !(slowest..=FASTEST).contains(rate));
-            wrong.map_or(Ok(()), |rate| Err(format!("`{name}` is {rate}, which is no speed in bytes per second")))
+            wrong.map_or(Ok(()), |rate| Err(format!("`{name}` is {rate:e}, which is no speed in bytes per second")))
         };
         one("memory_bytes_per_second", Some(self.memory_bytes_per_second), SLOWEST_MEMORY)?;
         one("verified_bytes_per_second", self.verified_bytes_per_second, SLOWEST_PRODUCT)?;
@@ -170,7 +174,9 @@ impl MachineFile {
             rates.iter().try_for_each(|(ty, rate)| one(&format!("{name}.{ty}"), Some(*rate), SLOWEST_PRODUCT))?;
         }
         if let Some(rate) = self.f32_operations_per_second.filter(|rate| !(SLOWEST_PRODUCT..=FASTEST).contains(rate)) {
-            return Err(format!("`f32_operations_per_second` is {rate}, which is no number of operations per second"));
+            return Err(format!(
+                "`f32_operations_per_second` is {rate:e}, which is no number of operations per second"
+            ));
         }
         if !(0.0..1.0).contains(&self.section_seconds) {
             let seconds = self.section_seconds;
@@ -217,9 +223,14 @@ impl MachineFile {
             burst_latency: self.burst_latency_seconds,
             keys: self.memory_bytes_per_second,
             operations: self.f32_operations_per_second,
-            verified: self.verified_bytes_per_second,
+            verification: self.verified_bytes_per_second,
             section_seconds: self.section_seconds,
         }
+    }
+
+    /// Whether products with weights of this type were measured.
+    pub(crate) fn knows(&self, ty: &str) -> bool {
+        self.product_bytes_per_second.contains_key(ty)
     }
 
     /// Bytes per second at which a token gets through its weights: these many bytes of experts of one type, and those many of the rest.
@@ -246,7 +257,7 @@ mod tests {
             products,
             reads: Some((0.75, 2e-4)),
             operations: 1e11,
-            verified: 3e10,
+            verification: 3e10,
             section: 5e-6,
         };
         let drive = DriveRate { bytes_per_second: 3e9, latency: Some(1e-4) };
@@ -263,16 +274,19 @@ mod tests {
         // As earlier versions have written it.
         fs::write(&path, text.replace("\"available\": 6442450944,", "")).unwrap();
         assert_eq!((machine().memory(), MachineFile::load(&path).unwrap().memory()), (6 << 30, 8 << 30));
+        fs::write(&path, text.replace("\"version\": 4", "\"version\": 3")).unwrap();
+        assert!(MachineFile::load(&path).is_ok(), "earlier versions are read");
         for (from, to, word) in [
-            ("\"version\": 4", "\"version\": 5", "version 5"),
+            ("\"version\": 4", "\"version\": 5, \"later\": 1", "it has version 5"),
+            ("\"version\": 4,", "", "it has no `version`"),
             ("0.75", "1.5", "`reads_beside_products` is 1.5"),
             ("0.0001", "1.5", "`drive_latency_seconds` is 1.5"),
             ("0.0002", "-1.5", "`burst_latency_seconds` is -1.5"),
-            ("25000000000.0", "-1.0", "`memory_bytes_per_second` is -1"),
-            ("25000000000.0", "1.0", "`memory_bytes_per_second` is 1, "),
-            ("3000000000.0", "0.5", "`drive_bytes_per_second` is 0.5"),
-            ("18000000000.0", "1e300", "`beside_reads_bytes_per_second.q8` is 1"),
-            ("100000000000.0", "0.0", "`f32_operations_per_second` is 0"),
+            ("25000000000.0", "-1.0", "`memory_bytes_per_second` is -1e0"),
+            ("25000000000.0", "1.0", "`memory_bytes_per_second` is 1e0, "),
+            ("3000000000.0", "0.5", "`drive_bytes_per_second` is 5e-1"),
+            ("18000000000.0", "1e300", "`beside_reads_bytes_per_second.q8` is 1e300"),
+            ("100000000000.0", "0.0", "`f32_operations_per_second` is 0e0"),
             (
                 "\"available\": 6442450944",
                 "\"available\": 18446744073709551615",
@@ -281,9 +295,11 @@ mod tests {
             ("\"ram\": 8589934592", "\"ram\": 0", "`ram` is 0"),
             ("\"threads\": 4", "\"threads\": 0", "`threads` is 0"),
             ("\"threads\": 4", "\"threads\": 1000000", "`threads` is 1000000"),
-            ("30000000000.0", "0.5", "`verified_bytes_per_second` is 0.5"),
+            ("30000000000.0", "0.5", "`verified_bytes_per_second` is 5e-1"),
             ("5e-6", "2.5", "smallest product"),
             ("\"isa\"", "\"isas\"", "isas"),
+            ("\"threads\": 4", "\"threads\": -1", "`threads`: invalid value"),
+            ("30000000000.0", "null, \"later\": 1", "`later`: unknown field"),
             ("{", "", "machine.json"),
         ] {
             fs::write(&path, text.replacen(from, to, 1)).unwrap();
@@ -298,7 +314,7 @@ mod tests {
         let cores = MachineFile::load(&path).unwrap().cores(Some("q4"), None);
         assert_eq!((cores.experts, cores.experts_beside_reads, cores.dense), (10e9, 10e9, 25e9));
         assert_eq!((cores.operations, cores.section_seconds, cores.reads_beside), (None, 0.0, 1.0));
-        assert_eq!(cores.verified, None);
+        assert_eq!(cores.verification, None);
     }
 
     #[test]
@@ -307,7 +323,7 @@ mod tests {
         assert_eq!((cores.experts, cores.experts_beside_reads), (10e9, 8e9));
         assert_eq!((cores.dense, cores.dense_beside_reads, cores.keys), (25e9, 25e9, 25e9));
         assert_eq!((cores.operations, cores.section_seconds, cores.reads_beside), (Some(1e11), 5e-6, 0.75));
-        assert_eq!(cores.verified, Some(3e10));
+        assert_eq!(cores.verification, Some(3e10));
     }
 
     #[test]

@@ -233,7 +233,7 @@ fn a_plan_of_a_dense_model_does_not_speak_of_experts() {
     let text = stdout(&sluice(&["plan", config.to_str().unwrap(), "--ram", "4GiB"]));
     let (facts, warning) = text.split_once("\nwarning: ").unwrap();
     assert!(facts.contains("none with experts; all bf16") && warning.contains("no routed experts"), "{text}");
-    for word in ["experts ", "hit rate", "token cycle"] {
+    for word in ["experts ", "left over", "hit rate", "token cycle"] {
         assert!(!facts.contains(word), "`{word}`: {text}");
     }
 }

@@ -43,8 +43,8 @@ pub(crate) struct QuantisedBlock {
     /// Eight words of four values, the lowest column in the lowest byte.
     pub(crate) words: [i32; 8],
     pub(crate) scale: f32,
-    /// `scale` times [`UNIT`], which the block scales of a codebook are to be multiplied by.
-    pub(crate) unit_scale: f32,
+    /// `scale` times [`UNIT`]: what the block scales of a codebook, which are stored over `UNIT`, are multiplied by.
+    pub(crate) scale_times_unit: f32,
     /// The sum of all values.
     pub(crate) sum: i32,
     /// The sums of the first half of the columns and of the second.
@@ -251,7 +251,7 @@ fn quantise_block(block: &[f32; BLOCK]) -> QuantisedBlock {
     let top = block.iter().fold(0, |m: i32, v| m.max((v.to_bits() & 0x7fff_ffff) as i32));
     let absmax = f32::from_bits(top as u32);
     if !absmax.is_finite() {
-        return QuantisedBlock { scale: f32::NAN, unit_scale: f32::NAN, ..QuantisedBlock::default() };
+        return QuantisedBlock { scale: f32::NAN, scale_times_unit: f32::NAN, ..QuantisedBlock::default() };
     }
     if absmax < SMALLEST {
         return QuantisedBlock::default();
@@ -278,7 +278,7 @@ fn quantise_block(block: &[f32; BLOCK]) -> QuantisedBlock {
     QuantisedBlock {
         words,
         scale,
-        unit_scale: scale * UNIT,
+        scale_times_unit: scale * UNIT,
         sum: pairs[0] + pairs[1],
         halves: Packed::new(halves[0], halves[1]),
         minus_pairs: Packed::new(-pairs[0], -pairs[1]),

@@ -251,7 +251,7 @@ fn extreme_integers_do_not_saturate() {
                 }
                 (0..2).for_each(|g| data[g * group + 32..][..8 * 64 / book(ty).2].fill(code));
                 let w = Matrix::new(ty, 16, cols, &data).unwrap();
-                // A single token, a few and many are multiplied in ways of their own.
+                // One token, a few and many take different paths.
                 for (sign, n) in [(1.0, 1), (-1.0, 1), (1.0, 3), (-1.0, 3), (1.0, 9), (-1.0, 9)] {
                     let x = activations(&vec![sign * 127.0; n * cols], n, cols, Precision::Int8);
                     let want: f32 = unpack(w)[..cols].iter().sum::<f32>() * 127.0 * sign;

@@ -73,13 +73,44 @@ fn extreme_integers_do_not_saturate() {
                 }
             }
             let w = Matrix::new(ty, 16, cols, &data).unwrap();
-            // A single token, a few and many are multiplied in ways of their own.
+            // One token, a few and many take different paths.
             for (sign, n) in [(1.0, 1), (-1.0, 1), (1.0, 3), (-1.0, 3), (1.0, 9), (-1.0, 9)] {
                 let x = activations(&vec![sign * 127.0; n * cols], n, cols, Precision::Int8);
                 let want: f32 = unpack(w)[..cols].iter().sum::<f32>() * 127.0 * sign;
                 for k in Kernels::available() {
                     let y = matmul(k, &pool, w, &x);
                     assert!(y.iter().all(|&v| v == want), "{} {ty:?} {byte:#x}: {y:?} {want}", k.isa_name());
+                }
+            }
+        }
+    }
+}
+
+/// Integers and activations that alternate between both ends, so that pairs of products are as far from zero as they can be, on either
+/// side; and counts of tokens of which every path has some, with and without a rest.
+#[test]
+fn alternating_extremes_equal_scalar() {
+    let pool = ThreadPool::new(1);
+    let cols = 64;
+    for ty in [WeightType::Q8, WeightType::Q4, WeightType::Q3, WeightType::Q2, WeightType::Int4, WeightType::Mxfp4] {
+        for bytes in [[0x80, 0x7f], [0x7f, 0x80], [0x81, 0x80], [0xf0, 0x0f], [0xff, 0x00]] {
+            let mut data: Vec<u8> = bytes.into_iter().cycle().take(packed_len(ty, 16, cols).unwrap()).collect();
+            let len = data.len() / 2;
+            // Scales that are numbers, and codes of blocks that differ by row and half.
+            data.chunks_mut(len)
+                .for_each(|group| group[..64].iter_mut().enumerate().for_each(|(i, b)| *b = 0x24 ^ (i % 7) as u8));
+            let w = Matrix::new(ty, 16, cols, &data).unwrap();
+            for n in [1, 2, 3, 4, 5, 6, 7, 8, 33, 36] {
+                let x: Vec<f32> = (0..n * cols).map(|i| if (i + i / cols) % 2 == 0 { 127.0 } else { -127.0 }).collect();
+                let x = activations(&x, n, cols, Precision::Int8);
+                let want = matmul(Kernels::scalar(), &pool, w, &x);
+                assert!(want.iter().all(|v| v.is_finite()));
+                for k in Kernels::available() {
+                    assert_same(
+                        &matmul(k, &pool, w, &x),
+                        &want,
+                        &format!("{} {ty:?} {bytes:?}, {n} tokens", k.isa_name()),
+                    );
                 }
             }
         }

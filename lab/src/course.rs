@@ -264,7 +264,7 @@ impl Steps<'_> {
                 shared,
                 top_k: used.round() as usize,
                 expert: product(expert, cores.experts, rows_each) + sections,
-                verify: cores.verifying(expert.bytes),
+                verify: cores.verify_seconds(expert.bytes),
                 read: expert.stored / rates.drive,
                 streamed: self.plan.dense_streamed as f64 / count / rates.drive,
             }

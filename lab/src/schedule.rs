@@ -3,7 +3,7 @@
 //! The longest of reading and computing is what a token takes at least ([`Speed`]). It takes longer, because only parts of it overlap. A
 //! layer knows its experts once its router has chosen, so the drive has nothing to do for the layer while its attention is computed, except
 //! for what is read ahead. Misses come in bursts: a layer that misses many waits for the drive, and the next one that misses none leaves it idle.
-//! While the drive is read, one core is left to it. And every product begins and ends with a barrier, whatever its size.
+//! While the drive is read, one core is left to it. What was read is verified. And every product begins and ends with a barrier, whatever its size.
 //!
 //! The simulation takes tokens through the layers by these rules, with the misses of a replayed trace or with random ones.
 
@@ -54,8 +54,8 @@ pub struct Cores {
     pub keys: f64,
     /// Multiplications and additions of f32, of which attention consists; none where that was not measured.
     pub operations: Option<f64>,
-    /// Bytes of experts that are verified while products have them in a cache; none where that was not measured.
-    pub verified: Option<f64>,
+    /// Bytes of checksums that the threads form that compute while the drive is read, out of a cache; none where that was not measured.
+    pub verification: Option<f64>,
     /// Seconds that a parallel section takes however little it does.
     pub section_seconds: f64,
 }
@@ -72,14 +72,14 @@ impl Cores {
             burst_latency: None,
             keys: bytes_per_second,
             operations: None,
-            verified: None,
+            verification: None,
             section_seconds: 0.0,
         }
     }
 
-    /// Seconds for which so many bytes are verified.
-    pub(crate) fn verifying(&self, bytes: f64) -> f64 {
-        self.verified.map_or(0.0, |rate| bytes / rate)
+    /// Seconds of verifying so many bytes, times the part of their speed that experts keep beside reads: the simulation divides by it.
+    pub(crate) fn verify_seconds(&self, bytes: f64) -> f64 {
+        self.verification.map_or(0.0, |rate| bytes / rate * self.experts_beside_reads / self.experts)
     }
 }
 
@@ -111,7 +111,7 @@ pub(crate) struct Layer {
     pub(crate) top_k: usize,
     /// An expert, computing …
     pub(crate) expert: f64,
-    /// … verifying it once it was read, …
+    /// … verifying it after it was read, …
     pub(crate) verify: f64,
     /// … and reading.
     pub(crate) read: f64,
@@ -173,7 +173,7 @@ impl Work {
                 shared: dense,
                 top_k,
                 expert: expert.map_or(0.0, |e| e.padded_len as f64 / cores.experts + sections(FFN_SECTIONS)),
-                verify: expert.map_or(0.0, |e| cores.verifying(e.padded_len as f64)),
+                verify: expert.map_or(0.0, |e| cores.verify_seconds(e.padded_len as f64)),
                 read: expert.map_or(0.0, |e| e.stored_len as f64 / ssd),
                 streamed,
             }

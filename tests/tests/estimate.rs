@@ -114,6 +114,10 @@ fn a_forecast_lies_between_the_bound_and_doing_one_thing_after_the_other() {
     assert!((more - (2.0 * 32.0 * 256.0 * 4096.0 * 48.0 / 1e10 - keys)).abs() < 1e-6, "{more}");
     let (_, beside) = on(6 << 30, Cores { experts_beside_reads: 5e9, ..usual }, None);
     assert!(beside.token_seconds > on(6 << 30, usual, None).1.token_seconds);
+    // Only what was read is verified, so it takes time where experts are missed.
+    let verified = Cores { verification: Some(5e9), ..usual };
+    assert_eq!(on(40 << 30, verified, None).1.token_seconds, forecast.token_seconds);
+    assert!(on(6 << 30, verified, None).1.token_seconds > on(6 << 30, usual, None).1.token_seconds);
 
     let trace = Trace::open(&fixture("traces").join("qwen3-30b-a3b.jsonl")).unwrap();
     let replay = Replay::new(&trace, Some(128)).unwrap();

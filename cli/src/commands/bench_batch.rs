@@ -252,7 +252,7 @@ pub(crate) fn cores(file: &ModelFile, threads: usize, memory: f64) -> Result<Cor
         burst_latency: reads.map(|reads| reads.latency),
         keys: memory,
         operations: Some(1e9 * bench.gemm(WeightType::F32, GEMM_ROWS)),
-        verified: Some(bench.verify_rate()),
+        verification: Some(fewer.as_ref().unwrap_or(&bench).verify_rate()),
         section_seconds: bench.section(),
     })
 }

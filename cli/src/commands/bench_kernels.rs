@@ -141,7 +141,7 @@ const SECTION_TYPE: WeightType = WeightType::Q8;
 const SECTIONS: usize = 2000;
 /// Bytes that are verified together, while a cache still has them: about a pair of row groups. And how often, for a measurement.
 const VERIFIED_BYTES: usize = 16 << 10;
-const VERIFIED_TIMES: usize = 2000;
+const VERIFIED_TIMES: usize = 10_000;
 
 /// Measures products of weights out of `data`.
 pub(crate) struct Bench<'a> {
@@ -215,7 +215,7 @@ impl Bench<'_> {
         })
     }
 
-    /// Bytes per second of which all threads form checksums, as products do it: piece by piece, from a cache.
+    /// Bytes per second of which all threads together form checksums, piece by piece out of a cache, as products do.
     pub(crate) fn verify_rate(&self) -> f64 {
         let (threads, piece) = (self.pool.threads(), VERIFIED_BYTES.min(self.data.len()));
         let times: Vec<_> = (0..ROUNDS)

@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// A file on the drive that holds the models
     file: Option<PathBuf>,
 
-    /// Worker threads [default: one per core]
+    /// Worker threads; at most 1024 are started [default: one per core]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     threads: Option<NonZeroUsize>,
 
@@ -83,7 +83,7 @@ const ATTENTION_ROWS: usize = 64;
 
 /// For how long a drive is read alone.
 const READING: Duration = Duration::from_millis(300);
-/// How often everything is measured: an odd number, for the sake of medians.
+/// How often everything is measured: an odd number, so that a median was measured.
 const ROUNDS: usize = 3;
 /// Part by which the worst round may be slower than the best one.
 const SPREAD_MAX: f64 = 0.2;
@@ -99,8 +99,8 @@ struct Round {
     reads: Option<Reads>,
     /// Operations of f32 per second.
     operations: f64,
-    /// Bytes that are verified in a second.
-    verified: f64,
+    /// Bytes of checksums per second.
+    verification: f64,
     /// Seconds of the smallest product.
     section: f64,
 }
@@ -121,18 +121,14 @@ impl Round {
             TYPES.into_iter().zip(rates).zip(beside).map(|((ty, rate), beside)| (ty, rate, beside)).collect();
         let operations = 1e9 * bench.gemm(WeightType::F32, ATTENTION_ROWS);
         bar.inc(1);
-        let (verified, section) = (bench.verify_rate(), bench.section());
+        let (verification, section) = (fewer.unwrap_or(bench).verify_rate(), bench.section());
         bar.inc(1);
-        Round { memory, products, reads, operations, verified, section }
+        Round { memory, products, reads, operations, verification, section }
     }
 
     /// The rates, with what they are of.
     fn rates(&self) -> Vec<(String, f64)> {
-        let mut rates = vec![
-            ("memory".to_owned(), self.memory),
-            ("attention".to_owned(), self.operations),
-            ("verification".to_owned(), self.verified),
-        ];
+        let mut rates = vec![("memory".to_owned(), self.memory), ("attention".to_owned(), self.operations)];
         for (ty, all, beside) in &self.products {
             rates.push((ty.name().to_owned(), *all));
             rates.push((format!("{} while the drive is read", ty.name()), *beside));
@@ -155,7 +151,7 @@ impl Round {
             products: products.collect(),
             reads,
             operations: of(&|r| r.operations),
-            verified: of(&|r| r.verified),
+            verification: of(&|r| r.verification),
             section: of(&|r| r.section),
         }
     }
@@ -277,10 +273,16 @@ fn measure(args: &Args) -> Result<(MachineFile, (f64, String)), CliError> {
     let mut reads = args.file.as_deref().and_then(drive_to_read);
     let rounds: Vec<Round> = (0..ROUNDS).map(|_| Round::of(&bench, fewer.as_ref(), &mut reads, &bar)).collect();
     bar.finish_and_clear();
-    let Round { memory, products, reads, operations, verified, section } = &Round::median(&rounds);
+    let Round { memory, products, reads, operations, verification, section } = &Round::median(&rounds);
     let reads = reads.map(|reads| (reads.part(), reads.latency));
-    let measured =
-        Measured { memory: *memory, products, reads, operations: *operations, verified: *verified, section: *section };
+    let measured = Measured {
+        memory: *memory,
+        products,
+        reads,
+        operations: *operations,
+        verification: *verification,
+        section: *section,
+    };
     let machine = MachineFile::new((ram, available, speed), &measured, (kernels.isa_name(), threads));
     Ok((machine, spread(&rounds)))
 }
@@ -358,7 +360,7 @@ fn describe(machine: &MachineFile) -> String {
         let _ = writeln!(out, "{:<12} {:.0} % of its rate while these compute{wait}", "drive", 100.0 * part);
     }
     if let Some(verified) = machine.verified_bytes_per_second {
-        let _ = writeln!(out, "{:<12} {} of what was read", "verifies", rate(verified));
+        let _ = writeln!(out, "{:<12} {} while the drive is read", "checksums", rate(verified));
     }
     let section = 1e6 * machine.section_seconds;
     if let Some(operations) = machine.f32_operations_per_second {
@@ -375,7 +377,7 @@ mod tests {
     fn round(memory: f64, q4: (f64, f64), operations: f64, section: f64) -> Round {
         let products = vec![(WeightType::Q8, 20e9, 18e9), (WeightType::Q4, q4.0, q4.1)];
         let reads = Reads { alone: memory / 10.0, beside: q4.1 / 5.0, latency: 2.0 * section };
-        Round { memory, products, reads: Some(reads), operations, verified: 2.0 * memory, section }
+        Round { memory, products, reads: Some(reads), operations, verification: 2.0 * memory, section }
     }
 
     #[test]

@@ -421,6 +421,7 @@ fn machine(args: &Args, needs: &Needs, types: &Types) -> Result<(Machine, Cores,
     let speeds_from = speeds_from(
         SpeedFrom::of(args.ssd.is_some(), drive_source),
         SpeedFrom::of(args.mem_bandwidth.is_some(), source),
+        of_file.is_some_and(|file| types.experts.iter().chain(&types.dense).all(|ty| file.knows(ty))),
     );
     let machine = Machine {
         ram: ram.unwrap_or_else(available_memory),
@@ -454,8 +455,8 @@ impl<'a> SpeedFrom<'a> {
     }
 }
 
-/// Where the speeds of drive and memory come from, in words.
-fn speeds_from(drive: SpeedFrom<'_>, memory: SpeedFrom<'_>) -> String {
+/// Where the speeds of drive and memory come from, in words; and whether products with weights of the model's types were measured.
+fn speeds_from(drive: SpeedFrom<'_>, memory: SpeedFrom<'_>, products: bool) -> String {
     if let (SpeedFrom::Assumed, SpeedFrom::Assumed) = (drive, memory) {
         return "assumed: `sluice bench disk` and `sluice bench machine` measure them".into();
     }
@@ -466,7 +467,10 @@ fn speeds_from(drive: SpeedFrom<'_>, memory: SpeedFrom<'_>) -> String {
     };
     let memory = match memory {
         SpeedFrom::Asked => "as requested".into(),
-        SpeedFrom::Measured(source) => format!("and cores, with weights of these types, measured ({source})"),
+        SpeedFrom::Measured(source) if products => {
+            format!("and cores, with weights of these types, measured ({source})")
+        }
+        SpeedFrom::Measured(source) => format!("measured ({source}), but not with weights of all these types"),
         SpeedFrom::Assumed => "assumed (`sluice bench machine` measures it)".to_owned(),
     };
     format!("drive {drive}, memory {memory}")
@@ -638,6 +642,7 @@ fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
     if n.experts > 0 {
         let (slots, cycles) = (s.memory.slots, s.cached_cycles);
         line("experts", format!("{slots} of {} ({:.1} %), {cycles:.1} token cycles", n.experts, 100.0 * s.cached));
+        line("left over", gigabytes(s.memory.available.saturating_sub(s.memory.effective)));
         let source = match (s.curve, &r.trace) {
             (None, _) => "everything fits".into(),
             (_, Some(trace)) => format!("what {} gives, from an empty cache", trace.display()),
@@ -645,7 +650,6 @@ fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
         };
         line("hit rate", format!("{:.0} %: {source}", 100.0 * s.hit_rate));
     }
-    line("for the system", gigabytes(s.memory.available.saturating_sub(s.memory.effective)));
     let _ = writeln!(out, "\nso a token takes");
     let ssd = gigabytes(r.machine.ssd);
     let (missed, cycle) = (gigabytes(s.missed_bytes), gigabytes(n.token_cycle_bytes));

@@ -243,9 +243,13 @@ fn prepare(args: &Args, file: &ModelFile, given: Given) -> Result<Prepared, CliE
     let name = args.file.display();
     let tokenizer = tokenizer(file)?;
     if tokenizer.is_none() && !args.ids && !args.json {
+        let ids = match args.prompt_ids {
+            Some(_) => "ask for token ids with --ids",
+            None => "give token ids with --prompt-ids and ask for ids with --ids",
+        };
         return Err(CliError::Usage(format!(
-            "{name} has no tokenizer, so it neither reads nor writes text: give token ids with --prompt-ids and ask for ids with --ids, \
-             or add one with `sluice set {name} --tokenizer FILE`"
+            "{name} has no tokenizer, so it neither reads nor writes text: {ids}, or add a tokenizer with `sluice set {name} \
+             --tokenizer FILE`"
         )));
     }
     if tokenizer.is_none() && !args.stop.is_empty() {

@@ -76,7 +76,7 @@ pub(crate) fn group_int8(w: &Group<'_>, x: &[QuantisedBlock]) -> Rows {
                 dot[r] += column[r] * i32::from(x);
             }
         }
-        let x_scale = x[g].unit_scale;
+        let x_scale = x[g].scale_times_unit;
         for r in 0..ROW_GROUP {
             s[b % 2][r] = (dot[r] as f32).mul_add(scale_over_unit(bytes[r]) * x_scale, s[b % 2][r]);
         }

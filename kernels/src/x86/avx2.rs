@@ -159,18 +159,18 @@ fn tile<const V: bool>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-fn many<const TY: u8, const V: bool, const N: usize>(
+fn many<const TY: u8, const V: bool, const VECTORS: usize>(
     w: &Matrix<'_>,
     x: &Activations,
     shape: TileShape,
     out: &mut Tile,
 ) {
     let first = w.group(shape.group);
-    match (shape.groups, shape.tokens <= many::FEW) {
-        (2, true) => many::tile::<TY, 2, V, 8, { many::FEW }>(&[first, w.group(shape.group + 1)], x, shape, out),
-        (2, false) => many::tile::<TY, 2, V, N, AVX2_TOKENS>(&[first, w.group(shape.group + 1)], x, shape, out),
-        (_, true) => many::tile::<TY, 1, V, 8, { many::FEW }>(&[first], x, shape, out),
-        (_, false) => many::tile::<TY, 1, V, N, AVX2_TOKENS>(&[first], x, shape, out),
+    match (shape.groups, shape.tokens <= many::SMALL_TILE) {
+        (2, true) => many::tile::<TY, 2, V, 8, { many::SMALL_TILE }>(&[first, w.group(shape.group + 1)], x, shape, out),
+        (2, false) => many::tile::<TY, 2, V, VECTORS, AVX2_TOKENS>(&[first, w.group(shape.group + 1)], x, shape, out),
+        (_, true) => many::tile::<TY, 1, V, 8, { many::SMALL_TILE }>(&[first], x, shape, out),
+        (_, false) => many::tile::<TY, 1, V, VECTORS, AVX2_TOKENS>(&[first], x, shape, out),
     }
 }
 

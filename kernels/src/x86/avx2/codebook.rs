@@ -110,17 +110,18 @@ pub(super) fn scale_and_offset<const TY: u8>(codes: &[u8], at: usize) -> (__m256
 }
 
 /// What was added to the integers of a type with a codebook, apart from offsets that differ by block.
-const fn all_biases(ty: u8) -> i32 {
+const fn codebook_bias(ty: u8) -> i32 {
     if has_codebook(ty) { LEVEL_BIAS + offset_base(ty) } else { 0 }
 }
 
-/// The scale over `UNIT` of part `P` of a block, and the factor that applies offset and bias to the columns of that part, whose sum
-/// is number `P` of a pair of 16 bits: the sum fits, and the other factor is zero.
+/// The scale over `UNIT` of part `P` of a block, and the factor that applies its offset and bias. The factor is the lower (0) or the
+/// upper (1) half of each lane and the other half is zero, so `vpmaddwd` with a pair of column sums takes the right one. Sums fit in 16
+/// bits; the sign extension of a single negative one meets the zero.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn scale_and_bias<const TY: u8, const P: usize>(codes: &[u8]) -> (__m256, __m256i) {
     let (scale, offset) = scale_and_offset::<TY>(codes, 8 * P);
-    let bias = _mm256_set1_epi32(const { -all_biases(TY) & 0xffff });
+    let bias = _mm256_set1_epi32(const { -codebook_bias(TY) & 0xffff });
     let bias = _mm256_add_epi16(offset, bias);
     (scale, if P == 0 { bias } else { _mm256_slli_epi32::<16>(bias) })
 }
@@ -145,9 +146,9 @@ fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&
         ahead.block::<TY, 1, T>(g);
         let words = words(&x, g);
         let (scale, bias) = scale_and_bias::<TY, 0>(codes);
-        let x_scales = each!(_mm256_setzero_ps(); T, t => _mm256_set1_ps(x[t][g].unit_scale));
+        let x_scales = each!(_mm256_setzero_ps(); T, t => _mm256_set1_ps(x[t][g].scale_times_unit));
         if TY == Q4 {
-            let mut dots = biased(bias, &each!(0; T, t => x[t][g].sum));
+            let mut dots = initial_sums(bias, &each!(0; T, t => x[t][g].sum));
             for v in 0..4 {
                 let nibbles = load32(values, 32 * v);
                 dot::<T, V>(&mut dots, look_up::<TY>(table, nibbles, false), &words, v);
@@ -158,13 +159,13 @@ fn blocks_int8<const TY: u8, const T: usize, const V: bool>(w: &Group<'_>, x: [&
             continue;
         }
         let nibbles = nibbles::<TY>(values);
-        let mut low = biased(bias, &each!(0; T, t => x[t][g].halves.0));
+        let mut low = initial_sums(bias, &each!(0; T, t => x[t][g].halves.0));
         for v in 0..4 {
             dot::<T, V>(&mut low, level::<TY>(table, &nibbles, 0, v), &words, v);
         }
         s = add(&low, scale, &x_scales, &s);
         let (scale, bias) = scale_and_bias::<TY, 1>(codes);
-        let mut high = biased(bias, &each!(0; T, t => x[t][g].halves.0));
+        let mut high = initial_sums(bias, &each!(0; T, t => x[t][g].halves.0));
         for v in 0..4 {
             dot::<T, V>(&mut high, level::<TY>(table, &nibbles, 1, v), &words, v + 4);
         }
@@ -189,10 +190,10 @@ fn dot<const T: usize, const V: bool>(dots: &mut [__m256i; T], level: __m256i, w
     }
 }
 
-/// What offsets and biases add to products, so that sums begin with it: the factors in `bias` times sums of columns of `x`.
+/// What sums begin with: the factors in `bias` times column sums of `x`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn biased<const T: usize>(bias: __m256i, columns: &[i32; T]) -> [__m256i; T] {
+fn initial_sums<const T: usize>(bias: __m256i, columns: &[i32; T]) -> [__m256i; T] {
     each!(bias; T, t => _mm256_madd_epi16(bias, _mm256_set1_epi32(columns[t])))
 }
 

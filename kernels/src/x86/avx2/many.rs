@@ -19,67 +19,68 @@ use std::hint::black_box;
 /// Tokens that a vector of weights meets: with two row groups, as many as leave their sums in the 16 registers.
 const PASS: usize = 4;
 
-/// So few tokens have a tile of their own: they do not pay for signs of `q8` taken apart, nor for sums of tokens that are not there.
-pub(super) const FEW: usize = PASS;
+/// Up to so many tokens use a smaller tile: separating the signs of `q8` would cost more than it saves, and most sums of a full tile
+/// would stay empty.
+pub(super) const SMALL_TILE: usize = PASS;
 
 /// The sums of a tile, by token and row group, for even and for odd blocks.
-type Sums<const G: usize, const M: usize> = [[[__m256; G]; M]; 2];
+type Sums<const G: usize, const TOKENS: usize> = [[[__m256; G]; TOKENS]; 2];
 
-/// One block of a row group, as `N` vectors of four columns: eight of integers, unsigned but for those of `q8` without AVX-VNNI; or
+/// One block of a row group, as `VECTORS` vectors of four columns: eight of integers, unsigned but for those of `q8` without AVX-VNNI; or
 /// eight of magnitudes, and eight that are all ones where the integer is negative.
 #[derive(Clone, Copy)]
-struct Block<const N: usize> {
-    integers: [__m256i; N],
+struct Block<const VECTORS: usize> {
+    integers: [__m256i; VECTORS],
     /// Scales of its parts, and the factors of a pair of sums of columns that apply offset and bias.
     terms: [(__m256, __m256i); 2],
-    /// Of magnitudes, the sum of those of negative integers, by row.
-    negative: __m256i,
+    /// With magnitudes: for each row, the sum of those of negative integers.
+    negative_sum: __m256i,
 }
 
-impl<const N: usize> Block<N> {
+impl<const VECTORS: usize> Block<VECTORS> {
     /// Whether it has magnitudes.
-    const SIGNS: bool = N == 16;
+    const HAS_MAGNITUDES: bool = VECTORS == 16;
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn new() -> Self {
         let nothing = _mm256_setzero_si256();
-        Block { integers: [nothing; N], terms: [(_mm256_setzero_ps(), nothing); 2], negative: nothing }
+        Block { integers: [nothing; VECTORS], terms: [(_mm256_setzero_ps(), nothing); 2], negative_sum: nothing }
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn tile<const TY: u8, const G: usize, const V: bool, const N: usize, const M: usize>(
+pub(super) fn tile<const TY: u8, const G: usize, const V: bool, const VECTORS: usize, const TOKENS: usize>(
     w: &[Group<'_>; G],
     x: &Activations,
     shape: TileShape,
     out: &mut Tile,
 ) {
     let blocks = w[0].values.len() / const { block_bytes(TY) };
-    let mut rows: [&[QuantisedBlock]; M] = [&[]; M];
+    let mut rows: [&[QuantisedBlock]; TOKENS] = [&[]; TOKENS];
     for (t, row) in rows[..shape.tokens].iter_mut().enumerate() {
         *row = &x.quantised_row(shape.token + t)[..blocks];
     }
     let rows = &rows[..shape.tokens];
-    let mut sums: Sums<G, M> = [[[_mm256_setzero_ps(); G]; M]; 2];
-    let mut block = [Block::<N>::new(); G];
+    let mut sums: Sums<G, TOKENS> = [[[_mm256_setzero_ps(); G]; TOKENS]; 2];
+    let mut block = [Block::<VECTORS>::new(); G];
     let ahead = Ahead::new::<G, AVX2_TOKENS>(w);
     // Because the compiler does not know the number of steps, it keeps the loop over them, and so the order described above.
     let steps = black_box(const { steps_of(TY) });
     for g in 0..blocks {
         ahead.block::<TY, G, AVX2_TOKENS>(g);
         for i in 0..G {
-            fill::<TY, V, N>(&mut block[i], &w[i], g);
+            unpack::<TY, V, VECTORS>(&mut block[i], &w[i], g);
         }
         let (full, rest) = rows.as_chunks::<PASS>();
         for (p, x) in full.iter().enumerate() {
-            pass::<TY, G, PASS, V, N, M>(&block, x, g, steps, &mut sums, PASS * p);
+            pass::<TY, G, PASS, V, VECTORS, TOKENS>(&block, x, g, steps, &mut sums, PASS * p);
         }
         let first = PASS * full.len();
         match *rest {
-            [a, b, c] => pass::<TY, G, 3, V, N, M>(&block, &[a, b, c], g, steps, &mut sums, first),
-            [a, b] => pass::<TY, G, 2, V, N, M>(&block, &[a, b], g, steps, &mut sums, first),
-            [a] => pass::<TY, G, 1, V, N, M>(&block, &[a], g, steps, &mut sums, first),
+            [a, b, c] => pass::<TY, G, 3, V, VECTORS, TOKENS>(&block, &[a, b, c], g, steps, &mut sums, first),
+            [a, b] => pass::<TY, G, 2, V, VECTORS, TOKENS>(&block, &[a, b], g, steps, &mut sums, first),
+            [a] => pass::<TY, G, 1, V, VECTORS, TOKENS>(&block, &[a], g, steps, &mut sums, first),
             _ => {}
         }
     }
@@ -95,7 +96,7 @@ pub(super) fn tile<const TY: u8, const G: usize, const V: bool, const N: usize, 
 /// Unpacks block `g`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn fill<const TY: u8, const V: bool, const N: usize>(block: &mut Block<N>, w: &Group<'_>, g: usize) {
+fn unpack<const TY: u8, const V: bool, const VECTORS: usize>(block: &mut Block<VECTORS>, w: &Group<'_>, g: usize) {
     let (len, scale_len) = const { (block_bytes(TY), scale_bytes(TY)) };
     let values = &w.values[g * len..][..len];
     let scales = &w.scales[const { scales_from(TY) } + g * scale_len..][..scale_len];
@@ -103,7 +104,7 @@ fn fill<const TY: u8, const V: bool, const N: usize>(block: &mut Block<N>, w: &G
     if const { by_halves(TY) } {
         block.terms[1] = scale_and_bias::<TY, 1>(scales);
     }
-    if Block::<N>::SIGNS {
+    if Block::<VECTORS>::HAS_MAGNITUDES {
         return magnitudes(block, values);
     }
     let integers = &mut block.integers;
@@ -132,16 +133,16 @@ fn fill<const TY: u8, const V: bool, const N: usize>(block: &mut Block<N>, w: &G
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn magnitudes<const N: usize>(block: &mut Block<N>, values: &[u8]) {
+fn magnitudes<const VECTORS: usize>(block: &mut Block<VECTORS>, values: &[u8]) {
     let mut pairs = _mm256_setzero_si256();
     for q in 0..8 {
         let w = load32(values, 32 * q);
         let (magnitude, sign) = (_mm256_abs_epi8(w), _mm256_cmpgt_epi8(_mm256_setzero_si256(), w));
         let negative = _mm256_and_si256(magnitude, sign);
         pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(negative, _mm256_set1_epi8(1)));
-        (block.integers[q], block.integers[N - 8 + q]) = (magnitude, sign);
+        (block.integers[q], block.integers[VECTORS - 8 + q]) = (magnitude, sign);
     }
-    block.negative = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    block.negative_sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
 /// The integers of the nibbles of a type, made unsigned.
@@ -156,21 +157,21 @@ const fn table(ty: u8) -> [u8; 16] {
 /// Adds block `g` of `T` tokens, whose sums begin at `first`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn pass<const TY: u8, const G: usize, const T: usize, const V: bool, const N: usize, const M: usize>(
-    w: &[Block<N>; G],
+fn pass<const TY: u8, const G: usize, const T: usize, const V: bool, const VECTORS: usize, const TOKENS: usize>(
+    w: &[Block<VECTORS>; G],
     x: &[&[QuantisedBlock]; T],
     g: usize,
     steps: usize,
-    sums: &mut Sums<G, M>,
+    sums: &mut Sums<G, TOKENS>,
     first: usize,
 ) {
     let x: [&QuantisedBlock; T] = each!(&x[0][g]; T, t => &x[t][g]);
     if const { by_halves(TY) } {
         let [even, odd] = sums;
-        part::<TY, G, T, 0, V, N>(w, &x, steps, even[first..].first_chunk_mut().expect(PASS_FITS));
-        part::<TY, G, T, 1, V, N>(w, &x, steps, odd[first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 0, V, VECTORS>(w, &x, steps, even[first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 1, V, VECTORS>(w, &x, steps, odd[first..].first_chunk_mut().expect(PASS_FITS));
     } else {
-        part::<TY, G, T, 0, V, N>(w, &x, steps, sums[g % 2][first..].first_chunk_mut().expect(PASS_FITS));
+        part::<TY, G, T, 0, V, VECTORS>(w, &x, steps, sums[g % 2][first..].first_chunk_mut().expect(PASS_FITS));
     }
 }
 
@@ -184,26 +185,26 @@ const fn steps_of(ty: u8) -> usize {
 /// Adds the columns that share a scale: all of a block, or a half of it.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn part<const TY: u8, const G: usize, const T: usize, const P: usize, const V: bool, const N: usize>(
-    w: &[Block<N>; G],
+fn part<const TY: u8, const G: usize, const T: usize, const P: usize, const V: bool, const VECTORS: usize>(
+    w: &[Block<VECTORS>; G],
     x: &[&QuantisedBlock; T],
     steps: usize,
     sums: &mut [[__m256; G]; T],
 ) {
     let mut dots = [[_mm256_setzero_si256(); G]; T];
     for t in 0..T {
-        dots[t] = each!(dots[t][0]; G, i => start::<TY, P, V, N>(&w[i], x[t]));
+        dots[t] = each!(dots[t][0]; G, i => start::<TY, P, V, VECTORS>(&w[i], x[t]));
     }
     for step in 0..steps {
         // Shows that it is in bounds, without telling the compiler how many steps there are.
         let step = 2 * P + step % const { steps_of(TY) };
         for q in [2 * step, 2 * step + 1] {
             let vector = each!(_mm256_setzero_si256(); G, i => w[i].integers[q]);
-            let signs = each!(_mm256_setzero_si256(); G, i => w[i].integers[N - 8 + q]);
+            let signs = each!(_mm256_setzero_si256(); G, i => w[i].integers[VECTORS - 8 + q]);
             for t in 0..T {
                 let x = _mm256_set1_epi32(x[t].words[q]);
                 for i in 0..G {
-                    dots[t][i] = add_products::<TY, V, N>(dots[t][i], vector[i], signs[i], x);
+                    dots[t][i] = add_products::<TY, V, VECTORS>(dots[t][i], vector[i], signs[i], x);
                 }
             }
         }
@@ -212,19 +213,22 @@ fn part<const TY: u8, const G: usize, const T: usize, const P: usize, const V: b
     for i in 0..G {
         for t in 0..T {
             let dot = if matches!(TY, INT4 | MXFP4) && !V { _mm256_madd_epi16(dots[t][i], ones) } else { dots[t][i] };
-            let x_scale = _mm256_set1_ps(if const { has_codebook(TY) } { x[t].unit_scale } else { x[t].scale });
+            let x_scale = _mm256_set1_ps(if const { has_codebook(TY) } { x[t].scale_times_unit } else { x[t].scale });
             let scale = _mm256_mul_ps(w[i].terms[P].0, x_scale);
             sums[t][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, sums[t][i]);
         }
     }
 }
 
-/// What takes offsets and biases out of the sums again, so that they begin with it.
+/// What sums begin with. It cancels the biases that products will add, and adds offsets; for magnitudes, see `add_products`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn start<const TY: u8, const P: usize, const V: bool, const N: usize>(w: &Block<N>, x: &QuantisedBlock) -> __m256i {
+fn start<const TY: u8, const P: usize, const V: bool, const VECTORS: usize>(
+    w: &Block<VECTORS>,
+    x: &QuantisedBlock,
+) -> __m256i {
     match TY {
-        Q8 if Block::<N>::SIGNS => w.negative,
+        Q8 if Block::<VECTORS>::HAS_MAGNITUDES => w.negative_sum,
         Q8 if !V => _mm256_setzero_si256(),
         Q8 | INT4 | MXFP4 if V => _mm256_set1_epi32(-const { byte_bias(TY) } * x.sum),
         // Sums of 16 bits may wrap in between, but without their bias they end within 16·8·127 or 16·12·127.
@@ -247,12 +251,12 @@ const fn byte_bias(ty: u8) -> i32 {
 /// 2·128·127, so nothing saturates. With AVX-VNNI, all sums have 32 bits and all integers are unsigned.
 ///
 /// Without it, a magnitude of `q8` meets `x` where the integer is positive, and `-x - 1` where it is negative, which is `x` with all
-/// bits flipped. What that subtracts too much is the magnitude, whatever the token, so sums begin with it. `vpsignb` would give `x`
+/// bits flipped. Each product is then too small by the magnitude, whatever the token, so sums begin with those magnitudes. `vpsignb` would give `x`
 /// the sign of the integer, but it runs where multiplications run: on Zen 4, a loop of these instructions takes 1.0 cycles for a
 /// vector, and one with `vpsignb` 1.6. Taking the signs apart pays from a few tokens on.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn add_products<const TY: u8, const V: bool, const N: usize>(
+fn add_products<const TY: u8, const V: bool, const VECTORS: usize>(
     dots: __m256i,
     w: __m256i,
     signs: __m256i,
@@ -265,7 +269,7 @@ fn add_products<const TY: u8, const V: bool, const N: usize>(
         return _mm256_add_epi16(dots, _mm256_maddubs_epi16(w, x));
     }
     let pairs = match TY {
-        Q8 if Block::<N>::SIGNS => _mm256_maddubs_epi16(w, _mm256_xor_si256(x, signs)),
+        Q8 if Block::<VECTORS>::HAS_MAGNITUDES => _mm256_maddubs_epi16(w, _mm256_xor_si256(x, signs)),
         Q8 => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
         _ => _mm256_maddubs_epi16(w, x),
     };
