@@ -32,6 +32,7 @@ const CRATES: [(&str, &[&str]); 18] = [
         &[
             "batch",
             "calibrate",
+            "checksum",
             "converter",
             "dialect",
             "generate",
