@@ -93,14 +93,14 @@ fn alternating_extremes_equal_scalar() {
     let pool = ThreadPool::new(1);
     let cols = 64;
     for ty in [WeightType::Q8, WeightType::Q4, WeightType::Q3, WeightType::Q2, WeightType::Int4, WeightType::Mxfp4] {
-        for bytes in [[0x80, 0x7f], [0x7f, 0x80], [0x81, 0x80], [0xf0, 0x0f], [0xff, 0x00]] {
+        for bytes in [[0x80, 0x7f], [0x7f, 0x80], [0xf0, 0x0f], [0xff, 0x00]] {
             let mut data: Vec<u8> = bytes.into_iter().cycle().take(packed_len(ty, 16, cols).unwrap()).collect();
             let len = data.len() / 2;
             // Scales that are numbers, and codes of blocks that differ by row and half.
             data.chunks_mut(len)
                 .for_each(|group| group[..64].iter_mut().enumerate().for_each(|(i, b)| *b = 0x24 ^ (i % 7) as u8));
             let w = Matrix::new(ty, 16, cols, &data).unwrap();
-            for n in [1, 2, 3, 4, 5, 6, 7, 8, 33, 36] {
+            for n in [1, 3, 5, 7, 38] {
                 let x: Vec<f32> = (0..n * cols).map(|i| if (i + i / cols) % 2 == 0 { 127.0 } else { -127.0 }).collect();
                 let x = activations(&x, n, cols, Precision::Int8);
                 let want = matmul(Kernels::scalar(), &pool, w, &x);
