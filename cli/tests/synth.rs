@@ -64,6 +64,7 @@ fn a_plan_of_a_known_model() {
         "trace of qwen3-30b-a3b",
         "the drive is the limit",
         "as requested",
+        "left over ",
     ] {
         assert!(text.contains(word), "{word}: {text}");
     }
@@ -233,7 +234,8 @@ fn a_plan_of_a_dense_model_does_not_speak_of_experts() {
     let text = stdout(&sluice(&["plan", config.to_str().unwrap(), "--ram", "4GiB"]));
     let (facts, warning) = text.split_once("\nwarning: ").unwrap();
     assert!(facts.contains("none with experts; all bf16") && warning.contains("no routed experts"), "{text}");
-    for word in ["experts ", "left over", "hit rate", "token cycle"] {
+    assert!(facts.contains("\n  left over "), "{text}");
+    for word in ["experts ", "hit rate", "token cycle"] {
         assert!(!facts.contains(word), "`{word}`: {text}");
     }
 }

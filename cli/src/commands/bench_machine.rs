@@ -26,7 +26,8 @@ const EXAMPLES: &str = "\
 What is measured is kept in ~/.cache/sluice/machine.json, and `sluice plan` uses it from then on. FILE can be any file on the drive \
 that models lie on: if `sluice bench disk` has measured that drive, its speed is kept as well.
 
-It measures in several rounds, and the median of each figure counts. Where the rounds differ much, the machine was busy, and nothing is kept.
+It measures in several rounds, and the median of each figure counts. Where the rounds differ much, the machine was busy, and nothing \
+is kept.
 
 Examples:
   sluice bench machine

@@ -642,7 +642,6 @@ fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
     if n.experts > 0 {
         let (slots, cycles) = (s.memory.slots, s.cached_cycles);
         line("experts", format!("{slots} of {} ({:.1} %), {cycles:.1} token cycles", n.experts, 100.0 * s.cached));
-        line("left over", gigabytes(s.memory.available.saturating_sub(s.memory.effective)));
         let source = match (s.curve, &r.trace) {
             (None, _) => "everything fits".into(),
             (_, Some(trace)) => format!("what {} gives, from an empty cache", trace.display()),
@@ -650,6 +649,7 @@ fn describe_speed(r: &Report, s: &Speed, forecast: &Forecast) -> String {
         };
         line("hit rate", format!("{:.0} %: {source}", 100.0 * s.hit_rate));
     }
+    line("left over", gigabytes(s.memory.available.saturating_sub(s.memory.effective)));
     let _ = writeln!(out, "\nso a token takes");
     let ssd = gigabytes(r.machine.ssd);
     let (missed, cycle) = (gigabytes(s.missed_bytes), gigabytes(n.token_cycle_bytes));

@@ -68,6 +68,9 @@ const fn bias(ty: u8) -> i32 {
     }
 }
 
+/// The number that makes levels unsigned.
+const LEVEL_BIAS: i32 = 64;
+
 /// Bytes before the scales of the first block.
 const fn scales_from(ty: u8) -> usize {
     if has_codebook(ty) { 32 } else { 0 }

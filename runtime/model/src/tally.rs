@@ -1,7 +1,8 @@
 //! The checksum of an expert, computed by the threads that multiply it, while its bytes are in their caches.
 //!
 //! Multiplying reads the expert from memory anyway. Summing its blocks at the same time costs what that takes out of a cache, at some
-//! 40 GB/s of a core (Zen 4); reading it a second time to sum them would cost as much as multiplying, since both run at the speed of memory.
+//! 40 GB/s of a core (Zen 4). Reading it a second time to sum them would cost as much as multiplying, since both run at the speed
+//! of memory.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};

@@ -7,13 +7,10 @@ use crate::matrix::Group;
 use crate::quant::UNIT;
 use crate::x86::ahead::{Ahead, near};
 use crate::x86::{
-    Q2, Q4, block_bytes, blocks_of, bytes, cut, has_codebook, levels, offset_base, padded_rows, parts, quantised_rows,
-    words,
+    LEVEL_BIAS, Q2, Q4, block_bytes, blocks_of, bytes, cut, has_codebook, levels, offset_base, padded_rows, parts,
+    quantised_rows, words,
 };
 use std::arch::x86_64::*;
-
-/// The number that makes levels unsigned.
-pub(super) const LEVEL_BIAS: i32 = 64;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn tile<const TY: u8, const V: bool>(
@@ -201,8 +198,7 @@ fn initial_sums<const T: usize>(bias: __m256i, columns: &[i32; T]) -> [__m256i; 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add<const T: usize>(dots: &[__m256i; T], scale: __m256, x_scales: &[__m256; T], s: &[__m256; T]) -> [__m256; T] {
-    let product = |t: usize| _mm256_mul_ps(scale, x_scales[t]);
-    each!(scale; T, t => _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), product(t), s[t]))
+    each!(scale; T, t => _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t]), _mm256_mul_ps(scale, x_scales[t]), s[t]))
 }
 
 #[inline]

@@ -3,15 +3,15 @@
 //! The integers of a block are unpacked once for all tokens of a tile. Then each vector of them meets four tokens, and each word of
 //! a token meets both row groups, before the next: sums stay in registers, and each load serves several products.
 
-use super::codebook::{self, LEVEL_BIAS, level, nibbles, row_scales};
+use super::codebook::{self, level, nibbles, row_scales};
 use super::{block_scales, load16, load32, put, vnni};
 use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::matrix::Group;
 use crate::x86::ahead::Ahead;
 use crate::x86::{
-    AVX2_TOKENS, INT4, MXFP4, Q8, bias, block_bytes, by_halves, e2m1_table, has_codebook, levels, scale_bytes,
-    scales_from, unit,
+    AVX2_TOKENS, INT4, LEVEL_BIAS, MXFP4, Q8, bias, block_bytes, by_halves, e2m1_table, has_codebook, levels,
+    scale_bytes, scales_from, unit,
 };
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -26,8 +26,8 @@ pub(super) const SMALL_TILE: usize = PASS;
 /// The sums of a tile, by token and row group, for even and for odd blocks.
 type Sums<const G: usize, const TOKENS: usize> = [[[__m256; G]; TOKENS]; 2];
 
-/// One block of a row group, as `VECTORS` vectors of four columns: eight of integers, unsigned but for those of `q8` without AVX-VNNI; or
-/// eight of magnitudes, and eight that are all ones where the integer is negative.
+/// One block of a row group, as `VECTORS` vectors of four columns: eight of integers, unsigned but for those of `q8` without
+/// AVX-VNNI; or eight of magnitudes, and eight that are all ones where the integer is negative.
 #[derive(Clone, Copy)]
 struct Block<const VECTORS: usize> {
     integers: [__m256i; VECTORS],
@@ -251,9 +251,9 @@ const fn byte_bias(ty: u8) -> i32 {
 /// 2·128·127, so nothing saturates. With AVX-VNNI, all sums have 32 bits and all integers are unsigned.
 ///
 /// Without it, a magnitude of `q8` meets `x` where the integer is positive, and `-x - 1` where it is negative, which is `x` with all
-/// bits flipped. Each product is then too small by the magnitude, whatever the token, so sums begin with those magnitudes. `vpsignb` would give `x`
-/// the sign of the integer, but it runs where multiplications run: on Zen 4, a loop of these instructions takes 1.0 cycles for a
-/// vector, and one with `vpsignb` 1.6. Taking the signs apart pays from a few tokens on.
+/// bits flipped. Each product is then too small by the magnitude, whatever the token, so sums begin with those magnitudes.
+/// `vpsignb` would give `x` the sign of the integer, but it runs where multiplications run: on Zen 4, a loop of these instructions
+/// takes 1.0 cycles for a vector, and one with `vpsignb` 1.6. Taking the signs apart pays from a few tokens on.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_products<const TY: u8, const V: bool, const VECTORS: usize>(

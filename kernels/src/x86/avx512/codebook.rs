@@ -5,7 +5,7 @@ use crate::activations::{Activations, QuantisedBlock};
 use crate::matmul::{Tile, TileShape};
 use crate::quant::UNIT;
 use crate::x86::ahead::Ahead;
-use crate::x86::{Q2, Q4, block_bytes, blocks_of, codebook, cut, levels, quantised_rows, words};
+use crate::x86::{LEVEL_BIAS, Q2, Q4, block_bytes, blocks_of, codebook, cut, levels, quantised_rows, words};
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -79,7 +79,7 @@ fn look_up<const TY: u8>(table: __m512i, nibbles: __m512i, high: bool) -> __m512
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn blocks_int8<const TY: u8, const T: usize>(w: &Pair<'_>, x: [&[QuantisedBlock]; T]) -> [__m512; T] {
-    let table = _mm512_broadcast_i32x4(load16(&const { levels(TY, 64) }, 0));
+    let table = _mm512_broadcast_i32x4(load16(&const { levels(TY, LEVEL_BIAS) }, 0));
     let blocks = w[0].values.len() / const { block_bytes(TY) };
     let x = cut(&x, blocks);
     // The sums of even and odd blocks alternate; at the end, their order does not matter.
@@ -142,7 +142,7 @@ const fn biases(ty: u8) -> [u8; 32] {
     let mut bytes = [0; 32];
     let mut i = 0;
     while i < 8 {
-        let bias = (codebook(ty).offset((i as u8) << 5) - 64).to_le_bytes();
+        let bias = (codebook(ty).offset((i as u8) << 5) - LEVEL_BIAS).to_le_bytes();
         let mut b = 0;
         while b < 4 {
             bytes[4 * i + b] = bias[b];
