@@ -125,7 +125,7 @@ fn tile<const V: bool>(w: &Matrix<'_>, x: &Activations, shape: TileShape, out: &
     if shape.int8 && shape.tokens > 1 {
         return match w.ty() {
             WeightType::Q8 if V => many::<Q8, V, 8>(w, x, shape, out),
-            WeightType::Q8 => many::<Q8, V, 16>(w, x, shape, out),
+            WeightType::Q8 => many::<Q8, false, 16>(w, x, shape, out),
             WeightType::Int4 => many::<INT4, V, 8>(w, x, shape, out),
             WeightType::Mxfp4 => many::<MXFP4, V, 8>(w, x, shape, out),
             WeightType::Q4 => many::<Q4, V, 8>(w, x, shape, out),
